@@ -1,0 +1,112 @@
+"""The error tree. Every error that a person can cause or cure is one of these.
+
+    ApplianceError                   exit 1, HTTP 500
+    ├── RecipeError                  exit 2, HTTP 400   a recipe, setting or flag is wrong
+    ├── DataError                    exit 1, HTTP 400   training data is missing, empty or malformed
+    ├── ArtifactError                exit 1, HTTP 500   an artifact is missing, incomplete or locked
+    │   └── ModelFileError           exit 1, HTTP 500   a model file is corrupt, truncated or unsupported
+    ├── ServerError                  exit 1, HTTP 500   the server cannot start or does not answer (port in use, ...)
+    ├── EnvironmentIncomplete        exit 3, HTTP 503   a package, compiler, model or disk space is missing
+    │   └── NotAvailableYet          exit 3, HTTP 501   the command exists, what it does is not built yet
+    ├── VerificationFailed           exit 4, HTTP 500   a gate or verification failed; nothing is promoted
+    └── RequestError                 exit 1, HTTP 400   a request to the server is refused
+        ├── ModelNotFound            exit 1, HTTP 404
+        ├── PromptTooLong            exit 1, HTTP 400
+        ├── QueueFull                exit 1, HTTP 503
+        └── EngineFailed             exit 1, HTTP 500
+
+A message says what happened, the value, the limit and the next action. Errors of other libraries are translated by type,
+with `raise ... from`, in the one file that imports the library. An unexpected exception keeps its traceback.
+"""
+
+from collections.abc import Sequence
+
+
+class ApplianceError(Exception):
+    """Base of all errors that are reported without a traceback."""
+
+    exit_code = 1
+    http_status = 500
+    api_code = "internal_error"
+
+
+class RecipeError(ApplianceError):
+    exit_code = 2
+    http_status = 400
+    api_code = "invalid_recipe"
+
+
+class DataError(ApplianceError):
+    http_status = 400
+    api_code = "invalid_data"
+
+
+class ArtifactError(ApplianceError):
+    api_code = "artifact_error"
+
+
+class ModelFileError(ArtifactError):
+    api_code = "model_file_error"
+
+
+class ServerError(ApplianceError):
+    api_code = "server_error"
+
+
+class EnvironmentIncomplete(ApplianceError):
+    exit_code = 3
+    http_status = 503
+    api_code = "environment_incomplete"
+
+
+class NotAvailableYet(EnvironmentIncomplete):
+    http_status = 501
+    api_code = "not_available_yet"
+
+
+class VerificationFailed(ApplianceError):
+    exit_code = 4
+    api_code = "verification_failed"
+
+
+class RequestError(ApplianceError):
+    """A refused request; `param` names the request field at fault, as OpenAI's error bodies do."""
+
+    http_status = 400
+    api_code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ModelNotFound(RequestError):
+    http_status = 404
+    api_code = "model_not_found"
+
+
+class PromptTooLong(RequestError):
+    api_code = "context_length_exceeded"
+
+
+class QueueFull(RequestError):
+    """The waiting line is full; `retry_after_seconds` is the server's estimate of when a place comes free."""
+
+    http_status = 503
+    api_code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class EngineFailed(RequestError):
+    http_status = 500
+    api_code = "engine_failed"
+
+
+def several(problems: Sequence[str], heading: str) -> str:
+    """One message for all problems found, so that a person mends them in one go."""
+    if len(problems) == 1:
+        return f"{heading}: {problems[0]}"
+    return f"{heading}, {len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)

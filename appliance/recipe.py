@@ -1,0 +1,179 @@
+"""A recipe declares one assistant: base model, data, training phases, quantization, serving.
+
+Every default stands here, once. Paths in a recipe are relative to the recipe's folder; paths in `--set` to the current one.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from appliance import config
+from appliance.config import setting
+from appliance.errors import RecipeError, several
+
+STARTER = "starter"
+QUANTIZATIONS = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
+Quantization = Literal["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"]
+section = dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+
+
+@section
+class Data:
+    sft: Path = setting(about="conversations, JSON lines: {messages: [{role, content}, ...]}")
+    dpo: Path | None = setting(None, about="preference triplets, JSON lines: {prompt, chosen, rejected}")
+    faq: Path | None = setting(None, about="questions and answers, a JSON list: {vraag, antwoord, metadata}")
+
+
+@section
+class Starter:
+    """The base model made on the spot: a Qwen3 decoder small enough for two cores."""
+
+    vocabulary_tokens: int = setting(4096, minimum=512, maximum=65536)
+    layers: int = setting(6, minimum=1, maximum=64)
+    hidden: int = setting(256, minimum=32, maximum=4096)
+    feed_forward: int = setting(768, minimum=32, maximum=16384)
+    heads: int = setting(4, minimum=1, maximum=64)
+    kv_heads: int = setting(2, minimum=1, maximum=64)
+    head_width: int = setting(64, minimum=8, maximum=256)
+    context_tokens: int = setting(1024, minimum=64, maximum=32768)
+    row_tokens: int = setting(256, minimum=16, maximum=32768, about="plain text is cut into rows of this length")
+    epochs: int = setting(40, minimum=1)
+    batch_rows: int = setting(8, minimum=1)
+    learning_rate: float = setting(2e-3, minimum=0.0)
+
+
+@section
+class Lora:
+    rank: int = setting(16, minimum=1, maximum=1024)
+    alpha: int = setting(32, minimum=1)
+    dropout: float = setting(0.0, minimum=0.0, maximum=0.9)
+
+
+@section
+class Sft:
+    epochs: int = setting(3, minimum=1)
+    learning_rate: float = setting(2e-4, minimum=0.0)
+    batch_rows: int = setting(2, minimum=1)
+    accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
+    max_tokens: int = setting(1024, minimum=16, about="a longer conversation is an error, never cut")
+    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
+    checkpoint_steps: int = setting(50, minimum=1)
+
+
+@section
+class Dpo:
+    epochs: int = setting(2, minimum=1)
+    learning_rate: float = setting(5e-6, minimum=0.0)
+    batch_rows: int = setting(2, minimum=1)
+    accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
+    max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; longer is an error, never cut")
+    beta: float = setting(0.1, minimum=0.0)
+    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
+    checkpoint_steps: int = setting(50, minimum=1)
+    sft_weight: float = setting(0.0, minimum=0.0, about="weight of the likelihood of the chosen answer (RPO)")
+
+
+@section
+class Quantize:
+    types: tuple[Quantization, ...] = setting(("Q8_0", "Q4_K_M"))
+    serve: Quantization = setting("Q4_K_M", about="the file that is promoted")
+
+
+@section
+class Verify:
+    prompts: int = setting(8, minimum=1, about="prompts followed along the merged model's greedy answer")
+    answer_tokens: int = setting(48, minimum=1)
+    logit_gap: float = setting(0.01, minimum=0.0, about="steps with a smaller top-2 gap are ties and not judged")
+
+
+@section
+class Serve:
+    host: str = setting("127.0.0.1")
+    port: int = setting(8080, minimum=0, maximum=65535, about="0 takes any free port")
+    context_tokens: int = setting(2048, minimum=64, about="per request: prompt and answer together")
+    slots: int = setting(2, minimum=1, maximum=64, about="requests answered at the same time")
+    queue_requests: int = setting(16, minimum=0, about="requests that may wait; one more is told to come back")
+    max_tokens: int = setting(512, minimum=1, about="answer length when the request names none")
+    threads: int = setting(0, minimum=0, maximum=1024, about="0 takes the usable cores")
+
+
+@section
+class Recipe:
+    name: str
+    data: Data
+    base: str = setting(STARTER, about="'starter', a Hugging Face id that was pulled, or a local folder")
+    languages: tuple[str, ...] = setting(("en",), about="ISO 639-1 codes of the answers")
+    seed: int = setting(3407, minimum=0)
+    phases: tuple[Literal["sft", "dpo"], ...] = setting(("sft", "dpo"))
+    starter: Starter = Starter()
+    lora: Lora = Lora()
+    sft: Sft = Sft()
+    dpo: Dpo = Dpo()
+    quantize: Quantize = Quantize()
+    verify: Verify = Verify()
+    serve: Serve = Serve()
+
+
+def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe; raises `RecipeError` listing every mistake.
+
+    A table `[with_starter.<section>]` applies only while `base` is "starter", whose few parameters want other settings.
+    """
+    table = _read(path)
+    problems: list[str] = []
+    flags = config.merge_tables(*(_absolute(config.parse_set(each, problems), Path.cwd()) for each in sets))
+    overrides = config.merge_tables(config.environment_table(Recipe), flags)
+    with_starter = table.pop("with_starter", {})
+    if overrides.get("base", table.get("base", STARTER)) == STARTER:
+        table = config.merge_tables(table, with_starter)
+    merged = config.merge_tables(_absolute(table, path.parent), overrides)
+    recipe = config.build(Recipe, merged, "", problems)
+    if recipe is not None:
+        problems += _contradictions(recipe)
+    if problems or recipe is None:
+        raise RecipeError(several(problems, str(path)))
+    return recipe
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path} does not exist; `appliance init DIR` makes a recipe to start from.") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder; name the recipe file, for example {path / 'recipe.toml'}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}.") from error
+
+
+def _absolute(table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    data = table.get("data")
+    if not isinstance(data, dict):
+        return table
+    paths = {key: str((folder / value).resolve()) if isinstance(value, str) else value for key, value in data.items()}
+    return {**table, "data": paths}
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    problems = []
+    if recipe.quantize.serve not in (*recipe.quantize.types, "F16"):
+        made = ", ".join(recipe.quantize.types)
+        problems.append(f"quantize.serve: {recipe.quantize.serve!r} is not made; quantize.types has {made}.")
+    if not recipe.phases or recipe.phases[0] != "sft":
+        problems.append("phases: the first phase must be 'sft'; the others continue its adapter.")
+    if "dpo" in recipe.phases and recipe.data.dpo is None:
+        problems.append("data.dpo: missing, and phases names 'dpo'; give a file, or set phases = [\"sft\"].")
+    if recipe.starter.heads % recipe.starter.kv_heads:
+        problems.append(
+            f"starter.kv_heads: {recipe.starter.kv_heads} does not divide starter.heads {recipe.starter.heads}."
+        )
+    if not recipe.name.replace("-", "").replace("_", "").isalnum() or not recipe.name.isascii():
+        problems.append(f"name: {recipe.name!r} may have only ASCII letters, digits, '-' and '_'; it names files.")
+    if recipe.base == STARTER:
+        for phase, tokens in (("sft", recipe.sft.max_tokens), ("dpo", recipe.dpo.max_tokens)):
+            if tokens > recipe.starter.context_tokens:
+                limit = recipe.starter.context_tokens
+                problems.append(f"{phase}.max_tokens: {tokens} exceeds starter.context_tokens {limit}.")
+    return problems
