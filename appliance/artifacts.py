@@ -1,8 +1,8 @@
 """Artifact directories: `artifacts/<kind>/<name>-<first 12 of digest>/` with a `manifest.json` that is written last.
 
-An artifact's identity is the digest of its inputs, known before any work is done; that is how a step knows that it has
-nothing to do. Work happens in a `.partial` directory, renamed into place once its manifest is written, so that an existing
-manifest means a whole artifact. Artifacts are never changed afterwards.
+An artifact's identity is the digest of its inputs, known before any work is done; that is how a step knows that it
+has nothing to do. Work happens in a `.partial` directory, renamed into place once its manifest is written, so that an
+existing manifest means a whole artifact. Artifacts are never changed afterwards.
 """
 
 import contextlib
@@ -135,7 +135,7 @@ def check_files(artifact: Artifact) -> None:
             raise ArtifactError(f"{file} is missing; remove {artifact.path} and repeat the step that made it.")
         if (actual := digest_file(file)) != expected["sha256"]:
             raise ArtifactError(
-                f"{file} has changed since it was made (sha256 {actual[:12]}…, manifest says {expected['sha256'][:12]}…);"
+                f"{file} has changed since it was made: sha256 {actual[:12]}…, manifest {expected['sha256'][:12]}…;"
                 f" remove {artifact.path} and repeat the step that made it."
             )
 

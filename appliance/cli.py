@@ -86,7 +86,7 @@ class LazyGroup(click.Group):
         super().__init__(name, help=help_text)
         self._table = table
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (the interface of click.Group)
         return list(self._table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -104,9 +104,7 @@ class LazyGroup(click.Group):
 
 def _planned(name: str, summary: str) -> click.Command:
     def refuse(**_: object) -> None:
-        raise NotAvailableYet(
-            f"`appliance {name}` is not built yet; this version {__version__} only reserves its name."
-        )
+        raise NotAvailableYet(f"`appliance {name}` is not built yet; this version {__version__} only reserves its name.")
 
     settings = {"ignore_unknown_options": True}
     command = click.command(name.split()[-1], cls=Command, help=summary, context_settings=settings)(refuse)

@@ -1,7 +1,7 @@
 """Settings: frozen dataclasses filled from TOML, the environment and flags, every mistake reported at once.
 
-Order of precedence: defaults < TOML < environment < flags. A default is stated once, in the dataclass. This file is the only
-one that reads the environment; it does not know which settings exist (`recipe.py` does).
+Order of precedence: defaults < TOML < environment < flags. A default is stated once, in the dataclass. This file is
+the only one that reads the environment; it does not know which settings exist (`recipe.py` does).
 """
 
 import dataclasses
@@ -40,6 +40,8 @@ def quiet_environment() -> dict[str, str]:
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     quiet |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "GGML_NO_BACKTRACE": "1"}
+    # Threads that spin while they wait collapse torch's speed as soon as anything else wants a core.
+    quiet |= {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     return {**os.environ, **quiet}
 
 

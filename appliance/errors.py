@@ -13,10 +13,11 @@
         ├── ModelNotFound            exit 1, HTTP 404
         ├── PromptTooLong            exit 1, HTTP 400
         ├── QueueFull                exit 1, HTTP 503
+        │   └── ShuttingDown         exit 1, HTTP 503
         └── EngineFailed             exit 1, HTTP 500
 
-A message says what happened, the value, the limit and the next action. Errors of other libraries are translated by type,
-with `raise ... from`, in the one file that imports the library. An unexpected exception keeps its traceback.
+A message says what happened, the value, the limit and the next action. Errors of other libraries are translated by
+type, with `raise ... from`, in the one file that imports the library. An unexpected exception keeps its traceback.
 """
 
 from collections.abc import Sequence
@@ -69,6 +70,16 @@ class VerificationFailed(ApplianceError):
     api_code = "verification_failed"
 
 
+class StepFailed(ApplianceError):
+    """A step of a pipeline failed with `exit_code`; its own message went to stderr."""
+
+    api_code = "step_failed"
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class RequestError(ApplianceError):
     """A refused request; `param` names the request field at fault, as OpenAI's error bodies do."""
 
@@ -98,6 +109,12 @@ class QueueFull(RequestError):
     def __init__(self, message: str, *, retry_after_seconds: int) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class ShuttingDown(QueueFull):
+    """The server is draining and takes no new request."""
+
+    api_code = "shutting_down"
 
 
 class EngineFailed(RequestError):

@@ -1,6 +1,7 @@
 """A recipe declares one assistant: base model, data, training phases, quantization, serving.
 
-Every default stands here, once. Paths in a recipe are relative to the recipe's folder; paths in `--set` to the current one.
+Every default stands here, once. Paths in a recipe are relative to the recipe's folder, paths in `--set` to the current
+one.
 """
 
 import dataclasses
@@ -16,17 +17,16 @@ from appliance.errors import RecipeError, several
 STARTER = "starter"
 QUANTIZATIONS = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 Quantization = Literal["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"]
-section = dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 
 
-@section
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
     sft: Path = setting(about="conversations, JSON lines: {messages: [{role, content}, ...]}")
     dpo: Path | None = setting(None, about="preference triplets, JSON lines: {prompt, chosen, rejected}")
     faq: Path | None = setting(None, about="questions and answers, a JSON list: {vraag, antwoord, metadata}")
 
 
-@section
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Starter:
     """The base model made on the spot: a Qwen3 decoder small enough for two cores."""
 
@@ -38,20 +38,21 @@ class Starter:
     kv_heads: int = setting(2, minimum=1, maximum=64)
     head_width: int = setting(64, minimum=8, maximum=256)
     context_tokens: int = setting(1024, minimum=64, maximum=32768)
-    row_tokens: int = setting(256, minimum=16, maximum=32768, about="plain text is cut into rows of this length")
-    epochs: int = setting(40, minimum=1)
-    batch_rows: int = setting(8, minimum=1)
-    learning_rate: float = setting(2e-3, minimum=0.0)
+    row_tokens: int = setting(512, minimum=16, maximum=32768, about="longer texts are cut into rows of this length")
+    epochs: int = setting(12, minimum=1)
+    batch_rows: int = setting(4, minimum=1)
+    learning_rate: float = setting(4e-3, minimum=0.0, about="AdamW, for embeddings and norms")
+    matrix_learning_rate: float = setting(0.05, minimum=0.0, about="Muon, for the matrices of the layers")
 
 
-@section
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
     rank: int = setting(16, minimum=1, maximum=1024)
     alpha: int = setting(32, minimum=1)
     dropout: float = setting(0.0, minimum=0.0, maximum=0.9)
 
 
-@section
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sft:
     epochs: int = setting(3, minimum=1)
     learning_rate: float = setting(2e-4, minimum=0.0)
@@ -62,7 +63,7 @@ class Sft:
     checkpoint_steps: int = setting(50, minimum=1)
 
 
-@section
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Dpo:
     epochs: int = setting(2, minimum=1)
     learning_rate: float = setting(5e-6, minimum=0.0)
@@ -75,20 +76,20 @@ class Dpo:
     sft_weight: float = setting(0.0, minimum=0.0, about="weight of the likelihood of the chosen answer (RPO)")
 
 
-@section
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Quantize:
     types: tuple[Quantization, ...] = setting(("Q8_0", "Q4_K_M"))
     serve: Quantization = setting("Q4_K_M", about="the file that is promoted")
 
 
-@section
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verify:
     prompts: int = setting(8, minimum=1, about="prompts followed along the merged model's greedy answer")
     answer_tokens: int = setting(48, minimum=1)
     logit_gap: float = setting(0.01, minimum=0.0, about="steps with a smaller top-2 gap are ties and not judged")
 
 
-@section
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Serve:
     host: str = setting("127.0.0.1")
     port: int = setting(8080, minimum=0, maximum=65535, about="0 takes any free port")
@@ -99,7 +100,7 @@ class Serve:
     threads: int = setting(0, minimum=0, maximum=1024, about="0 takes the usable cores")
 
 
-@section
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     name: str
     data: Data
@@ -166,9 +167,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if "dpo" in recipe.phases and recipe.data.dpo is None:
         problems.append("data.dpo: missing, and phases names 'dpo'; give a file, or set phases = [\"sft\"].")
     if recipe.starter.heads % recipe.starter.kv_heads:
-        problems.append(
-            f"starter.kv_heads: {recipe.starter.kv_heads} does not divide starter.heads {recipe.starter.heads}."
-        )
+        problems.append(f"starter.kv_heads: {recipe.starter.kv_heads} does not divide starter.heads {recipe.starter.heads}.")
     if not recipe.name.replace("-", "").replace("_", "").isalnum() or not recipe.name.isascii():
         problems.append(f"name: {recipe.name!r} may have only ASCII letters, digits, '-' and '_'; it names files.")
     if recipe.base == STARTER:

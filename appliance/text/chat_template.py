@@ -1,8 +1,8 @@
 """Renders a model's chat template: the one renderer that serving uses and that verification holds against training.
 
 Templates are Jinja as transformers runs it (`utils/chat_template_utils.py`): sandboxed, immutable, trim_blocks and
-lstrip_blocks, loop controls, `raise_exception`, `strftime_now`, and a `tojson` that does not escape HTML. No transformers
-import, so that serving stays light. Knows nothing of tokens.
+lstrip_blocks, loop controls, `raise_exception`, `strftime_now`, and a `tojson` that does not escape HTML. It does not
+import transformers, so that serving stays light. Knows nothing of tokens.
 """
 
 import datetime

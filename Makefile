@@ -1,0 +1,74 @@
+PYTHON ?= python3
+RECIPE ?= recipes/shelter/recipe.toml
+ENGINE ?= $(notdir $(firstword $(foreach name,docker podman,$(shell command -v $(name)))))
+BIN := .venv/bin
+# Only podman and buildah have the option, and without it they drop the health check.
+IMAGE_FORMAT = $(if $(filter podman,$(ENGINE)),--format docker)
+define image
+@case "$(ENGINE)" in docker|podman) ;; *) echo "error: ENGINE='$(ENGINE)': an image needs docker or podman" >&2; exit 3;; esac
+$(ENGINE) build $(IMAGE_FORMAT) --target serve -f Dockerfile.$(1) -t edge-appliance:$(1) $(BUILD_ARGS) .
+endef
+
+.PHONY: help setup demo train serve chat test full check lint type bench-peers bench-serve bench-train \
+	image-cpu image-cuda image-rocm image-test clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
+
+setup: ## .venv, pinned packages and llama.cpp for this CPU (BACKEND=cpu|cuda|rocm, TORCH_INDEX=, CMAKE_ARGS=)
+	@$(PYTHON) -m appliance.setup
+
+demo: setup ## train, convert, verify and serve the sample assistant, and ask it one question in each language
+	$(BIN)/appliance run recipes/shelter/recipe.toml --ask 1
+
+train: setup ## train RECIPE
+	$(BIN)/appliance train $(RECIPE) $(ARGS)
+
+serve: setup ## serve the promoted model (ARGS="--port 8080")
+	$(BIN)/appliance serve $(ARGS)
+
+chat: setup ## talk to a running server
+	$(BIN)/appliance chat $(ARGS)
+
+test: setup ## the tests that CI runs
+	$(BIN)/pytest $(ARGS)
+
+full: setup ## all tests, also the slow ones and those for an accelerator
+	$(BIN)/pytest -m "" $(ARGS)
+
+check: lint type ## lint, types, import contracts, Dockerfiles
+	$(BIN)/lint-imports
+	$(BIN)/hadolint --ignore DL3008 Dockerfile.cpu Dockerfile.cuda Dockerfile.rocm
+
+lint: setup ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: setup ## mypy
+	$(BIN)/mypy
+
+bench-peers: setup ## (planned) other servers, built and measured on this machine
+	@echo "error: make bench-peers is not built yet; this version only reserves its name" >&2; exit 3
+
+bench-serve: setup ## (planned) how fast this machine serves
+	$(BIN)/appliance bench serve
+
+bench-train: setup ## (planned) how fast this machine trains
+	$(BIN)/appliance bench train
+
+image-cpu: ## container image for any x86-64 or ARM CPU (ENGINE=docker|podman, BUILD_ARGS=)
+	$(call image,cpu)
+
+image-cuda: ## container image for NVIDIA cards
+	$(call image,cuda)
+
+image-rocm: ## container image for AMD cards
+	$(call image,rocm)
+
+image-test: ## (planned) builds the images and probes them
+	@echo "error: make image-test is not built yet; this version only reserves its name" >&2; exit 3
+
+clean: ## remove the caches of tools and interrupted steps (which then start over); trained models stay
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf "$${APPLIANCE_ARTIFACTS:-artifacts}"/*/*.partial
+	find appliance convert tests -name __pycache__ -type d -prune -exec rm -rf {} +

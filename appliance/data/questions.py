@@ -1,0 +1,40 @@
+"""Training questions to ask a trained model: what it should by now answer in the words that it was given."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from appliance.text import languages
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The first turn of a conversation and the answer that was trained for."""
+
+    language: str
+    question: str
+    answer: str
+
+
+def training_questions(rows: Sequence[dict[str, Any]], wanted: Sequence[str], per_language: int) -> list[Question]:
+    """The first `per_language` opening questions in each wanted language, in the order of `wanted`.
+
+    Openings that occur more than once are passed over: they have no single answer.
+    """
+    openings = Counter(_opening(row) for row in rows)
+    found: dict[str, list[Question]] = {language: [] for language in wanted}
+    for row in rows:
+        messages = row["messages"]
+        if messages[0]["role"] != "user" or openings[_opening(row)] > 1:
+            continue
+        question, answer = messages[0]["content"], messages[1]["content"]
+        language = languages.detect(answer, wanted)
+        if language is not None and len(found[language]) < per_language:
+            found[language].append(Question(language, question, answer))
+    return [question for language in wanted for question in found[language]]
+
+
+def _opening(row: dict[str, Any]) -> str:
+    content: str = row["messages"][0]["content"]
+    return content

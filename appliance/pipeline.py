@@ -1,0 +1,129 @@
+"""The main path: data check → train → merge → gguf → quantize → verify → promote, each step a command of its own.
+
+Every step is the command that a person can type, run as a subprocess with `--json`; it says itself whether its inputs have
+changed. A step that fails ends the path with its exit code, and nothing after it happens. Main entry: `run`.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from appliance import bases, config
+from appliance.console import human_seconds, note
+from appliance.errors import StepFailed
+from appliance.recipe import STARTER, Recipe
+
+CHILD_GRACE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step said in JSON, and how long it took."""
+
+    name: str
+    command: Sequence[str]
+    result: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def artifact(self) -> Path:
+        return Path(self.result["artifact"])
+
+
+@dataclass(slots=True)
+class Run:
+    """A pipeline in progress: what every step so far has made."""
+
+    recipe_path: Path
+    recipe: Recipe
+    sets: Sequence[str]
+    is_dry: bool
+    steps: list[StepResult] = field(default_factory=list)
+
+    def step(self, name: str, *command: str | Path) -> StepResult:
+        """Runs `appliance COMMAND --json`; raises `StepFailed` with the command's exit code."""
+        arguments = [str(part) for part in command]
+        note(f"[{len(self.steps) + 1}] appliance {' '.join(arguments)}")
+        started = time.monotonic()
+        flags = ["--json", *(["--dry-run"] if self.is_dry and "--check" not in arguments else [])]
+        output = _run_command([*arguments, *flags])
+        result = StepResult(name, arguments, output, time.monotonic() - started)
+        self.steps.append(result)
+        note(f"    {result.artifact} ({output['state']}, {human_seconds(result.seconds)})")
+        return result
+
+    @property
+    def recipe_flags(self) -> list[str]:
+        return [str(self.recipe_path), *(flag for each in self.sets for flag in ("--set", each))]
+
+
+def run(recipe_path: Path, recipe: Recipe, sets: Sequence[str], *, is_strict: bool, is_dry: bool) -> Run:
+    """The whole path; `is_dry` asks every step what it would make."""
+    this = Run(recipe_path, recipe, sets, is_dry)
+    dataset = this.step("data", "data", "check", *this.recipe_flags, *(["--strict"] if is_strict else []))
+    base = _base(this)
+    adapter = [this.step(phase, "train", *this.recipe_flags, "--phase", phase, "--resume") for phase in recipe.phases][-1]
+    merged = this.step("merge", "convert", "merge", adapter.artifact, "--base", base, "--name", recipe.name)
+    full = this.step("gguf", "convert", "gguf", merged.artifact, "--name", recipe.name)
+    files = {"F16": full}
+    for kind in recipe.quantize.types:
+        files[kind] = full if kind == "F16" else this.step(kind, "convert", "quantize", full.artifact, "--type", kind)
+    report = _verify(this, files, merged, dataset)
+    if not is_dry:
+        settings = json.dumps(config.plain(recipe.serve))
+        chosen = files[recipe.quantize.serve].artifact
+        this.step("promote", "models", "promote", chosen, "--report", report.artifact, "--serve", settings)
+    return this
+
+
+def _base(this: Run) -> Path:
+    """The folder of the base model; an architecture that cannot be converted is refused before anything is trained."""
+    if this.recipe.base == STARTER:
+        return this.step("base", "train", *this.recipe_flags, "--phase", "base", "--resume").artifact
+    folder = bases.locate(this.recipe.base, config.artifacts_root())
+    this.step("base", "convert", "gguf", folder, "--check")
+    return folder
+
+
+def _verify(this: Run, files: Mapping[str, StepResult], merged: StepResult, dataset: StepResult) -> StepResult:
+    settings = this.recipe.verify
+    quantized = [part for kind, each in files.items() if kind != "F16" for part in ("--quantized", each.result["file"])]
+    return this.step(
+        "verify",
+        *("convert", "verify", files["F16"].result["file"], "--merged", merged.artifact),
+        *("--conversations", dataset.artifact / "sft.jsonl", *quantized, "--name", this.recipe.name),
+        *("--prompts", str(settings.prompts), "--answer-tokens", str(settings.answer_tokens)),
+        *("--logit-gap", str(settings.logit_gap)),
+    )
+
+
+def _run_command(arguments: Sequence[str]) -> Mapping[str, Any]:
+    command = [sys.executable, "-m", "appliance", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=config.quiet_environment()) as process:
+        try:
+            output, _ = process.communicate()
+        except KeyboardInterrupt:
+            # The terminal sent the signal to the step as well; it may be writing, so it is given time.
+            _end(process)
+            raise
+    if process.returncode != 0:
+        code = process.returncode if process.returncode > 0 else 1
+        raise StepFailed(f"`appliance {' '.join(arguments[:2])}` failed (exit {process.returncode}); see above.", code)
+    result: Mapping[str, Any] = json.loads(output)
+    return result
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    actions: Sequence[Callable[[], None]] = (process.terminate, process.kill)
+    for action in actions:
+        try:
+            process.wait(CHILD_GRACE_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            action()
+    process.wait()

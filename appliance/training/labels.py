@@ -1,0 +1,128 @@
+"""Which tokens are learned from: the assistant's words and the token that ends its turn, nothing else.
+
+Labels come from the chat template's `{% generation %}` markers where it has them, and from the difference between
+renderings (prompt with generation prompt, prompt with answer) where it has none. Whatever their source, `verify_labels`
+holds them against the messages on token ids before the first step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from appliance.errors import DataError, VerificationFailed, several
+
+IGNORED = -100
+MOST_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """One conversation as token ids `(tokens,)` and labels `(tokens,)`, -100 where nothing is learned."""
+
+    line: int
+    input_ids: list[int]
+    labels: list[int]
+
+
+def label_conversations(tokenizer: Any, rows: Sequence[dict[str, Any]], marked_template: str | None) -> list[LabelledRow]:
+    """Tokenizes and labels; `marked_template` is the tokenizer's own template with generation markers, if there is one."""
+    labelled = []
+    for row in rows:
+        messages = row["messages"]
+        input_ids = render_ids(tokenizer, messages, add_generation_prompt=False)
+        mask = (
+            _mask_by_markers(tokenizer, messages, marked_template, input_ids)
+            if marked_template
+            else _mask_by_difference(tokenizer, messages, input_ids)
+        )
+        labels = [token if learned else IGNORED for token, learned in zip(input_ids, mask, strict=True)]
+        labelled.append(LabelledRow(row["line"], input_ids, labels))
+    return labelled
+
+
+def render_ids(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+    """Token ids of the rendered conversation, with the tokenizer's plain template."""
+    rendered = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=True
+    )
+    return list(rendered["input_ids"])
+
+
+def verify_labels(tokenizer: Any, rows: Sequence[dict[str, Any]], labelled: Sequence[LabelledRow]) -> None:
+    """Decodes what is labelled and compares it with the assistant's messages, turn by turn.
+
+    Raises `VerificationFailed` when a user, system or padding token has a label, an assistant token has none, or the
+    end-of-turn token is not learned.
+    """
+    problems = []
+    for row, result in zip(rows, labelled, strict=True):
+        answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        spans = _labelled_spans(result.labels)
+        if len(spans) != len(answers):
+            problems.append(f"line {row['line']}: {len(answers)} assistant turns, {len(spans)} labelled spans")
+            continue
+        for answer, span in zip(answers, spans, strict=True):
+            text = tokenizer.decode(span[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if span[-1] != tokenizer.eos_token_id:
+                problems.append(f"line {row['line']}: the end-of-turn token {tokenizer.eos_token!r} is not learned")
+            elif text.strip() != answer.strip():
+                problems.append(f"line {row['line']}: labelled text differs from the assistant's message")
+    if problems:
+        shown = [*problems[:MOST_SHOWN], *([f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else [])]
+        raise VerificationFailed(several(shown, "The label check failed, so training would learn the wrong tokens"))
+
+
+def require_lengths(lengths: Sequence[tuple[int, int]], limit_tokens: int, setting: str, file: str) -> None:
+    """Raises `DataError` naming every row longer than the limit; `lengths` holds (line, tokens). Nothing is ever cut."""
+    long = [f"{file} line {line}: {tokens} tokens" for line, tokens in lengths if tokens > limit_tokens]
+    if long:
+        shown = [*long[:MOST_SHOWN], *([f"and {len(long) - MOST_SHOWN} more"] if len(long) > MOST_SHOWN else [])]
+        heading = f"Longer than {setting} = {limit_tokens} (shorten the row, or raise {setting})"
+        raise DataError(several(shown, heading))
+
+
+def _mask_by_markers(
+    tokenizer: Any, messages: Sequence[dict[str, str]], marked_template: str, input_ids: Sequence[int]
+) -> list[bool]:
+    rendered = tokenizer.apply_chat_template(
+        list(messages),
+        chat_template=marked_template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    if list(rendered["input_ids"]) != list(input_ids):
+        raise VerificationFailed("The template with generation markers renders other tokens than the model's own template.")
+    return [bool(value) for value in rendered["assistant_masks"]]
+
+
+def _mask_by_difference(tokenizer: Any, messages: Sequence[dict[str, str]], input_ids: Sequence[int]) -> list[bool]:
+    mask = [False] * len(input_ids)
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start = len(render_ids(tokenizer, messages[:position], add_generation_prompt=True))
+        with_answer = render_ids(tokenizer, messages[: position + 1], add_generation_prompt=False)
+        if with_answer[:start] != list(input_ids[:start]) or tokenizer.eos_token_id not in with_answer[start:]:
+            raise VerificationFailed(
+                "The chat template renders earlier turns differently once an answer follows, so the assistant's tokens"
+                " cannot be told apart; give the base a training_template.jinja with {% generation %} markers."
+            )
+        end = start + with_answer[start:].index(tokenizer.eos_token_id) + 1
+        mask[start:end] = [True] * (end - start)
+    return mask
+
+
+def _labelled_spans(labels: Sequence[int]) -> list[list[int]]:
+    """Maximal runs of labelled tokens."""
+    spans: list[list[int]] = []
+    inside = False
+    for label in labels:
+        if label == IGNORED:
+            inside = False
+        elif inside:
+            spans[-1].append(label)
+        else:
+            spans.append([label])
+            inside = True
+    return spans

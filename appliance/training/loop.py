@@ -1,0 +1,141 @@
+"""What every training phase shares: arguments, progress, loss curve, checkpoints and resuming.
+
+A run lives in the `.partial` directory of its artifact. `checkpoints/` holds what a resumed run needs and is removed at
+the end; `loss.jsonl` and `loss.png` stay.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from appliance import device
+from appliance.artifacts import Plan
+from appliance.console import Progress, note
+from appliance.errors import ArtifactError
+from appliance.training import model as models
+
+CHECKPOINTS = "checkpoints"
+COMPLETE = "complete"  # written into a checkpoint after everything else, so that a killed save is never resumed from
+LOSS = "loss.jsonl"
+
+
+def arguments(folder: Path, phase: Any, seed: int) -> dict[str, Any]:
+    """Trainer arguments common to all phases; `phase` is the recipe's section."""
+    import torch
+
+    kind = models.weight_type()
+    return {
+        "output_dir": str(folder / CHECKPOINTS),
+        "num_train_epochs": phase.epochs,
+        "per_device_train_batch_size": phase.batch_rows,
+        "gradient_accumulation_steps": getattr(phase, "accumulate", 1),
+        "learning_rate": phase.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": getattr(phase, "warmup_ratio", 0.03),
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": getattr(phase, "checkpoint_steps", 100),
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": kind == torch.bfloat16,
+        "fp16": kind == torch.float16,
+        "use_cpu": not models.has_gpu(),
+        "dataloader_pin_memory": models.has_gpu(),
+    }
+
+
+def prepare_threads() -> None:
+    """torch on busy or quota-limited cores collapses unless its thread count is set."""
+    import torch
+
+    torch.set_num_threads(device.usable_cores())
+
+
+def resume_point(plan: Plan, root: Path, *, resume: bool, restart: bool) -> Path | None:
+    """The newest complete checkpoint of an interrupted run, or None to start afresh.
+
+    Raises `ArtifactError` when there is one and the caller did not say what to do with it.
+    """
+    folder = plan.partial(root) / CHECKPOINTS
+    complete = [each for each in folder.glob("checkpoint-*") if (each / COMPLETE).exists()]
+    if restart or not complete:
+        return None
+    newest = max(complete, key=lambda each: int(each.name.rpartition("-")[2]))
+    if not resume:
+        step = newest.name.rpartition("-")[2]
+        raise ArtifactError(f"An interrupted run stopped after step {step} ({newest}); pass --resume, or --restart.")
+    for each in folder.glob("checkpoint-*"):
+        if each not in complete:
+            shutil.rmtree(each)
+    return newest
+
+
+def train(trainer: Any, folder: Path, label: str, checkpoint: Path | None) -> dict[str, Any]:
+    """Runs the trainer to its end; returns what the loss did. Leaves `loss.jsonl` and `loss.png` in `folder`."""
+    from transformers import PrinterCallback
+
+    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    _keep_steps(folder / LOSS, first_step)
+    if checkpoint:
+        note(f"{label}: continuing after step {first_step}")
+    trainer.remove_callback(PrinterCallback)  # our progress line says it, and the loss curve keeps it
+    trainer.add_callback(_callback(folder, label, first_step))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    curve = [json.loads(line) for line in (folder / LOSS).read_text().splitlines()]
+    _plot(curve, folder / "loss.png", label)
+    losses = [point["loss"] for point in curve]
+    tail = losses[-max(1, len(losses) // 20) :]  # single steps are noisy: the last twentieth's mean
+    return {"steps": len(losses), "first_loss": losses[0], "final_loss": sum(tail) / len(tail)}
+
+
+def _keep_steps(path: Path, last_step: int) -> None:
+    """Drops the lines after the checkpoint, which will be written again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= last_step))
+
+
+def _callback(folder: Path, label: str, first_step: int) -> Any:
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        """Writes the loss curve, draws progress, marks complete checkpoints."""
+
+        def __init__(self) -> None:
+            self.progress: Progress | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            self.progress = Progress(label, state.max_steps, first_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+            if not logs or "loss" not in logs:
+                return
+            point = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+            with (folder / LOSS).open("a") as stream:
+                stream.write(json.dumps({"step": state.global_step, **point}) + "\n")
+            if self.progress:
+                self.progress.update(state.global_step, f"loss {logs['loss']:.3f}")
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (checkpoint / COMPLETE).touch()
+
+    return Watch()
+
+
+def _plot(curve: list[dict[str, Any]], path: Path, label: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([point["step"] for point in curve], [point["loss"] for point in curve], linewidth=1)
+    axes.set(xlabel="step", ylabel="loss", title=label, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

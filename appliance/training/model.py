@@ -1,0 +1,107 @@
+"""Finds and loads base models: the starter, a model that was pulled, or a local folder. Never downloads.
+
+The only file of this package that calls transformers' loaders, and translates their errors.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from appliance import artifacts, bases
+from appliance.errors import ModelFileError
+
+TRAINING_TEMPLATE = "training_template.jinja"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model on disk; `identity` is how manifests name it."""
+
+    path: Path
+    identity: str
+
+
+def locate(name: str, root: Path) -> Base:
+    """A pulled Hugging Face id, an artifact or a local folder, checked for everything that training needs of it."""
+    path = bases.locate(name, root)
+    check_folder(path)
+    return Base(path, artifacts.identity(path.resolve()))
+
+
+def check_folder(path: Path) -> None:
+    """Raises `ModelFileError` when a model folder has no configuration, tokenizer or safetensors, or is not causal."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFileError(f"{path} has no config.json, so it is no model in the Hugging Face format.") from None
+    except ValueError as error:
+        raise ModelFileError(f"{path / 'config.json'} is not valid JSON: {error}.") from error
+    if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        kind = config.get("model_type")
+        raise ModelFileError(f"{path} is of type {kind!r}, which transformers cannot load as a causal language model.")
+    if config.get("quantization_config"):
+        raise ModelFileError(f"{path} holds quantized weights; take the 16-bit original, which can be merged exactly.")
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelFileError(f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files.")
+    if not list(path.glob("*.safetensors")):
+        raise ModelFileError(f"{path} has no .safetensors file; other weight formats can run code and are not loaded.")
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer, with a chat template and an end-of-turn token; raises `ModelFileError` without them."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelFileError(f"The tokenizer in {path} cannot be loaded: {error}") from error
+    if not tokenizer.chat_template:
+        raise ModelFileError(f"The tokenizer in {path} has no chat template; use an instruction-tuned model, or add one.")
+    if tokenizer.eos_token_id is None:
+        raise ModelFileError(f"The tokenizer in {path} names no end-of-turn token (eos_token).")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding never has a label, so the choice cannot be learned
+    return tokenizer
+
+
+def marked_template(path: Path, tokenizer: Any) -> str | None:
+    """The chat template with generation markers: the model's own, or the file beside it."""
+    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+        return str(tokenizer.chat_template)
+    file = path / TRAINING_TEMPLATE
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def load_model(path: Path) -> Any:
+    """The model in the type that this device trains in; raises `ModelFileError` when files are damaged."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=weight_type(), local_files_only=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelFileError(f"The model in {path} cannot be loaded: {error}") from error
+    return model.to("cuda") if has_gpu() else model
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def weight_type() -> Any:
+    """float32 on the CPU, bfloat16 where the card computes in it, float16 on older cards.
+
+    By compute capability: `torch.cuda.is_bf16_supported()` counts emulation and says yes on a T4 or P100.
+    """
+    import torch
+
+    if not has_gpu():
+        return torch.float32
+    is_recent = torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
+    return torch.bfloat16 if is_recent else torch.float16

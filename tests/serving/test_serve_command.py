@@ -1,0 +1,289 @@
+"""`appliance serve` and `appliance chat` as a person runs them, with a real tiny model and no torch in sight."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
+
+from appliance import artifacts, config
+from appliance.commands.serve import serve
+from appliance.serving import sse
+from tests import tiny_gguf
+
+WAIT_SECONDS = 60.0
+CHAT = "/v1/chat/completions"
+# Runs the command line in a process where importing torch or transformers is an error.
+WITHOUT_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "peft", "trl"):
+            raise AssertionError(f"{name} was imported")
+sys.meta_path.insert(0, Refuse())
+from appliance.cli import main
+main(prog_name="appliance")
+"""
+COMMAND = [sys.executable, "-c", WITHOUT_TORCH]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifacts folder with a promoted model, whose recipe asks for a queue of 2."""
+    root = tmp_path_factory.mktemp("artifacts")
+    plan = artifacts.Plan(kind="gguf", name="tiny", inputs={}, config={"serve": {"queue_requests": 2}})
+    with artifacts.create(plan, root) as draft:
+        tiny_gguf.write(draft.path / "model.gguf")
+    (root / "current").symlink_to(plan.location(root).relative_to(root))
+    return root
+
+
+def environment(root: Path) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("APPLIANCE_")}
+    return {**kept, "APPLIANCE_ARTIFACTS": str(root), "APPLIANCE_SERVE_CONTEXT_TOKENS": "1000"}
+
+
+def run(root: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *arguments]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": WAIT_SECONDS}
+    return subprocess.run(command, input=text, env=environment(root), check=False, **options)
+
+
+class Server:
+    """A running `appliance serve`."""
+
+    def __init__(self, root: Path, *arguments: str) -> None:
+        command = [*COMMAND, "serve", "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, env=environment(root), stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.ready = self.process.stdout.readline().strip()
+        self.url = self.ready.rpartition(" ")[2]
+        self.http = httpx.Client(base_url=self.url, timeout=WAIT_SECONDS, trust_env=False)
+
+    def body(self, text: str = "hello", **fields: Any) -> dict[str, Any]:
+        return {"model": "tiny", "messages": [{"role": "user", "content": text}], **fields}
+
+    def metric(self, name: str, **labels: str) -> float:
+        for family in text_string_to_metric_families(self.http.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == name and sample.labels == labels:
+                    return sample.value
+        return 0.0
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        self.http.close()
+        code = self.process.wait(timeout=WAIT_SECONDS)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
+
+
+@contextlib.contextmanager
+def serving(root: Path, *arguments: str) -> Iterator[Server]:
+    server = Server(root, *arguments)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> Iterator[Server]:
+    with serving(root) as server:
+        yield server
+        assert server.stop(signal.SIGINT) == 0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def streamed(server: Server, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    with server.http.stream("POST", CHAT, json={**body, "stream": True}) as response:
+        chunks = list(sse.decode(response.iter_lines()))
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks), chunks[-1]
+
+
+def test_ready_line_and_model(server: Server) -> None:
+    assert re.fullmatch(r"serving tiny on http://127\.0\.0\.1:\d+", server.ready)
+    assert server.http.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    assert server.http.get("/readyz").json()["status"] == "ready"
+
+
+@pytest.mark.parametrize("fields", [{}, {"temperature": 1.5, "seed": 3}, {"stop": ["e", "a"]}])
+def test_stream_equals_plain_answer(server: Server, fields: dict[str, Any]) -> None:
+    body = server.body(max_tokens=60, **fields)
+    plain = server.http.post(CHAT, json=body).json()["choices"][0]
+    text, last = streamed(server, body)
+    assert text == plain["message"]["content"]
+    assert last["choices"][0]["finish_reason"] == plain["finish_reason"]
+
+
+def test_more_clients_than_places_all_finish(server: Server) -> None:
+    """Four run or wait; the others come back when told to."""
+    texts = [f"client {number}" for number in range(7)]
+    alone = [server.http.post(CHAT, json=server.body(text, max_tokens=30)).json() for text in texts]
+    answers: dict[str, str] = {}
+
+    def insist(text: str) -> None:
+        while (response := server.http.post(CHAT, json=server.body(text, max_tokens=30))).status_code == 503:
+            assert int(response.headers["retry-after"]) >= 1
+            time.sleep(0.05)
+        answers[text] = response.json()["choices"][0]["message"]["content"]
+
+    threads = [threading.Thread(target=insist, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {text: each["choices"][0]["message"]["content"] for text, each in zip(texts, alone, strict=True)}
+
+
+def test_departed_clients_leave_nothing_behind(server: Server) -> None:
+    """Four clients fill slots and queue and go away; then the places are free again."""
+    before = server.metric("appliance_requests_total", outcome="cancelled")
+    long = server.body(max_tokens=900, temperature=1.0, stop=["no such text"])
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            client = stack.enter_context(httpx.Client(base_url=server.url, timeout=WAIT_SECONDS, trust_env=False))
+            response = client.send(client.build_request("POST", CHAT, json={**long, "stream": True}), stream=True)
+            stack.callback(response.close)
+            assert response.status_code == 200
+    until(lambda: server.metric("appliance_requests_running") + server.metric("appliance_requests_waiting") == 0)
+    assert server.metric("appliance_requests_total", outcome="cancelled") > before
+    assert server.http.post(CHAT, json=server.body(max_tokens=2)).status_code == 200
+
+
+def test_metrics_count_real_work(server: Server) -> None:
+    counted = ("appliance_prompt_tokens_total", "appliance_generated_tokens_total", "appliance_queue_seconds_count")
+    before = [server.metric(name) for name in counted]
+    usage = server.http.post(CHAT, json=server.body(max_tokens=9)).json()["usage"]
+    after = [server.metric(name) for name in counted]
+    assert after[0] - before[0] == usage["prompt_tokens"]
+    assert after[1] - before[1] == usage["completion_tokens"]
+    assert after[2] - before[2] == 1
+    assert server.metric("appliance_time_to_first_token_seconds_count") >= 1
+    assert server.metric("appliance_inter_token_seconds_count") >= 1
+
+
+def test_too_long_a_prompt(server: Server) -> None:
+    error = server.http.post(CHAT, json=server.body("x" * 2000)).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "1000" in error["message"]
+
+
+def test_chat_command(root: Path, server: Server) -> None:
+    once = run(root, "chat", "hello", "--url", server.url, "--max-tokens", "8")
+    assert (once.returncode, once.stderr) == (0, "")
+    expected = server.http.post(CHAT, json=server.body(max_tokens=8)).json()["choices"][0]["message"]["content"]
+    assert once.stdout == expected + "\n"
+    turns = "hello\n\n/new\nhello\n/exit\nnever asked\n"
+    piped = run(root, "chat", "--url", server.url, "--max-tokens", "8", text=turns)
+    assert piped.stdout == (expected + "\n") * 2
+    refused = run(root, "chat", "x" * 2000, "--url", server.url)
+    assert refused.returncode == 1
+    assert "tokens; the limit is 1000" in refused.stderr
+
+
+def test_chat_without_a_server(root: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        result = run(root, "chat", "hello", "--url", f"http://127.0.0.1:{free.getsockname()[1]}")
+    assert result.returncode == 1
+    assert "appliance serve" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_sigterm_lets_the_answer_finish(root: Path) -> None:
+    with serving(root) as server:
+        body = server.body(max_tokens=400, temperature=1.0, seed=1, stream=True)
+        with server.http.stream("POST", CHAT, json=body) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert first.startswith("data: ")
+        assert rest[-2:] == ["data: [DONE]", ""]
+        assert json.loads(rest[-4].removeprefix("data: "))["choices"][0]["finish_reason"] in ("stop", "length")
+        assert server.wait() == 0
+
+
+def test_port_in_use_is_found_before_the_model_is_loaded(root: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = run(root, "serve", "--port", port)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert port in result.stderr
+    assert "--port" in result.stderr
+
+
+def refusals(root: Path, tmp_path: Path) -> Iterator[tuple[list[str], int, str]]:
+    current = (root / "current").resolve()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes((current / "model.gguf").read_bytes()[:20_000])
+    changed = artifacts.Plan(kind="gguf", name="changed", inputs={})
+    with artifacts.create(changed, tmp_path) as draft:
+        tiny_gguf.write(draft.path / "model.gguf")
+    with (changed.location(tmp_path) / "model.gguf").open("ab") as stream:
+        stream.write(b"x")
+    yield ["--model", str(cut)], 1, "truncated"
+    yield ["--model", str(tmp_path / "none.gguf")], 1, "does not exist"
+    yield ["--model", str(changed.location(tmp_path))], 1, "has changed"
+    yield ["--model", "unheard-of"], 1, "there: tiny"
+    yield ["--host", "0.0.0.0"], 2, "--insecure-no-key"
+    yield ["--slots", "0"], 2, "serve.slots"
+
+
+def test_what_cannot_be_served_is_said_in_words(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "apply_quiet_environment", lambda: None)
+    for arguments, code, said in refusals(root, tmp_path):
+        result = CliRunner().invoke(serve, ["--port", "0", *arguments], env=environment(root))
+        assert (result.exit_code, result.stdout) == (code, ""), result.stderr
+        assert said in result.stderr
+
+
+def test_nothing_promoted(tmp_path: Path) -> None:
+    result = run(tmp_path, "serve")
+    assert result.returncode == 1
+    assert "appliance run RECIPE" in result.stderr
+
+
+def test_foreign_file_is_served_with_a_warning(root: Path, tmp_path: Path) -> None:
+    path = tiny_gguf.write(tmp_path / "found.gguf")
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--port", "0", "--model", str(path), "--context-tokens", "4096"],
+        env=environment(root),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("serving found on")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 0
+    assert "no manifest" in errors
+    assert "1024" in errors  # what the model was trained for
