@@ -39,7 +39,8 @@ def quiet_environment() -> dict[str, str]:
     """The environment for subprocesses: no telemetry, no hub access, no tokenizer threads after a fork."""
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     quiet |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "GGML_NO_BACKTRACE": "1"}
+    quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    quiet |= {"GGML_NO_BACKTRACE": "1"}  # where gdb is installed, a failed assertion would start it and hang
     # Threads that spin while they wait collapse torch's speed as soon as anything else wants a core.
     quiet |= {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     return {**os.environ, **quiet}

@@ -38,7 +38,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
     lengths = [(pair.line, pair.longest_tokens) for pair in pairs]
     labels.require_lengths(lengths, recipe.dpo.max_tokens, "dpo.max_tokens", file)
     with artifacts.create(identity, root, keep_partial=checkpoint is not None) as draft:
-        loop.prepare_threads()
+        loop.prepare()
         set_seed(recipe.seed)
         model = continue_adapter(base, adapter)
         before = preferences.score(model, pairs)

@@ -6,6 +6,7 @@ the end; `loss.jsonl` and `loss.png` stay.
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,12 @@ def arguments(folder: Path, phase: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def prepare_threads() -> None:
-    """torch on busy or quota-limited cores collapses unless its thread count is set."""
+def prepare() -> None:
+    """Sets torch's threads (on busy or quota-limited cores it collapses otherwise) and silences what no user could mend."""
     import torch
 
+    # transformers 5.23 warns of names that trl 1.16 and peft 0.21 still use.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     torch.set_num_threads(device.usable_cores())
 
 

@@ -38,7 +38,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
     total = sum(len(row.input_ids) for row in labelled)
     note(f"sft: {len(rows)} conversations, {total:,} tokens, {learned:,} of them learned (assistant turns only, checked)")
     with artifacts.create(identity, root, keep_partial=checkpoint is not None) as draft:
-        loop.prepare_threads()
+        loop.prepare()
         set_seed(recipe.seed)
         model = add_adapter(models.load_model(base.path), recipe)
         trainer = _trainer(model, tokenizer, labelled, recipe, draft.path)

@@ -62,7 +62,7 @@ def make(recipe: Recipe, dataset: Path, root: Path, *, resume: bool = False, res
     identity = plan(recipe, artifacts.identity(dataset))
     checkpoint = loop.resume_point(identity, root, resume=resume, restart=restart)
     with artifacts.create(identity, root, keep_partial=checkpoint is not None) as draft:
-        loop.prepare_threads()
+        loop.prepare()
         set_seed(recipe.seed)
         texts = plain_texts(dataset)
         tokenizer = make_tokenizer(texts, recipe.starter.vocabulary_tokens)
@@ -74,6 +74,7 @@ def make(recipe: Recipe, dataset: Path, root: Path, *, resume: bool = False, res
             " It is for trying the appliance: it knows only your files."
         )
         outcome = loop.train(_trainer(model, tokenizer, rows, recipe, draft.path), draft.path, "starter", checkpoint)
+        renew_turn_tokens(model, tokenizer)
         _save(model, tokenizer, draft.path)
         card = CARD.format(name=recipe.name, parameters=model.num_parameters(), tokens=tokens)
         (draft.path / "README.md").write_text(card)
@@ -143,6 +144,22 @@ def make_model(shape: Starter, tokenizer: Any) -> Any:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     return model
+
+
+def renew_turn_tokens(model: Any, tokenizer: Any) -> None:
+    """Gives the tokens of turns, which plain text never shows, new embeddings: random directions of the usual length.
+
+    Training pushed them away from every hidden state, since they were never the next token; with tied embeddings no adapter
+    could then make the model end a turn.
+    """
+    import torch
+
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        usual_length = embeddings.norm(dim=1).mean()
+        for token in tokenizer.convert_tokens_to_ids([TURN_START, TURN_END]):
+            direction = torch.randn_like(embeddings[token])
+            embeddings[token] = direction / direction.norm() * usual_length
 
 
 def _rows(tokenizer: Any, texts: Sequence[str], row_tokens: int) -> list[list[int]]:
