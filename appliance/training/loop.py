@@ -89,7 +89,7 @@ def train(trainer: Any, folder: Path, label: str, checkpoint: Path | None) -> di
     trainer.remove_callback(PrinterCallback)  # our progress line says it, and the loss curve keeps it
     trainer.add_callback(_callback(folder, label, first_step))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS)
     curve = [json.loads(line) for line in (folder / LOSS).read_text().splitlines()]
     _plot(curve, folder / "loss.png", label)
     losses = [point["loss"] for point in curve]

@@ -15,6 +15,7 @@ class Pair:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    is_chosen_longer: bool  # in characters, as a reader would count
 
     @property
     def longest_tokens(self) -> int:
@@ -44,7 +45,8 @@ def tokenize(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[Pair]:
         for key in ("chosen", "rejected"):
             whole = render_ids(tokenizer, [*messages["prompt"], *messages[key]], add_generation_prompt=False)
             answers[key] = whole[len(prompt) :]
-        pairs.append(Pair(row["line"], prompt, answers["chosen"], answers["rejected"]))
+        is_longer = len(row["chosen"]) > len(row["rejected"])
+        pairs.append(Pair(row["line"], prompt, answers["chosen"], answers["rejected"], is_longer))
     return pairs
 
 
@@ -55,22 +57,25 @@ def score(model: Any, pairs: Sequence[Pair]) -> list[Score]:
 
 
 def compare(pairs: Sequence[Pair], before: Sequence[Score], after: Sequence[Score]) -> dict[str, float]:
-    """Shares in 0 to 1 of pairs whose chosen answer is likelier per token (sums would favour the shorter answer),
+    """How much likelier the chosen answers are, before and after.
 
-    and of pairs whose chosen answer gained on the rejected one since before, which is what DPO optimizes.
+    Accuracy is the share (0 to 1) of pairs whose chosen answer is likelier per token, since sums would favour the shorter
+    one; margin the mean of that difference (nats a token); reward accuracy the share of pairs whose chosen answer gained on
+    the rejected one since before, which is what DPO optimizes.
     """
 
-    def prefers(scores: Sequence[Score]) -> float:
-        likelier = [s.chosen / len(p.chosen) > s.rejected / len(p.rejected) for p, s in zip(pairs, scores, strict=True)]
-        return sum(likelier) / len(likelier)
+    def margins(scores: Sequence[Score]) -> list[float]:
+        return [s.chosen / len(p.chosen) - s.rejected / len(p.rejected) for p, s in zip(pairs, scores, strict=True)]
 
+    first, last = margins(before), margins(after)
     gains = [(a.chosen - b.chosen) - (a.rejected - b.rejected) for a, b in zip(after, before, strict=True)]
     return {
-        "accuracy_before": prefers(before),
-        "accuracy_after": prefers(after),
+        "accuracy_before": sum(margin > 0 for margin in first) / len(first),
+        "accuracy_after": sum(margin > 0 for margin in last) / len(last),
+        "margin_before_nats": sum(first) / len(first),
+        "margin_after_nats": sum(last) / len(last),
         "reward_accuracy": sum(gain > 0 for gain in gains) / len(gains),
-        "mean_margin_gain_nats": sum(gains) / len(gains),
-        "chosen_longer": sum(len(pair.chosen) > len(pair.rejected) for pair in pairs) / len(pairs),
+        "chosen_longer": sum(pair.is_chosen_longer for pair in pairs) / len(pairs),
     }
 
 

@@ -65,7 +65,8 @@ def make(recipe: Recipe, dataset: Path, root: Path, *, resume: bool = False, res
         loop.prepare()
         set_seed(recipe.seed)
         texts = plain_texts(dataset)
-        tokenizer = make_tokenizer(texts, recipe.starter.vocabulary_tokens)
+        preferences = [row[key] for row in read_rows(dataset, "dpo") for key in ("chosen", "rejected")]
+        tokenizer = make_tokenizer([*texts, *preferences], recipe.starter.vocabulary_tokens)
         model = make_model(recipe.starter, tokenizer)
         rows = _rows(tokenizer, texts, recipe.starter.row_tokens)
         tokens = sum(map(len, rows))
@@ -83,12 +84,9 @@ def make(recipe: Recipe, dataset: Path, root: Path, *, resume: bool = False, res
 
 
 def plain_texts(dataset: Path) -> list[str]:
-    """Every text of the data set that is meant to be true: conversations, chosen answers, FAQ; never rejected answers."""
+    """What the base reads: conversations and FAQ. Preferences are left to DPO, which would else have nothing to learn."""
     texts = ["\n".join(message["content"] for message in row["messages"]) for row in read_rows(dataset, "sft")]
-    texts += [f"{row['question']}\n{row['answer']}" for row in read_rows(dataset, "faq")]
-    for row in read_rows(dataset, "dpo"):
-        texts.append("\n".join([*(message["content"] for message in row["prompt"]), row["chosen"]]))
-    return texts
+    return texts + [f"{row['question']}\n{row['answer']}" for row in read_rows(dataset, "faq")]
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary_tokens: int) -> Any:
