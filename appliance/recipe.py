@@ -39,7 +39,7 @@ class Starter:
     head_width: int = setting(64, minimum=8, maximum=256)
     context_tokens: int = setting(1024, minimum=64, maximum=32768)
     row_tokens: int = setting(512, minimum=16, maximum=32768, about="longer texts are cut into rows of this length")
-    epochs: int = setting(12, minimum=1)
+    epochs: int = setting(18, minimum=1)
     batch_rows: int = setting(4, minimum=1)
     learning_rate: float = setting(4e-3, minimum=0.0, about="AdamW, for embeddings and norms")
     matrix_learning_rate: float = setting(0.05, minimum=0.0, about="Muon, for the matrices of the layers")

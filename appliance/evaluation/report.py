@@ -66,7 +66,8 @@ def _training(made: Mapping[str, Artifact]) -> list[str]:
             f"Preference accuracy over {dpo['rows']} triplets (chosen answer likelier per token):"
             f" {dpo['accuracy_before']:.1%} before DPO, {dpo['accuracy_after']:.1%} after; by"
             f" {dpo['margin_before_nats']:.2f} nats a token before, {dpo['margin_after_nats']:.2f} after."
-            f" The chosen answer gained on the rejected one in {dpo['reward_accuracy']:.1%}. Length alone would decide {dpo['chosen_longer']:.1%}.",
+            f" The chosen answer gained on the rejected one in {dpo['reward_accuracy']:.1%}."
+            f" Length alone would decide {dpo['chosen_longer']:.1%}.",
         ]
     return lines + _samples(made)
 
