@@ -31,6 +31,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
 
     identity = plan(recipe, artifacts.identity(dataset), base.identity, artifacts.identity(adapter))
     checkpoint = loop.resume_point(identity, root, resume=resume, restart=restart)
+    loop.require_space(base.path, root)
     rows = read_rows(dataset, "dpo")
     tokenizer = models.load_tokenizer(base.path)
     pairs = preferences.tokenize(tokenizer, rows)

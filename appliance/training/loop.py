@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from appliance import device
+from appliance import artifacts, device
 from appliance.artifacts import Plan
 from appliance.console import Progress, note
 from appliance.errors import ArtifactError
@@ -57,6 +57,15 @@ def prepare() -> None:
     # transformers 5.23 warns of names that trl 1.16 and peft 0.21 still use.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     torch.set_num_threads(device.usable_cores())
+
+
+def require_space(base: Path, root: Path) -> None:
+    """Raises `EnvironmentIncomplete` unless there is room for an adapter, its optimizer and two checkpoints of both.
+
+    An adapter of rank 16 on every linear layer is under 1 % of the base's parameters, held in float32.
+    """
+    weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    artifacts.require_space(root, weights // 6 + 300_000_000, "Training")
 
 
 def resume_point(plan: Plan, root: Path, *, resume: bool, restart: bool) -> Path | None:

@@ -28,6 +28,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
 
     identity = plan(recipe, artifacts.identity(dataset), base.identity)
     checkpoint = loop.resume_point(identity, root, resume=resume, restart=restart)
+    loop.require_space(base.path, root)
     rows = read_rows(dataset, "sft")
     tokenizer = models.load_tokenizer(base.path)
     labelled = labels.label_conversations(tokenizer, rows, models.marked_template(base.path, tokenizer))

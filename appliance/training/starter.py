@@ -60,6 +60,7 @@ def make(recipe: Recipe, dataset: Path, root: Path, *, resume: bool = False, res
     from transformers import set_seed
 
     identity = plan(recipe, artifacts.identity(dataset))
+    loop.require_space(dataset, root)
     checkpoint = loop.resume_point(identity, root, resume=resume, restart=restart)
     with artifacts.create(identity, root, keep_partial=checkpoint is not None) as draft:
         loop.prepare()
