@@ -39,7 +39,7 @@ class Starter:
     head_width: int = setting(64, minimum=8, maximum=256)
     context_tokens: int = setting(1024, minimum=64, maximum=32768)
     row_tokens: int = setting(512, minimum=16, maximum=32768, about="longer texts are cut into rows of this length")
-    epochs: int = setting(18, minimum=1)
+    epochs: int = setting(16, minimum=1)
     batch_rows: int = setting(4, minimum=1)
     learning_rate: float = setting(4e-3, minimum=0.0, about="AdamW, for embeddings and norms")
     matrix_learning_rate: float = setting(0.05, minimum=0.0, about="Muon, for the matrices of the layers")
@@ -159,6 +159,10 @@ def _absolute(table: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _contradictions(recipe: Recipe) -> list[str]:
     problems = []
+    if not recipe.languages:
+        problems.append('languages: must name at least one, for example ["en"].')
+    if len(set(recipe.phases)) < len(recipe.phases):
+        problems.append(f"phases: {', '.join(recipe.phases)} names a phase twice.")
     if recipe.quantize.serve not in (*recipe.quantize.types, "F16"):
         made = ", ".join(recipe.quantize.types)
         problems.append(f"quantize.serve: {recipe.quantize.serve!r} is not made; quantize.types has {made}.")

@@ -18,7 +18,7 @@ class Question:
 
 
 def training_questions(rows: Sequence[dict[str, Any]], wanted: Sequence[str], per_language: int) -> list[Question]:
-    """The first `per_language` opening questions in each wanted language, in the order of `wanted`.
+    """Up to `per_language` opening questions in each wanted language, spread evenly over the rows.
 
     Openings that occur more than once are passed over: they have no single answer.
     """
@@ -30,9 +30,15 @@ def training_questions(rows: Sequence[dict[str, Any]], wanted: Sequence[str], pe
             continue
         question, answer = messages[0]["content"], messages[1]["content"]
         language = languages.detect(answer, wanted)
-        if language is not None and len(found[language]) < per_language:
+        if language is not None:
             found[language].append(Question(language, question, answer))
-    return [question for language in wanted for question in found[language]]
+    return [question for language in wanted for question in _spread(found[language], per_language)]
+
+
+def _spread(questions: Sequence[Question], count: int) -> list[Question]:
+    """The middles of `count` equal parts."""
+    count = min(count, len(questions))
+    return [questions[(2 * part + 1) * len(questions) // (2 * count)] for part in range(count)]
 
 
 def _opening(row: dict[str, Any]) -> str:
