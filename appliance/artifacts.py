@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 KINDS = ("base", "dataset", "adapter", "merged", "gguf", "encoder", "report")
 PARTIAL = ".partial"
+REQUIRED = {"kind", "name", "digest", "parents", "inputs", "config", "results", "files", "made_at", "seconds"}
+NAME_WITH_DIGEST = re.compile(r".+-[0-9a-f]{12}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,10 +101,14 @@ def load(path: Path) -> Artifact:
         manifest = json.loads(manifest_path.read_text())
     except FileNotFoundError:
         raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST}; make it again with its command.") from None
+    except NotADirectoryError:
+        raise ArtifactError(f"{path} is a file; name the artifact's folder, {path.parent}.") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{manifest_path} cannot be read ({error}); remove the folder and repeat.") from error
-    if manifest.get("schema") != SCHEMA:
-        raise ArtifactError(f"{manifest_path} has schema {manifest.get('schema')!r}; this version reads {SCHEMA}.")
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA or not manifest.keys() >= REQUIRED:
+        raise ArtifactError(
+            f"{manifest_path} is no manifest of schema {SCHEMA}; remove {path} and repeat the step that made it."
+        )
     return Artifact(path, manifest)
 
 
@@ -112,7 +119,7 @@ def identity(path: Path) -> str:
     """
     if path.name == "current" and path.is_symlink():
         path = path.resolve()
-    if path.parent.name in KINDS and path.name[-13:-12] == "-":
+    if path.parent.name in KINDS and NAME_WITH_DIGEST.fullmatch(path.name):
         return f"{path.parent.name}/{path.name}"
     if not path.exists():
         raise ArtifactError(f"{path} does not exist.")
@@ -125,6 +132,13 @@ def identity(path: Path) -> str:
             mark = [stat.st_size, stat.st_mtime_ns] if file.suffix in heavy else digest_file(file)
             entries.append([file.name, mark])
     return f"{path.name}@{digest_of(entries)[:12]}"
+
+
+def check_input(path: Path) -> None:
+    """Compares an artifact that is about to be read with its manifest; a foreign folder or file has none and passes."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / MANIFEST).exists():
+        check_files(load(folder))
 
 
 def check_files(artifact: Artifact) -> None:
@@ -141,11 +155,12 @@ def check_files(artifact: Artifact) -> None:
 
 
 @contextlib.contextmanager
-def create(plan: Plan, root: Path, *, keep_partial: bool = False) -> Iterator[Draft]:
+def create(plan: Plan, root: Path, *, keep_partial: bool = False, is_resumable: bool = False) -> Iterator[Draft]:
     """A draft that becomes the artifact when the block ends without an exception.
 
-    `keep_partial` leaves what an interrupted run wrote (training resumes from it); otherwise it is cleared first.
-    Raises `ArtifactError` when another process is making the same artifact.
+    `keep_partial` leaves what an interrupted run wrote (training resumes from it); otherwise it is cleared first. What a
+    failure leaves is removed, unless the step `is_resumable`. Raises `ArtifactError` when another process is making the
+    same artifact.
     """
     started = time.time()
     partial = plan.partial(root)
@@ -155,7 +170,12 @@ def create(plan: Plan, root: Path, *, keep_partial: bool = False) -> Iterator[Dr
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)
         draft = Draft(partial)
-        yield draft
+        try:
+            yield draft
+        except Exception:
+            if not is_resumable:
+                shutil.rmtree(partial)
+            raise
         _commit(plan, draft, plan.location(root), started)
 
 
@@ -180,6 +200,9 @@ def _commit(plan: Plan, draft: Draft, location: Path, started: float) -> None:
         "seconds": round(time.time() - started, 3),
     }
     write_atomically(draft.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n")
+    if (location / MANIFEST).exists():  # another process made the same meanwhile; artifacts are never changed
+        shutil.rmtree(draft.path)
+        return
     if location.exists():  # a folder without a manifest: not whole, so nothing of value
         shutil.rmtree(location)
     draft.path.rename(location)
@@ -216,7 +239,4 @@ def _locked(lock: Path, partial: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ArtifactError(f"Another process is making {partial} now; wait for it or end it.") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        yield  # the file stays: a process that waits on a removed one would not exclude the next

@@ -6,6 +6,7 @@ the only one that reads the environment; it does not know which settings exist (
 
 import dataclasses
 import difflib
+import math
 import os
 import tomllib
 import types
@@ -54,7 +55,7 @@ def apply_quiet_environment() -> None:
 def parse_set(assignment: str, problems: list[str]) -> dict[str, Any]:
     """`section.key=value` as a nested table; a value that is no TOML literal is a plain string."""
     key, separator, text = assignment.partition("=")
-    if not separator or not key.strip():
+    if not separator or not key.strip() or not text.strip():
         problems.append(f"--set {assignment!r}: expected key=value, for example --set sft.epochs=3")
         return {}
     try:
@@ -172,6 +173,8 @@ def _convert_scalar(kind: Any, value: Any, where: str, limits: Mapping[str, Any]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         problems.append(f"{where}: expected {kind.__name__}, found {value!r}.")
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{where}: {value} is not a finite number.")
     low, high = limits.get("minimum"), limits.get("maximum")
     if isinstance(value, int | float) and ((low is not None and value < low) or (high is not None and value > high)):
         bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"

@@ -3,6 +3,7 @@
 stdout is the result, stderr is progress. This file knows nothing of what the commands do.
 """
 
+import errno
 import json
 import os
 import signal
@@ -28,10 +29,17 @@ class Command(click.Command):
         except ApplianceError as error:
             self._leave(ctx, error)
         except OSError as error:
-            if error.errno == 28:  # ENOSPC, wherever it strikes: partial directories keep what was complete
+            if error.errno == errno.ENOSPC:  # wherever it strikes: what was complete is kept
                 full = f"No space left on the device while writing {error.filename or 'a file'}; free some and repeat."
                 self._leave(ctx, EnvironmentIncomplete(full))
-            raise
+            if error.filename is None:
+                raise
+            self._leave(ctx, ApplianceError(f"{error.filename}: {error.strerror}; check the path and its permissions."))
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] in ("appliance", "convert"):
+                raise
+            missing = f"The Python package {error.name!r} is not installed; run `make setup`, or use an image that has it."
+            self._leave(ctx, EnvironmentIncomplete(missing))
         except KeyboardInterrupt:
             note("interrupted")
             sys.exit(128 + signal.SIGINT)

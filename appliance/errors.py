@@ -3,6 +3,7 @@
     ApplianceError                   exit 1, HTTP 500
     ├── RecipeError                  exit 2, HTTP 400   a recipe, setting or flag is wrong
     ├── DataError                    exit 1, HTTP 400   training data is missing, empty or malformed
+    ├── TrainingFailed               exit 1, HTTP 500   training diverged
     ├── ArtifactError                exit 1, HTTP 500   an artifact is missing, incomplete or locked
     │   └── ModelFileError           exit 1, HTTP 500   a model file is corrupt, truncated or unsupported
     ├── ServerError                  exit 1, HTTP 500   the server cannot start or does not answer (port in use, ...)
@@ -40,6 +41,10 @@ class RecipeError(ApplianceError):
 class DataError(ApplianceError):
     http_status = 400
     api_code = "invalid_data"
+
+
+class TrainingFailed(ApplianceError):
+    api_code = "training_failed"
 
 
 class ArtifactError(ApplianceError):

@@ -25,8 +25,10 @@ def promote(model: Artifact, report: Artifact, serve: Mapping[str, Any], root: P
     """
     if model.manifest["kind"] != "gguf":
         raise ArtifactError(f"{model.path} is of kind {model.manifest['kind']!r}; only a gguf artifact can be served.")
-    if report.manifest["kind"] != "report" or model.id not in report.manifest["parents"]:
+    if report.manifest["inputs"].get("what") != "verify" or model.id not in report.manifest["parents"]:
         raise VerificationFailed(f"{report.path} does not verify {model.id}; run `appliance convert verify` for it first.")
+    if model.path.resolve() != (root / "gguf" / model.path.name).resolve():
+        raise ArtifactError(f"{model.path} does not lie in {root / 'gguf'}; only a model of this folder can be promoted.")
     artifacts.check_files(model)
     record = {
         "schema": artifacts.SCHEMA,
@@ -52,6 +54,9 @@ def serve_settings(model: Artifact, root: Path) -> Mapping[str, Any]:
     path = root / RECORD
     if not path.is_file():
         return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    settings: Mapping[str, Any] = record["serve"] if record.get("model") == model.id else {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        settings: Mapping[str, Any] = record["serve"] if record["model"] == model.id else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error!r}); promote the model again.") from error
     return settings

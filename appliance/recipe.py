@@ -86,7 +86,9 @@ class Quantize:
 class Verify:
     prompts: int = setting(8, minimum=1, about="prompts followed along the merged model's greedy answer")
     answer_tokens: int = setting(48, minimum=1)
-    logit_gap: float = setting(0.01, minimum=0.0, about="steps with a smaller top-2 gap are ties and not judged")
+    logit_gap: float = setting(
+        0.01, minimum=0.0, maximum=1.0, about="steps with a smaller top-2 gap are ties and not judged"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,7 @@ class Recipe:
     data: Data
     base: str = setting(STARTER, about="'starter', a Hugging Face id that was pulled, or a local folder")
     languages: tuple[str, ...] = setting(("en",), about="ISO 639-1 codes of the answers")
-    seed: int = setting(3407, minimum=0)
+    seed: int = setting(3407, minimum=0, maximum=2**32 - 1)
     phases: tuple[Literal["sft", "dpo"], ...] = setting(("sft", "dpo"))
     starter: Starter = Starter()
     lora: Lora = Lora()
@@ -127,6 +129,8 @@ def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
     flags = config.merge_tables(*(_absolute(config.parse_set(each, problems), Path.cwd()) for each in sets))
     overrides = config.merge_tables(config.environment_table(Recipe), flags)
     with_starter = table.pop("with_starter", {})
+    if not isinstance(with_starter, dict):
+        raise RecipeError(f"{path}: with_starter: expected a table, found {with_starter!r}.")
     if overrides.get("base", table.get("base", STARTER)) == STARTER:
         table = config.merge_tables(table, with_starter)
     merged = config.merge_tables(_absolute(table, path.parent), overrides)
@@ -142,9 +146,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist; `appliance init DIR` makes a recipe to start from.") from None
+        raise RecipeError(f"{path} does not exist; start from a copy of recipes/shelter.") from None
     except IsADirectoryError:
         raise RecipeError(f"{path} is a folder; name the recipe file, for example {path / 'recipe.toml'}.") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}.") from error
 
@@ -172,6 +178,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append("data.dpo: missing, and phases names 'dpo'; give a file, or set phases = [\"sft\"].")
     if recipe.starter.heads % recipe.starter.kv_heads:
         problems.append(f"starter.kv_heads: {recipe.starter.kv_heads} does not divide starter.heads {recipe.starter.heads}.")
+    if recipe.starter.head_width % 2:
+        problems.append(f"starter.head_width: {recipe.starter.head_width} must be even (rotary embeddings turn pairs).")
     if not recipe.name.replace("-", "").replace("_", "").isalnum() or not recipe.name.isascii():
         problems.append(f"name: {recipe.name!r} may have only ASCII letters, digits, '-' and '_'; it names files.")
     if recipe.base == STARTER:

@@ -54,6 +54,9 @@ def _make(plan: Plan, adapter: Path, base: Path, root: Path) -> None:
     if not shards:
         raise ModelFileError(f"{base} has no .safetensors file to merge into.")
     artifacts.require_space(root, sum(shard.stat().st_size for shard in shards) + 50_000_000, "The merged model")
+    for folder in (adapter, base):
+        artifacts.check_input(folder)
+    _require_same_base(adapter, base)
     lora = read_adapter(adapter)
     with artifacts.create(plan, root) as draft:
         used: set[str] = set()
@@ -66,6 +69,14 @@ def _make(plan: Plan, adapter: Path, base: Path, root: Path) -> None:
                 shutil.copyfile(file, draft.path / file.name)
         draft.results.update(merged_weights=len(used), scale=lora.scale)
         note(f"merge: {len(used)} weights changed, scale {lora.scale:g}")
+
+
+def _require_same_base(adapter: Path, base: Path) -> None:
+    """An adapter fits any base of the same shapes; its manifest says which one it was trained on."""
+    if (adapter / artifacts.MANIFEST).exists():
+        parents = artifacts.load(adapter).manifest["parents"]
+        if (given := artifacts.identity(base.resolve())) not in parents:
+            raise ModelFileError(f"{adapter} was trained on {', '.join(parents)}, not on {given}; name its own base.")
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -122,11 +133,16 @@ def merge_shard(source: Path, target: Path, lora: Adapter) -> set[str]:
 def _unmergeable(settings: Mapping[str, Any]) -> str | None:
     if settings.get("peft_type") != "LORA":
         return f"it is of type {settings.get('peft_type')!r}, not LORA"
+    # PiSSA, OLoRA, CorDA and LoftQ change the base weights themselves, which the adapter does not hold.
+    initial = str(settings.get("init_lora_weights", True)).lower()
+    if initial.startswith(("pissa", "olora", "corda", "loftq")):
+        return f"it belongs to a changed base (init_lora_weights = {initial!r})"
     for key, meaning in {
         "use_dora": "DoRA scales whole weights",
         "modules_to_save": "it replaces whole modules",
         "alpha_pattern": "alpha differs between layers",
         "rank_pattern": "rank differs between layers",
+        "alora_invocation_tokens": "it is active in part of a text only",
         "fan_in_fan_out": "its weights are transposed",
     }.items():
         if settings.get(key):

@@ -41,6 +41,7 @@ def quantize(model: Path, quantization: str, name: str | None, dry_run: bool, as
     if state == "made":
         if not source.is_file():
             raise ModelFileError(f"{source} does not exist; name a GGUF file or the folder of one.")
+        artifacts.check_input(source)
         artifacts.require_space(root, source.stat().st_size, "The quantized file")
         with artifacts.create(plan, root) as draft:
             target = draft.path / file.name

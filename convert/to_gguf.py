@@ -61,6 +61,7 @@ def file_name(plan: Plan) -> str:
 
 def _make(plan: Plan, model: Path, number_type: str, root: Path) -> None:
     require_known_architecture(model)
+    artifacts.check_input(model)
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     artifacts.require_space(root, weights + 50_000_000, "The GGUF file")
     with artifacts.create(plan, root) as draft:
@@ -107,7 +108,10 @@ def require_known_architecture(model: Path) -> None:
     path = model / "config.json"
     if not path.is_file():
         raise ModelFileError(f"{model} has no config.json, so it is no model in the Hugging Face format.")
-    names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
+    try:
+        names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
+    except (ValueError, AttributeError) as error:
+        raise ModelFileError(f"{path} is not a JSON object: {error}.") from error
     table = (llama_cpp_source.converter_dir() / "conversion" / "__init__.py").read_text(encoding="utf-8")
     known = set(re.findall(r'^\s+"(\w+)":\s+"\w+"', table, re.MULTILINE))
     if not known.intersection(names):

@@ -21,7 +21,7 @@ from appliance.recipe import Verify
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
 from convert.gguf_model import GgufModel
 
-REVISION = 1  # raised when the checks change
+REVISION = 2  # raised when the checks change
 DEFAULTS = Verify()
 MOST_SHOWN = 5
 
@@ -35,6 +35,16 @@ class AnswerPath:
     logits: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """Messages as the training tokenizer renders them: a whole conversation, or the prompt of its last answer."""
+
+    conversation: int
+    messages: list[dict[str, str]]
+    is_prompt: bool
+    token_ids: list[int]
+
+
 @click.command(cls=Command)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--merged", type=click.Path(path_type=Path), required=True, help="The folder that the file was made from.")
@@ -42,7 +52,7 @@ class AnswerPath:
 @click.option("--quantized", type=click.Path(path_type=Path), multiple=True, help="Also measure this file.")
 @click.option("--prompts", type=click.IntRange(min=1), default=DEFAULTS.prompts, show_default=True)
 @click.option("--answer-tokens", type=click.IntRange(min=1), default=DEFAULTS.answer_tokens, show_default=True)
-@click.option("--logit-gap", type=click.FloatRange(min=0), default=DEFAULTS.logit_gap, show_default=True)
+@click.option("--logit-gap", type=click.FloatRange(min=0, max=1), default=DEFAULTS.logit_gap, show_default=True)
 @click.option("--name", help="Name of the report; default: the file's.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and make nothing.")
 @json_option
@@ -67,13 +77,14 @@ def verify(
     plan = Plan(
         kind="report",
         name=f"{name or model.stem}-verify",
-        inputs={"revision": REVISION, "conversations": f"{data}/{conversations.name}"},
+        inputs={"revision": REVISION, "what": "verify", "conversations": f"{data}/{conversations.name}"},
         parents=parents,
         config=config.plain(settings),
     )
     existing = plan.existing(root)
     state = "unchanged" if existing else "to make" if dry_run else "made"
     if state == "made":
+        _check_descent(model, merged, quantized)
         config.apply_quiet_environment()
         with artifacts.create(plan, root) as draft:
             draft.results.update(verify_files(files, merged, read_messages(conversations), settings))
@@ -83,14 +94,33 @@ def verify(
     emit({"artifact": plan.location(root), "state": state, "results": results}, as_json, f"{plan.location(root)} ({state})")
 
 
+def _check_descent(model: Path, merged: Path, quantized: Sequence[Path]) -> None:
+    """Raises `VerificationFailed` for a file that was made from another one, `ModelFileError` for a missing one."""
+    for file in (model, *quantized):
+        if not file.is_file():
+            raise ModelFileError(f"{file} does not exist; name a .gguf file.")
+        artifacts.check_input(file)
+    artifacts.check_input(merged)
+    for file in quantized:
+        if not (file.parent / artifacts.MANIFEST).exists():
+            raise VerificationFailed(f"{file} has no manifest, so nothing says what it was made from.")
+        if artifacts.identity(model.parent) not in (parents := artifacts.load(file.parent).manifest["parents"]):
+            raise VerificationFailed(f"{file} was made from {', '.join(parents)}, not from {model}.")
+
+
 def read_messages(path: Path) -> list[list[dict[str, str]]]:
     """The conversations of a dataset's file; raises `DataError`."""
     try:
-        rows = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lacking = [number for number, messages in enumerate(rows, 1) if "user" not in {each["role"] for each in messages}]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no file of conversations ({error}); `appliance data check` makes one.") from error
     if not rows:
         raise DataError(f"{path} holds no conversation, so nothing can be verified.")
+    if lacking:
+        raise DataError(
+            f"{path}: row {lacking[0]} has no user turn; `appliance data check` makes a file that can be verified."
+        )
     return rows
 
 
@@ -99,20 +129,24 @@ def verify_files(
 ) -> dict[str, Any]:
     """Runs all checks; raises `VerificationFailed` with everything that failed."""
     tokenizer, model = _load_merged(merged)
-    expected = [_training_ids(tokenizer, messages) for messages in conversations]
+    expected = training_renderings(tokenizer, conversations)
     paths = greedy_paths(model, tokenizer, conversations, settings)
     longest = max(len(path.tokens) for path in paths)
     problems: list[str] = []
     results: dict[str, Any] = {}
     with GgufModel(files["F16"], context_tokens=max(longest, 64)) as gguf:
         problems += _check_vocabulary(gguf, tokenizer, model)
-        found = compare_tokens(gguf, conversations, expected)
+        if problems:  # logits of another vocabulary cannot be compared
+            raise VerificationFailed(several(problems, f"{files['F16']} is not the model that was trained"))
+        found = compare_tokens(gguf, expected)
         problems += found
-        tokens = sum(map(len, expected))
+        tokens = sum(len(each.token_ids) for each in expected if not each.is_prompt)
         results["tokens"] = {"conversations": len(conversations), "tokens": tokens, "mismatches": len(found)}
         results["F16"] = compare_paths(gguf, paths, settings.logit_gap)
     note(f"verify: {len(conversations)} conversations, {tokens:,} token ids, {len(found)} conversations differ")
     note(f"verify: F16 {_in_words(results['F16'])}")
+    if results["F16"]["steps"] == results["F16"]["ties"]:
+        problems.append(f"no step could be judged: {_in_words(results['F16'])}; ask for more prompts or answer tokens")
     if results["F16"]["disagreements"]:
         problems.append(f"the F16 file's top token differs: {_in_words(results['F16'])}")
     if problems:
@@ -120,6 +154,8 @@ def verify_files(
         raise VerificationFailed(several(shown, f"{files['F16']} is not the model that was trained"))
     for kind in [kind for kind in files if kind != "F16"]:
         with GgufModel(files[kind], context_tokens=max(longest, 64)) as gguf:
+            if problems := _check_vocabulary(gguf, tokenizer, model):
+                raise VerificationFailed(several(problems, f"{files[kind]} is another model"))
             results[kind] = compare_paths(gguf, paths, settings.logit_gap)
         note(f"verify: {kind} {_in_words(results[kind])}")
     return results
@@ -153,28 +189,33 @@ def greedy_paths(
     return paths
 
 
-def compare_tokens(
-    gguf: GgufModel, conversations: Sequence[list[dict[str, str]]], expected: Sequence[list[int]]
-) -> list[str]:
+def training_renderings(tokenizer: Any, conversations: Sequence[list[dict[str, str]]]) -> list[Rendering]:
+    """What the merged model's tokenizer makes of every conversation, and of the prompt that serving would see."""
+    renderings = []
+    for number, messages in enumerate(conversations, 1):
+        last_answer = max((i for i, each in enumerate(messages) if each["role"] == "assistant"), default=len(messages))
+        for part, is_prompt in ((messages, False), (messages[:last_answer], True)):
+            rendered = tokenizer.apply_chat_template(part, tokenize=True, return_dict=True, add_generation_prompt=is_prompt)
+            renderings.append(Rendering(number, part, is_prompt, list(rendered["input_ids"])))
+    return renderings
+
+
+def compare_tokens(gguf: GgufModel, expected: Sequence[Rendering]) -> list[str]:
     """What differs between the ids that serving would use and those of training, one line per conversation."""
     source = gguf.metadata("tokenizer.chat_template")
     if source is None:
         return ["the file has no chat template"]
-    problems = []
+    problems: dict[int, str] = {}
     try:
         template = ChatTemplate(source, gguf.special_tokens())
-        for number, (messages, ids) in enumerate(zip(conversations, expected, strict=True), 1):
-            served = gguf.tokenize(template.render(messages, add_generation_prompt=False))
-            if served != ids:
-                place = next(
-                    (i for i, (a, b) in enumerate(zip(served, ids, strict=False)) if a != b), min(len(served), len(ids))
-                )
-                problems.append(
-                    f"conversation {number}: {len(served)} token ids against {len(ids)}, first difference at {place}"
-                )
+        for each in expected:
+            served = gguf.tokenize(template.render(each.messages, add_generation_prompt=each.is_prompt))
+            if served != each.token_ids:
+                what = f"conversation {each.conversation}{', prompt of its last answer' if each.is_prompt else ''}"
+                problems.setdefault(each.conversation, f"{what}: {_difference(served, each.token_ids)}")
     except TemplateFailed as error:
-        problems.append(str(error))
-    return problems
+        return [*problems.values(), str(error)]
+    return list(problems.values())
 
 
 def compare_paths(gguf: GgufModel, paths: Sequence[AnswerPath], logit_gap: float) -> dict[str, Any]:
@@ -186,6 +227,8 @@ def compare_paths(gguf: GgufModel, paths: Sequence[AnswerPath], logit_gap: float
     for path in paths:
         first = path.prompt_tokens - 1
         found = gguf.logits(path.tokens[:-1], first)[:, : path.logits.shape[1]]
+        if not (numpy.isfinite(found).all() and numpy.isfinite(path.logits).all()):
+            raise VerificationFailed("The model computes values that are no numbers (NaN): its training diverged.")
         top_two = numpy.sort(path.logits, axis=1)[:, -2:]
         is_tie = top_two[:, 1] - top_two[:, 0] <= logit_gap
         is_same = found.argmax(axis=1) == path.logits.argmax(axis=1)
@@ -217,8 +260,10 @@ def _load_merged(merged: Path) -> tuple[Any, Any]:
     return tokenizer, model.eval()
 
 
-def _training_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+def _difference(served: Sequence[int], trained: Sequence[int]) -> str:
+    pairs = enumerate(zip(served, trained, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(served), len(trained)))
+    return f"{len(served)} token ids against {len(trained)}, first difference at {place}"
 
 
 def _check_vocabulary(gguf: GgufModel, tokenizer: Any, model: Any) -> list[str]:

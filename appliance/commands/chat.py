@@ -52,7 +52,8 @@ class Conversation(contextlib.AbstractContextManager["Conversation"]):
         self._url = url
         # No proxy: the server is in the building. An answer may take as long as it takes.
         timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
-        self._client = httpx.Client(base_url=url, timeout=timeout, trust_env=False)
+        with self._translated():
+            self._client = httpx.Client(base_url=url, timeout=timeout, trust_env=False)
         self._opening = [{"role": "system", "content": system}] if system else []
         self._limit = {"max_tokens": max_tokens} if max_tokens else {}
         self._model: str | None = None
@@ -65,6 +66,7 @@ class Conversation(contextlib.AbstractContextManager["Conversation"]):
         """Streams the answer. A turn that fails or is broken off is not remembered."""
         from appliance.serving import sse
 
+        text = text.encode(errors="replace").decode()  # a terminal may pass bytes that are no text
         model = self._model = self._model or self._served_model()
         messages = [*self._messages, {"role": "user", "content": text}]
         body = {"model": model, "messages": messages, "stream": True, **self._limit}

@@ -9,7 +9,8 @@ import click
 from appliance import artifacts, config, promotion
 from appliance.artifacts import Artifact
 from appliance.console import Command, emit, human_bytes, json_option
-from appliance.errors import ArtifactError, RecipeError
+from appliance.errors import ArtifactError, RecipeError, several
+from appliance.recipe import Serve
 
 
 @click.command("list", cls=Command)
@@ -56,15 +57,26 @@ def show(model: str | None, as_json: bool) -> None:
 def promote(model: Path, report: Path, serve_json: str, as_json: bool) -> None:
     """Serve MODEL from now on; its files and its verification REPORT are checked first."""
     root = config.artifacts_root()
-    try:
-        serve: dict[str, Any] = json.loads(serve_json)
-    except ValueError as error:
-        raise RecipeError(f"--serve is not valid JSON: {error}.") from error
-    chosen = artifacts.load(model)
+    serve = _serve_settings(serve_json)
+    chosen = _find(str(model), root)
     before = promotion.current(root)
     state = "unchanged" if before is not None and before.id == chosen.id else "promoted"
-    promotion.promote(chosen, artifacts.load(report), serve, root)
+    promotion.promote(chosen, _find(str(report), root), serve, root)
     emit({"artifact": chosen.path, "state": state}, as_json, f"{chosen.path} ({state})")
+
+
+def _serve_settings(text: str) -> dict[str, Any]:
+    problems: list[str] = []
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise RecipeError(f"--serve is not valid JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise RecipeError(f"--serve: expected a JSON object, found {text!r}.")
+    config.build(Serve, settings, "serve", problems)
+    if problems:
+        raise RecipeError(several(problems, "--serve"))
+    return settings
 
 
 def _find(model: str | None, root: Path) -> Artifact:
@@ -73,4 +85,4 @@ def _find(model: str | None, root: Path) -> Artifact:
         if promoted is None:
             raise ArtifactError(f"No model is promoted in {root}; `appliance run RECIPE` makes and promotes one.")
         return promoted
-    return artifacts.load(Path(model) if Path(model).is_dir() else root / model)
+    return artifacts.load(Path(model) if Path(model).exists() else root / model)

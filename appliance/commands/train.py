@@ -87,8 +87,11 @@ def _make(
         return starter.make(recipe, dataset, root, resume=resume, restart=restart)
     base = model.locate(str(_whole(plans["base"], root, "base")) if recipe.base == STARTER else recipe.base, root)
     if phase == "sft":
+        artifacts.check_input(base.path)
         return sft.train(recipe, dataset, base, root, resume=resume, restart=restart)
     adapter = _whole(plans["sft"], root, "sft")
+    for each in (base.path, adapter):
+        artifacts.check_input(each)
     return dpo.train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
 
 

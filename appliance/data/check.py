@@ -26,7 +26,11 @@ MOST_SHOWN = 5
 def plan(recipe: Recipe) -> Plan:
     """The dataset's identity; raises `DataError` naming every file that is missing."""
     files = _files(recipe)
-    missing = [f"{path} does not exist (data.{name})" for name, path in files.items() if not path.is_file()]
+    missing = [
+        f"{path} {'is no file' if path.exists() else 'does not exist'} (data.{name})"
+        for name, path in files.items()
+        if not path.is_file()
+    ]
     if missing:
         raise DataError(several(missing, "Training data is missing"))
     digests = {name: artifacts.digest_file(path) for name, path in files.items()}
@@ -43,6 +47,7 @@ def check(recipe: Recipe, root: Path, *, strict: bool) -> Artifact:
     artifact = identity.existing(root)
     defects: list[Defect] = []
     if artifact is None:
+        languages.require_known(recipe.languages)
         rows = _read_all(recipe, defects)
         if strict:
             _refuse(defects)
@@ -62,11 +67,14 @@ def read_defects(dataset: Artifact) -> list[Defect]:
 
 
 def read_rows(dataset: Path, name: str) -> list[Row]:
-    """The rows of one file of a dataset artifact; none when the recipe has no such file."""
+    """The rows of one file of a dataset artifact; none when the recipe has no such file.
+
+    Not by `splitlines`, which would also cut at characters that JSON leaves inside a text, such as U+2028.
+    """
     path = dataset / f"{name}.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _files(recipe: Recipe) -> dict[str, Path]:

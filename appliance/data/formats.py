@@ -72,7 +72,7 @@ def _read_rows(path: Path, defects: list[Defect], parse: Callable[[Row, Report],
             value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             defects.append(Defect(path.name, number, f"not UTF-8 at byte {error.start} of the line", "set aside"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             defects.append(Defect(path.name, number, f"invalid JSON ({error})", "set aside"))
         else:
             _take(value, path, number, defects, parse, rows)
@@ -88,9 +88,18 @@ def _take(
     try:
         if not isinstance(value, dict):
             raise _SetAside(f"expected an object, found {_shown(value)}")
+        _require_whole_characters(value)
         rows.append({**parse(value, report), "line": line})
     except _SetAside as reason:
         report(str(reason), "set aside")
+
+
+def _require_whole_characters(value: Row) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = str(error.object)[error.start]
+        raise _SetAside(f"holds {half!a}, half of a character: a text was cut inside an emoji") from None
 
 
 def _without_copies(rows: list[Row], path: Path, defects: list[Defect]) -> list[Row]:
@@ -197,7 +206,7 @@ def _list_items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     decoder = json.JSONDecoder()
     try:
         whole = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(whole, list):
         raise DataError(f"{path}: expected a JSON list of questions and answers, found {_shown(whole)}.")

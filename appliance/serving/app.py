@@ -78,7 +78,7 @@ def create_app(engine: Engine, metrics: Metrics, *, default_max_tokens: int) -> 
 async def _start(engine: Engine, body: ChatRequest, default_max_tokens: int) -> tuple[Generation, Answer]:
     """Queues the request; raises `RequestError` while the response can still have its status."""
     arrived_at = time.monotonic()
-    if body.model != engine.model.name:
+    if body.model is not None and body.model != engine.model.name:
         raise ModelNotFound(f"This server has no model of that name; it serves {engine.model.name!r}.", param="model")
     prompt = await engine.encode([message.plain() for message in body.messages])
     request = GenerationRequest(

@@ -21,7 +21,6 @@ from appliance.serving.scheduler import IDLE_CHUNK_TOKENS, Feed
 
 LOG_WARNING, LOG_ERROR = 3, 4  # ggml.h; llama_cpp's own `_logger.py` has them wrong
 DECODE_ABORTED = 2
-NO_TOKEN = -1
 SEEDS = 0xFFFFFFFF  # llama.cpp takes this very number for "any seed"
 
 _log_tail: deque[str] = deque(maxlen=4)
@@ -102,11 +101,6 @@ class Model:
     def control_texts(self) -> Sequence[str]:
         is_control = [token for token in range(self._token_count) if c.llama_vocab_is_control(self._vocab, token)]
         return tuple(self.token_text(token) for token in is_control)
-
-    @property
-    def prefix_token(self) -> int | None:
-        token = int(c.llama_vocab_bos(self._vocab))
-        return token if c.llama_vocab_get_add_bos(self._vocab) and token != NO_TOKEN else None
 
     @functools.cached_property
     def longest_token_bytes(self) -> int:

@@ -64,7 +64,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 class ChatRequest(Strict):
     """The body of POST /v1/chat/completions."""
 
-    model: str
+    model: str | None = Field(None, description="May be left out: one model is served.")
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(None, ge=1, description="An answer ends with the context at the latest.")

@@ -1,7 +1,8 @@
 """A conversation to token ids, exactly as training saw it, with control tokens that only the template can write.
 
-Training tokenises the rendered template as one string, special tokens parsed; so does this. When a message contains
-the text of a control token (`<|im_end|>`), that text alone is tokenised as plain text, so that no message can end its
+Training tokenises the rendered template as one string, special tokens parsed, and adds none; so does this: a template
+that wants a beginning-of-text token writes it, as in transformers' `apply_chat_template`. When a message contains the
+text of a control token (`<|im_end|>`), that text alone is tokenised as plain text, so that no message can end its
 turn or open another's. Knows nothing of llama.cpp.
 """
 
@@ -21,10 +22,6 @@ class Vocabulary(Protocol):
     @property
     def control_texts(self) -> Sequence[str]:
         """Texts that are parsed as control tokens."""
-
-    @property
-    def prefix_token(self) -> int | None:
-        """The token that the model wants before every prompt, if any."""
 
     @property
     def longest_token_bytes(self) -> int: ...
@@ -58,9 +55,6 @@ class PromptEncoder:
             raise RequestError(str(error), param="messages") from error
         self._require_room(-(-len(text.encode()) // self._vocabulary.longest_token_bytes), "at least ")
         tokens = self._tokenize(re.split(f"\ue000{nonce}:(\\d+)\ue001", text), controls)
-        prefix = self._vocabulary.prefix_token
-        if prefix is not None and tokens[:1] != [prefix]:
-            tokens.insert(0, prefix)
         self._require_room(len(tokens))
         return tuple(tokens)
 

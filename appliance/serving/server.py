@@ -42,8 +42,8 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ServerError(f"serve.host: {host!r} is no address of this machine ({error.strerror}).") from error
+    except (OSError, UnicodeError) as error:
+        raise ServerError(f"serve.host: {host[:80]!r} is no address of this machine ({error}).") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)

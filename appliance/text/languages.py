@@ -4,6 +4,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from appliance.errors import RecipeError
+
 MINIMUM_CHARACTERS = 12
 
 
@@ -15,10 +17,20 @@ def detect(text: str, candidates: Sequence[str]) -> str | None:
     return language
 
 
+def require_known(codes: Sequence[str]) -> None:
+    """Raises `RecipeError` for codes that py3langid does not tell apart."""
+    if unknown := sorted(set(codes) - set(_load().labels)):
+        raise RecipeError(f"languages: unknown codes {', '.join(unknown)}; use ISO 639-1 codes such as nl, en, pl, ar.")
+
+
 @functools.lru_cache(maxsize=4)
 def _identifier(candidates: tuple[str, ...]) -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier = _load()
     identifier.set_languages(list(candidates))
     return identifier
+
+
+def _load() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

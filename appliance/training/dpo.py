@@ -38,7 +38,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
     file = recipe.data.dpo.name if recipe.data.dpo else "dpo"
     lengths = [(pair.line, pair.longest_tokens) for pair in pairs]
     labels.require_lengths(lengths, recipe.dpo.max_tokens, "dpo.max_tokens", file)
-    with artifacts.create(identity, root, keep_partial=checkpoint is not None) as draft:
+    with artifacts.create(identity, root, keep_partial=checkpoint is not None, is_resumable=True) as draft:
         loop.prepare()
         set_seed(recipe.seed)
         model = continue_adapter(base, adapter)
@@ -52,6 +52,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
         shutil.rmtree(draft.path / REFERENCE, ignore_errors=True)
         samples.write(model, tokenizer, read_rows(dataset, "sft"), recipe, draft.path)
         draft.results.update(outcome, rows=len(rows))
+        loop.finish(draft.path)
     return artifacts.load(identity.location(root))
 
 

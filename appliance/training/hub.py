@@ -72,7 +72,7 @@ def fetch(model: HubModel, identity: Plan, root: Path) -> Artifact:
     partial = identity.partial(root)
     have = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
     artifacts.require_space(root, max(0, model.size_bytes - have) + SPARE_BYTES, f"Pulling {model.id}")
-    with artifacts.create(identity, root, keep_partial=True) as draft:
+    with artifacts.create(identity, root, keep_partial=True, is_resumable=True) as draft:
         progress = Progress("pull", len(model.files))
         for position, file in enumerate(model.files, 1):
             _fetch_file(model, file, draft.path)

@@ -26,6 +26,7 @@ class LabelledRow:
 
 def label_conversations(tokenizer: Any, rows: Sequence[dict[str, Any]], marked_template: str | None) -> list[LabelledRow]:
     """Tokenizes and labels; `marked_template` is the tokenizer's own template with generation markers, if there is one."""
+    require_plain_text(tokenizer, [(row["line"], [each["content"] for each in row["messages"]]) for row in rows])
     labelled = []
     for row in rows:
         messages = row["messages"]
@@ -70,6 +71,14 @@ def verify_labels(tokenizer: Any, rows: Sequence[dict[str, Any]], labelled: Sequ
     if problems:
         shown = [*problems[:MOST_SHOWN], *([f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else [])]
         raise VerificationFailed(several(shown, "The label check failed, so training would learn the wrong tokens"))
+
+
+def require_plain_text(tokenizer: Any, texts: Sequence[tuple[int, Sequence[str]]]) -> None:
+    """Raises `DataError` for rows, given as (line, texts), that hold the text of one of this tokenizer's control tokens."""
+    tokens = [token for token in tokenizer.all_special_tokens if token]
+    found = [f"line {line}: {token!r}" for line, row in texts for token in tokens if any(token in each for each in row)]
+    if found:
+        raise DataError(several(found[:MOST_SHOWN], "Text that this base model would read as a control token; take it out"))
 
 
 def require_lengths(lengths: Sequence[tuple[int, int]], limit_tokens: int, setting: str, file: str) -> None:

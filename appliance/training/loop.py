@@ -5,6 +5,7 @@ the end; `loss.jsonl` and `loss.png` stay.
 """
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from appliance import artifacts, device
 from appliance.artifacts import Plan
 from appliance.console import Progress, note
-from appliance.errors import ArtifactError
+from appliance.errors import ArtifactError, TrainingFailed
 from appliance.training import model as models
 
 CHECKPOINTS = "checkpoints"
@@ -36,6 +37,7 @@ def arguments(folder: Path, phase: Any, seed: int) -> dict[str, Any]:
         "warmup_steps": getattr(phase, "warmup_ratio", 0.03),
         "max_grad_norm": 1.0,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a diverged step must be seen, not logged as 0
         "save_strategy": "steps",
         "save_steps": getattr(phase, "checkpoint_steps", 100),
         "save_total_limit": 2,
@@ -81,9 +83,6 @@ def resume_point(plan: Plan, root: Path, *, resume: bool, restart: bool) -> Path
     if not resume:
         step = newest.name.rpartition("-")[2]
         raise ArtifactError(f"An interrupted run stopped after step {step} ({newest}); pass --resume, or --restart.")
-    for each in folder.glob("checkpoint-*"):
-        if each not in complete:
-            shutil.rmtree(each)
     return newest
 
 
@@ -91,6 +90,9 @@ def train(trainer: Any, folder: Path, label: str, checkpoint: Path | None) -> di
     """Runs the trainer to its end; returns what the loss did. Leaves `loss.jsonl` and `loss.png` in `folder`."""
     from transformers import PrinterCallback
 
+    for each in (folder / CHECKPOINTS).glob("checkpoint-*"):
+        if not (each / COMPLETE).exists():  # a save that was cut off
+            shutil.rmtree(each)
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     _keep_steps(folder / LOSS, first_step)
     if checkpoint:
@@ -98,12 +100,16 @@ def train(trainer: Any, folder: Path, label: str, checkpoint: Path | None) -> di
     trainer.remove_callback(PrinterCallback)  # our progress line says it, and the loss curve keeps it
     trainer.add_callback(_callback(folder, label, first_step))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    shutil.rmtree(folder / CHECKPOINTS)
     curve = [json.loads(line) for line in (folder / LOSS).read_text().splitlines()]
     _plot(curve, folder / "loss.png", label)
     losses = [point["loss"] for point in curve]
     tail = losses[-max(1, len(losses) // 20) :]  # single steps are noisy: the last twentieth's mean
     return {"steps": len(losses), "first_loss": losses[0], "final_loss": sum(tail) / len(tail)}
+
+
+def finish(folder: Path) -> None:
+    """Removes the checkpoints: last of all, since until then a killed run resumes from them."""
+    shutil.rmtree(folder / CHECKPOINTS)
 
 
 def _keep_steps(path: Path, last_step: int) -> None:
@@ -127,6 +133,9 @@ def _callback(folder: Path, label: str, first_step: int) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
             if not logs or "loss" not in logs:
                 return
+            if not math.isfinite(logs["loss"]):
+                at = f"at step {state.global_step}: loss {logs['loss']}"
+                raise TrainingFailed(f"{label} diverged {at}; lower its learning_rate and repeat with --restart.")
             point = {key: value for key, value in logs.items() if isinstance(value, int | float)}
             with (folder / LOSS).open("a") as stream:
                 stream.write(json.dumps({"step": state.global_step, **point}) + "\n")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.training.labels import render_ids
+from appliance.training.labels import render_ids, require_plain_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ def conversational(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenize(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[Pair]:
+    texts = [(row["line"], [*(each["content"] for each in row["prompt"]), row["chosen"], row["rejected"]]) for row in rows]
+    require_plain_text(tokenizer, texts)
     pairs = []
     for row in rows:
         messages = conversational(row)

@@ -38,7 +38,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
     learned = sum(label != labels.IGNORED for row in labelled for label in row.labels)
     total = sum(len(row.input_ids) for row in labelled)
     note(f"sft: {len(rows)} conversations, {total:,} tokens, {learned:,} of them learned (assistant turns only, checked)")
-    with artifacts.create(identity, root, keep_partial=checkpoint is not None) as draft:
+    with artifacts.create(identity, root, keep_partial=checkpoint is not None, is_resumable=True) as draft:
         loop.prepare()
         set_seed(recipe.seed)
         model = add_adapter(models.load_model(base.path), recipe)
@@ -47,6 +47,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
         model.save_pretrained(draft.path)
         samples.write(model, tokenizer, rows, recipe, draft.path)
         draft.results.update(outcome, rows=len(rows), tokens=total, learned_tokens=learned)
+        loop.finish(draft.path)
     return artifacts.load(identity.location(root))
 
 

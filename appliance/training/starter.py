@@ -62,7 +62,7 @@ def make(recipe: Recipe, dataset: Path, root: Path, *, resume: bool = False, res
     identity = plan(recipe, artifacts.identity(dataset))
     loop.require_space(dataset, root)
     checkpoint = loop.resume_point(identity, root, resume=resume, restart=restart)
-    with artifacts.create(identity, root, keep_partial=checkpoint is not None) as draft:
+    with artifacts.create(identity, root, keep_partial=checkpoint is not None, is_resumable=True) as draft:
         loop.prepare()
         set_seed(recipe.seed)
         texts = plain_texts(dataset)
@@ -81,6 +81,7 @@ def make(recipe: Recipe, dataset: Path, root: Path, *, resume: bool = False, res
         card = CARD.format(name=recipe.name, parameters=model.num_parameters(), tokens=tokens)
         (draft.path / "README.md").write_text(card)
         draft.results.update(outcome, parameters=model.num_parameters(), tokens=tokens, vocabulary=len(tokenizer))
+        loop.finish(draft.path)
     return artifacts.load(identity.location(root))
 
 

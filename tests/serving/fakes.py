@@ -128,9 +128,7 @@ class FakeEngine:
         self.conversations.append(messages)
         count = sum(len(message["content"]) for message in messages)
         if count >= MODEL.context_tokens:
-            raise PromptTooLong(
-                f"The prompt has {count} tokens; the limit is {MODEL.context_tokens}.", param="messages"
-            )
+            raise PromptTooLong(f"The prompt has {count} tokens; the limit is {MODEL.context_tokens}.", param="messages")
         return tuple(range(count))
 
     def submit(self, request: GenerationRequest) -> Generation:

@@ -55,7 +55,6 @@ async def ask(engine: LocalEngine, text: str, **sampling: float) -> tuple[str, F
 def test_vocabulary(model: Model) -> None:
     assert model.special_tokens == {"eos_token": ENDS_TURN}
     assert set(model.control_texts) == set(tiny_gguf.SPECIALS)
-    assert model.prefix_token is None
     ends = model.tokenize(ENDS_TURN, parse_special=True)
     assert len(ends) == 1
     assert model.is_end(ends[0])
@@ -108,18 +107,19 @@ def test_template_that_refuses_is_a_request_error(model: Model) -> None:
         PromptEncoder(model, picky, 256).encode([{"role": "user", "content": "x"}])
 
 
-def test_prefix_token_is_added_once() -> None:
+def test_only_the_template_writes_a_beginning_of_text() -> None:
+    """As in training, which tokenizes the rendered template and adds nothing."""
+
     class Words:
         control_texts = ("<s>",)
-        prefix_token = 1
         longest_token_bytes = 3
 
         def tokenize(self, text: str, *, parse_special: bool) -> list[int]:  # noqa: ARG002
             return [1 if word == "<s>" else 2 for word in text.split()]
 
-    for source in ("{{ messages[0]['content'] }}", "<s> {{ messages[0]['content'] }}"):
+    for source, expected in (("{{ messages[0]['content'] }}", (2, 2)), ("<s> {{ messages[0]['content'] }}", (1, 2, 2))):
         tokens = PromptEncoder(Words(), ChatTemplate(source), 99).encode([{"role": "user", "content": "a b"}])
-        assert tokens == (1, 2, 2)
+        assert tokens == expected
 
 
 def test_concurrent_answers_equal_those_given_alone(gguf: Path) -> None:

@@ -23,9 +23,7 @@ class Client:
         self.events: queue.Queue[Event] = queue.Queue()
         self.text = ""
         stops = (stop,) if stop else ()
-        request = GenerationRequest(
-            id="r", prompt=prompt, max_tokens=max_tokens, stop=stops, arrived_at=time.monotonic()
-        )
+        request = GenerationRequest(id="r", prompt=prompt, max_tokens=max_tokens, stop=stops, arrived_at=time.monotonic())
         self.cancel = scheduler.submit(request, self.events.put)
 
     def next(self) -> Event:
