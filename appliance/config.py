@@ -55,7 +55,7 @@ def apply_quiet_environment() -> None:
 def parse_set(assignment: str, problems: list[str]) -> dict[str, Any]:
     """`section.key=value` as a nested table; a value that is no TOML literal is a plain string."""
     key, separator, text = assignment.partition("=")
-    if not separator or not key.strip() or not text.strip():
+    if not separator or not key.strip():
         problems.append(f"--set {assignment!r}: expected key=value, for example --set sft.epochs=3")
         return {}
     try:

@@ -168,8 +168,7 @@ class TestWheel:
         with zipfile.ZipFile(pruned) as archive:
             contents = {name: archive.read(name) for name in archive.namelist()}
         rows = {
-            row[0]: row[1]
-            for row in csv.reader(io.StringIO(contents["llama_cpp_python-0.0.1.dist-info/RECORD"].decode()))
+            row[0]: row[1] for row in csv.reader(io.StringIO(contents["llama_cpp_python-0.0.1.dist-info/RECORD"].decode()))
         }
         assert {name for name in contents if ".dist-info/" not in name} == set(kept)
         assert rows.keys() == contents.keys()

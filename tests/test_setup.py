@@ -156,9 +156,7 @@ class TestStamp:
         setup.set_up(plan)
         assert capfd.readouterr() == ("", "")
 
-    def test_it_depends_on_all_that_decides_what_is_installed(
-        self, project: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_it_depends_on_all_that_decides_what_is_installed(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         digests = [setup.make_plan(project, {}).digest, setup.make_plan(project, {"BACKEND": "cuda"}).digest]
         digests.append(setup.make_plan(project, {"TORCH_INDEX": setup.CPU_INDEX}).digest)
         with (project / "constraints/common.txt").open("a") as stream:

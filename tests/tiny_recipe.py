@@ -56,7 +56,7 @@ learning_rate = 5e-3
 batch_rows = 2
 accumulate = 1
 max_tokens = 256
-checkpoint_steps = 10
+checkpoint_steps = 5
 
 [dpo]
 epochs = 4

@@ -1,0 +1,131 @@
+"""`appliance data check`: one normal form, every defect listed, and nothing made of files that cannot be used."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from appliance import artifacts
+from appliance.data import check, questions
+from tests import tiny_recipe
+from tests.running import call
+
+FINE = {"messages": tiny_recipe.messages(("Hoe laat is het?", "Het is nu vijf uur in de middag."))}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return tiny_recipe.write(tmp_path / "recipe")
+
+
+def dataset(root: Path) -> artifacts.Artifact:
+    (folder,) = (root / "dataset").glob("tiny-*[!k]")  # beside it lies a lock
+    return artifacts.load(folder)
+
+
+def test_dataset_in_normal_form(recipe: Path) -> None:
+    result = call("data", "check", recipe, "--json")
+    assert result.exit_code == 0, result.stderr
+    output = json.loads(result.stdout)
+    assert (output["schema"], output["state"], output["defects"]) == (1, "made", [])
+    assert output["results"]["rows"] == {"sft": 6, "dpo": 4, "faq": 2}
+    assert output["results"]["languages"] == {"en": 3, "nl": 3}
+    rows = check.read_rows(Path(output["artifact"]), "sft")
+    assert [row["messages"] for row in rows] == [tiny_recipe.messages(each) for each in tiny_recipe.CONVERSATIONS]
+    assert json.loads(call("data", "check", recipe, "--json").stdout)["state"] == "unchanged"
+
+
+def test_texts_with_unusual_line_separators_survive(recipe: Path, root: Path) -> None:
+    text = "een\u2028twee\u0085drie\u2029vier\fvijf"
+    tiny_recipe.write_lines(recipe.parent / "sft.jsonl", [FINE, {"messages": tiny_recipe.messages((text, "antwoord"))}])
+    assert call("data", "check", recipe).exit_code == 0
+    assert check.read_rows(dataset(root).path, "sft")[1]["messages"][0]["content"] == text
+
+
+def test_defects_are_listed_with_file_and_line_also_the_second_time(recipe: Path, root: Path) -> None:
+    (recipe.parent / "sft.jsonl").write_text(f'{json.dumps(FINE)}\n{{"messages": 3}}\n\n{json.dumps({**FINE, "id": 1})}\n')
+    for state in ("made", "unchanged"):
+        result = call("data", "check", recipe, "--json")
+        assert result.exit_code == 0
+        output = json.loads(result.stdout)
+        assert output["state"] == state
+        for said in (
+            "sft.jsonl:2: messages: expected a list of messages, found 3; set aside.",
+            "sft.jsonl:3: the line is empty; fixed.",
+            "sft.jsonl:4: stray key 'id' ignored; fixed.",
+            "sft.jsonl:4: an exact copy of line 1; set aside.",
+        ):
+            assert said in result.stderr
+            assert said in output["defects"]
+        assert "4 defects, 2 fixed, 2 rows set aside" in result.stderr
+    assert dataset(root).results["set_aside"] == 2
+
+
+def test_strict_makes_any_defect_fatal(recipe: Path, root: Path) -> None:
+    (recipe.parent / "sft.jsonl").write_text(f"{json.dumps(FINE)}\n\n{json.dumps(FINE)}\n")
+    strict = call("data", "check", recipe, "--strict")
+    assert strict.exit_code == 1
+    assert "sft.jsonl:2: the line is empty" in strict.stderr
+    assert "sft.jsonl:3: an exact copy of line 1" in strict.stderr
+    assert not (root / "dataset").exists()
+    assert call("data", "check", recipe).exit_code == 0
+    assert call("data", "check", recipe, "--strict").exit_code == 1
+
+
+def test_all_unusable_files_are_reported_together(recipe: Path, root: Path) -> None:
+    (recipe.parent / "sft.jsonl").write_text('{"messages": [\nnonsense\n')
+    (recipe.parent / "dpo.jsonl").write_text("")
+    (recipe.parent / "faq.json").write_text("{}")
+    result = call("data", "check", recipe)
+    assert result.exit_code == 1
+    for said in (
+        "3 problems",
+        "sft.jsonl: no usable row (data.sft). 2 defects, first: line 1: invalid JSON",
+        "line 2: invalid JSON",
+        "dpo.jsonl is empty",
+        "faq.json: expected a JSON list",
+    ):
+        assert said in result.stderr
+    assert not root.exists()
+
+
+def test_all_missing_files_are_reported_together(recipe: Path, root: Path) -> None:
+    result = call("run", recipe, "--set", "data.sft=/no/where.jsonl", "--set", "data.faq=/no/faq.json", "--dry-run")
+    assert result.exit_code == 1
+    result = call("data", "check", recipe, "--set", "data.sft=/no/where.jsonl", "--set", "data.faq=/no/faq.json")
+    assert result.exit_code == 1
+    assert "/no/where.jsonl does not exist (data.sft)" in result.stderr
+    assert "/no/faq.json does not exist (data.faq)" in result.stderr
+    assert not root.exists()
+
+
+def test_preferences_of_an_unused_phase_are_not_read(recipe: Path) -> None:
+    (recipe.parent / "dpo.jsonl").write_text("nonsense")
+    assert call("data", "check", recipe, "--set", 'phases=["sft"]').exit_code == 0
+
+
+def test_unknown_language(recipe: Path, root: Path) -> None:
+    result = call("data", "check", recipe, "--set", 'languages=["nl", "xx", "EN"]')
+    assert result.exit_code == 2
+    assert "languages: unknown codes EN, xx" in result.stderr
+    assert not root.exists()
+
+
+def test_dry_run_makes_nothing(recipe: Path, root: Path) -> None:
+    output = json.loads(call("data", "check", recipe, "--dry-run", "--json").stdout)
+    assert output["state"] == "to make"
+    assert not root.exists()
+
+
+def test_change_of_data_is_another_dataset(recipe: Path) -> None:
+    before = json.loads(call("data", "check", recipe, "--json").stdout)["artifact"]
+    tiny_recipe.write_lines(recipe.parent / "sft.jsonl", [FINE])
+    assert json.loads(call("data", "check", recipe, "--json").stdout)["artifact"] != before
+
+
+def test_questions_have_one_answer_each() -> None:
+    rows = [{"messages": tiny_recipe.messages(turns)} for turns in tiny_recipe.CONVERSATIONS]
+    found = questions.training_questions([*rows, rows[0]], ["nl", "en"], 2)
+    assert [each.language for each in found] == ["nl", "nl", "en", "en"]
+    assert "Waar is de balie?" not in [each.question for each in found]  # asked twice, so it has no single answer
+    assert found[0].answer == "De balie is open van negen tot vier uur."
