@@ -5,6 +5,7 @@ changed. A step that fails ends the path with its exit code, and nothing after i
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -81,6 +82,19 @@ def run(recipe_path: Path, recipe: Recipe, sets: Sequence[str], *, is_strict: bo
     return this
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: unlike Ctrl-C, which the terminal sends to the running step too, it came to this process alone."""
+
+
+def end_on_sigterm() -> None:
+    """From now on SIGTERM ends the running step as well, which would otherwise go on as an orphan."""
+
+    def handle(_number: int, _frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handle)
+
+
 def _base(this: Run) -> Path:
     """The folder of the base model; an architecture that cannot be converted is refused before anything is trained."""
     if this.recipe.base == STARTER:
@@ -107,9 +121,10 @@ def _run_command(arguments: Sequence[str]) -> Mapping[str, Any]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=config.quiet_environment()) as process:
         try:
             output, _ = process.communicate()
-        except KeyboardInterrupt:
-            # The terminal sent the signal to the step as well; it may be writing, so it is given time.
-            _end(process)
+        except KeyboardInterrupt as reason:
+            if isinstance(reason, Terminated):
+                process.terminate()
+            _end(process)  # it may be writing, so it is given time
             raise
     if process.returncode != 0:
         code = process.returncode if process.returncode > 0 else 1

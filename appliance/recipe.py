@@ -43,6 +43,7 @@ class Starter:
     batch_rows: int = setting(4, minimum=1)
     learning_rate: float = setting(4e-3, minimum=0.0, about="AdamW, for embeddings and norms")
     matrix_learning_rate: float = setting(0.05, minimum=0.0, about="Muon, for the matrices of the layers")
+    checkpoint_steps: int = setting(100, minimum=1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,6 +45,7 @@ context_tokens = 256
 row_tokens = 64
 epochs = 10
 batch_rows = 1
+checkpoint_steps = 20
 
 [lora]
 rank = 8

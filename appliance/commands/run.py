@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 def run(recipe: Path, sets: tuple[str, ...], strict: bool, ask: int, dry_run: bool, as_json: bool) -> None:
     """Train, convert, verify and promote the assistant of RECIPE; steps whose inputs did not change are skipped."""
     loaded = recipes.load(recipe, sets)
+    pipeline.end_on_sigterm()
     done = pipeline.run(recipe, loaded, sets, is_strict=strict, is_dry=dry_run)
     steps = [{"step": step.name, "artifact": step.artifact, "state": step.result["state"]} for step in done.steps]
     if dry_run:

@@ -39,7 +39,7 @@ def arguments(folder: Path, phase: Any, seed: int) -> dict[str, Any]:
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # a diverged step must be seen, not logged as 0
         "save_strategy": "steps",
-        "save_steps": getattr(phase, "checkpoint_steps", 100),
+        "save_steps": phase.checkpoint_steps,
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": True,
@@ -113,9 +113,9 @@ def finish(folder: Path) -> None:
 
 
 def _keep_steps(path: Path, last_step: int) -> None:
-    """Drops the lines after the checkpoint, which will be written again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= last_step))
+    """Drops the lines after the checkpoint, which will be written again; the last may be cut off."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step))
 
 
 def _callback(folder: Path, label: str, first_step: int) -> Any:

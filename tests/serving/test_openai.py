@@ -86,7 +86,6 @@ def test_unsupported_fields_are_named(fields: dict[str, Any], param: str) -> Non
     ("fields", "param"),
     [
         ({"model": 3}, "model"),
-        ({"model": 3}, "model"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),

@@ -1,15 +1,16 @@
 """Only the assistant's words and the token that ends its turn are learned, on real token ids, by both ways of labelling."""
 
+import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from appliance import recipe as recipes
 from appliance.data.formats import CONTROL_TOKEN
 from appliance.errors import DataError, VerificationFailed
-from appliance.training import labels, sft, starter
+from appliance.training import labels, loop, sft, starter
 from appliance.training import model as models
 from appliance.training.labels import IGNORED, LabelledRow
 from tests import tiny_recipe
@@ -75,6 +76,8 @@ def test_a_tampered_mask_is_found(messages: Any, data: st.DataObject) -> None:
     labelled = label(messages, None)
     position = data.draw(st.integers(0, len(labelled.labels) - 1))
     is_learned = labelled.labels[position] != IGNORED
+    # The newline before an answer belongs to nobody's words; some templates put such white space inside the markers.
+    assume(is_learned or labelled.labels[position + 1 : position + 2] in ([], [IGNORED]))
     changed = [*labelled.labels]
     changed[position] = IGNORED if is_learned else labelled.input_ids[position]
     with pytest.raises(VerificationFailed, match="The label check failed"):
@@ -100,6 +103,7 @@ def test_padding_of_a_real_batch_has_no_label(trained: Trained, root: Any) -> No
     tokenizer = models.load_tokenizer(base)
     rows = [row(tiny_recipe.messages(turns), line) for line, turns in enumerate(tiny_recipe.CONVERSATIONS, 1)]
     labelled = labels.label_conversations(tokenizer, rows, models.marked_template(base, tokenizer))
+    loop.prepare()
     model = sft.add_adapter(models.load_model(base), recipe)
     trainer = sft._trainer(model, tokenizer, labelled, recipe, root)
     padded = 0
@@ -134,13 +138,13 @@ def test_control_tokens_of_the_base_are_refused() -> None:
 
 
 @pytest.mark.parametrize("phase", ["sft", "dpo"])
-def test_too_long_is_reported_with_its_length_before_weights_load(trained: Trained, root: Any, phase: str) -> None:
+def test_too_long_is_reported_with_its_length_before_weights_load(
+    trained: Trained, root: Any, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained.copy(root, "data", "base", "sft")
-    for weights in root.glob("base/*/*.safetensors"):
-        weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)  # whoever loads or checks them first would say so
+    monkeypatch.setattr(models, "load_model", lambda _: pytest.fail("weights were loaded"))
     limit = {"sft": "sft.max_tokens=40", "dpo": "dpo.max_tokens=30"}[phase]
     result = call("train", trained.recipe, "--phase", phase, "--set", limit)
     assert result.exit_code == 1
     assert f"Longer than {limit.replace('=', ' = ')} (shorten the row, or raise" in result.stderr
-    assert f"{phase}.jsonl line 5: " in result.stderr or f"{phase}.jsonl line 3: " in result.stderr
-    assert " tokens" in result.stderr
+    assert re.search(rf"{phase}\.jsonl line {5 if phase == 'sft' else 4}: \d+ tokens", result.stderr)

@@ -1,0 +1,209 @@
+"""The merged model computes what the base with its adapter computes; what cannot be merged exactly is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.artifacts import PARTIAL
+from appliance.recipe import Starter
+from appliance.training import starter
+from convert import merge as merging
+from tests.running import Trained, call
+
+SHAPE = Starter(layers=2, hidden=64, feed_forward=96, heads=2, head_width=32, context_tokens=64)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tokenizer = starter.make_tokenizer(["een paar woorden voor de woordenlijst"], 512)
+    torch.manual_seed(1)
+    starter._save(starter.make_model(SHAPE, tokenizer), tokenizer, folder)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True).eval()
+
+
+def make_adapter(base: Path, folder: Path, **settings: Any) -> Any:
+    """A LoRA adapter with random factors, saved; returns base and adapter as PEFT runs them."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(2)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **settings}
+    model = get_peft_model(load(base), LoraConfig(**options))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.3)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def logits(model: Any) -> Any:
+    import torch
+
+    ids = torch.arange(3, 43)[None]
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
+
+
+def merged(root: Path, adapter: Path, base: Path) -> Path:
+    result = call("convert", "merge", adapter, "--base", base, "--json")
+    assert result.exit_code == 0, result.stderr
+    folder = Path(json.loads(result.stdout)["artifact"])
+    assert folder.parent.parent == root
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_rslora": True}, {"r": 1, "lora_alpha": 32}, {"target_modules": ["q_proj", "down_proj"]}],
+    ids=["lora", "rslora", "rank 1", "few modules"],
+)
+def test_merged_equals_adapter(base: Path, root: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    with_adapter = logits(make_adapter(base, tmp_path / "adapter", **settings))
+    without = logits(load(base))
+    found = logits(load(merged(root, tmp_path / "adapter", base)))
+    assert (found - with_adapter).abs().max() < 1e-5
+    assert (found - without).abs().max() > 0.1
+
+
+def test_trained_adapter_merged_equals_adapter(trained: Trained) -> None:
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load(trained.made["base"]), trained.made["dpo"]).eval()
+    assert (logits(load(trained.made["merge"])) - logits(model)).abs().max() < 1e-5
+
+
+def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(3)
+    weight, a, b = torch.randn(6, 5).half(), torch.randn(2, 5), torch.randn(6, 2)
+    save_file({"w.weight": weight, "other": weight.clone()}, tmp_path / "in.safetensors", metadata={"format": "pt"})
+    lora = merging.Adapter({"w.weight": (a, b)}, 0.7)
+    assert merging.merge_shard(tmp_path / "in.safetensors", tmp_path / "out.safetensors", lora) == {"w.weight"}
+    tensors = load_file(tmp_path / "out.safetensors")
+    expected = (weight.double() + 0.7 * (b.double() @ a.double())).float().half()
+    assert (tensors["w.weight"] - expected).abs().max() <= 2**-10
+    assert tensors["w.weight"].dtype == torch.float16
+    assert torch.equal(tensors["other"], weight)
+
+
+def test_shards_are_merged_one_by_one(base: Path, root: Path, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    shutil.copytree(base, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    load(base).save_pretrained(sharded, max_shard_size="150KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    expected = logits(make_adapter(base, tmp_path / "adapter"))
+    folder = merged(root, tmp_path / "adapter", sharded)
+    assert (folder / "model.safetensors.index.json").exists()
+    assert (logits(load(folder)) - expected).abs().max() < 1e-5
+
+
+def test_everything_else_of_the_base_survives(trained: Trained) -> None:
+    base, made = trained.made["base"], trained.made["merge"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json"):
+        assert (made / name).read_bytes() == (base / name).read_bytes(), name
+    ours = {"manifest.json", "README.md", "training_template.jinja", "loss.jsonl", "loss.png"}
+    assert {each.name for each in made.iterdir()} == {each.name for each in base.iterdir()} - ours | {"manifest.json"}
+    assert trained.manifest("merge")["results"]["merged_weights"] == 14  # two layers of seven
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def unpaired(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (edit(use_dora=True), "DoRA scales whole weights (use_dora)"),
+        (edit(modules_to_save=["lm_head"]), "it replaces whole modules (modules_to_save)"),
+        (edit(rank_pattern={"q_proj": 2}), "rank differs between layers"),
+        (edit(alpha_pattern={"q_proj": 2}), "alpha differs between layers"),
+        (edit(fan_in_fan_out=True), "its weights are transposed"),
+        (edit(bias="all"), "it trains biases"),
+        (edit(peft_type="IA3"), "it is of type 'IA3', not LORA"),
+        (edit(init_lora_weights="pissa_niter_4"), "it belongs to a changed base (init_lora_weights = 'pissa_niter_4')"),
+        (truncate, "is damaged"),
+        (unpaired, "cannot be merged exactly"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "is no adapter"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "is damaged"),
+    ],
+)
+def test_unmergeable_adapter_is_refused(
+    base: Path, root: Path, tmp_path: Path, change: Callable[[Path], None], said: str
+) -> None:
+    make_adapter(base, tmp_path / "adapter")
+    change(tmp_path / "adapter")
+    result = call("convert", "merge", tmp_path / "adapter", "--base", base)
+    assert result.exit_code == 1, result.stderr
+    assert said in result.stderr
+    assert not list(root.rglob("*.safetensors"))
+
+
+def test_dora_as_peft_saves_it_is_refused(base: Path, root: Path, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "adapter", use_dora=True)
+    assert call("convert", "merge", tmp_path / "adapter", "--base", base).exit_code == 1
+    assert not root.exists()
+
+
+def test_another_base_is_refused(base: Path, root: Path, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "adapter")
+    tokenizer = starter.make_tokenizer(["woorden"], 512)
+    wider = Starter(layers=2, hidden=128, feed_forward=96, heads=2, head_width=32)
+    starter._save(starter.make_model(wider, tokenizer), tokenizer, tmp_path / "wider")
+    flatter = Starter(layers=1, hidden=64, feed_forward=96, heads=2, head_width=32)
+    starter._save(starter.make_model(flatter, tokenizer), tokenizer, tmp_path / "flatter")
+    for name, said in (("wider", "has another shape"), ("flatter", "which"), ("nothing", "does not exist")):
+        result = call("convert", "merge", tmp_path / "adapter", "--base", tmp_path / name)
+        assert result.exit_code == 1
+        assert said in result.stderr
+    assert not list(root.rglob("manifest.json"))
+    assert not list(root.rglob(f"*{PARTIAL}"))
+
+
+def test_adapter_of_another_base_of_the_same_shape_is_refused(trained: Trained, root: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    shutil.copytree(trained.made["base"], twin, ignore=shutil.ignore_patterns("manifest.json"))
+    result = call("convert", "merge", trained.made["dpo"], "--base", twin)
+    assert result.exit_code == 1
+    assert "was trained on" in result.stderr
+    assert not list(root.rglob("manifest.json"))
+
+
+def test_second_time_nothing_is_done(base: Path, root: Path, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "adapter")
+    arguments = ("convert", "merge", tmp_path / "adapter", "--base", base, "--json")
+    states = [json.loads(call(*arguments, *extra).stdout)["state"] for extra in (("--dry-run",), (), (), ("--dry-run",))]
+    assert states == ["to make", "made", "unchanged", "unchanged"]
+    assert len(list(root.glob("merged/*/manifest.json"))) == 1

@@ -1,0 +1,41 @@
+"""GGUF files with one thing changed in place: what verification must find."""
+
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+
+def template(file: Path, old: str, new: str) -> None:
+    """Replaces a part of the chat template by one of the same length."""
+    value = _open(file).get_field("tokenizer.chat_template")
+    assert value is not None
+    text = value.parts[value.data[0]]
+    changed = bytes(text).replace(old.encode(), new.encode())
+    assert len(changed) == len(text)
+    assert changed != bytes(text)
+    text[:] = np.frombuffer(changed, dtype=np.uint8)
+
+
+def number(file: Path, key: str, value: int) -> None:
+    field = _open(file).get_field(key)
+    assert field is not None
+    assert field.parts[field.data[0]][0] != value
+    field.parts[field.data[0]][0] = value
+
+
+def tensor(file: Path, name: str) -> None:
+    """Turns the sign of a tensor."""
+    (found,) = [each for each in _open(file).tensors if each.name == name]
+    found.data[:] = -found.data
+
+
+def copy(file: Path, folder: Path) -> Path:
+    """A copy without a manifest, in a folder of its own."""
+    folder.mkdir(parents=True)
+    return Path(shutil.copy(file, folder))
+
+
+def _open(file: Path) -> gguf.GGUFReader:
+    return gguf.GGUFReader(file, "r+")

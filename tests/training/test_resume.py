@@ -1,0 +1,163 @@
+"""A run that was cut off and resumed ends with the same bytes as one that was not; nothing half-written is used."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance import artifacts
+from appliance.training import loop, samples
+from tests.running import Trained, call, kill_when, run, start
+
+NEEDED = {"base": ("data",), "sft": ("data", "base"), "dpo": ("data", "base", "sft")}
+WEIGHTS = {"base": "model.safetensors", "sft": "adapter_model.safetensors", "dpo": "adapter_model.safetensors"}
+# adapter_config.json names the base's folder, and PEFT writes its modules in the order of a set.
+WITH_PATHS_AND_TIMES = {artifacts.MANIFEST, "README.md", "loss.jsonl", "adapter_config.json"}
+SLOW = [pytest.param("base", marks=pytest.mark.slow), "sft", pytest.param("dpo", marks=pytest.mark.slow)]
+
+
+def partial(trained: Trained, phase: str, root: Path) -> Path:
+    made = trained.made[phase]
+    return root / made.parent.name / f"{made.name}{artifacts.PARTIAL}"
+
+
+def complete_checkpoints(folder: Path) -> list[str]:
+    return sorted(each.parent.name for each in folder.glob(f"{loop.CHECKPOINTS}/*/{loop.COMPLETE}"))
+
+
+def assert_same_as_uninterrupted(trained: Trained, phase: str, root: Path) -> None:
+    again, whole = root / trained.made[phase].relative_to(trained.root), trained.made[phase]
+    files = [each.name for each in whole.iterdir() if each.name not in WITH_PATHS_AND_TIMES]
+    assert WEIGHTS[phase] in files
+    for name in files:
+        assert (again / name).read_bytes() == (whole / name).read_bytes(), name
+    losses = [[json.loads(line) for line in (folder / loop.LOSS).read_text().splitlines()] for folder in (again, whole)]
+    pairs = [[(point["step"], point["loss"]) for point in points] for points in losses]
+    assert pairs[0] == pairs[1]
+    assert artifacts.load(again).results == trained.manifest(phase)["results"]
+    assert not partial(trained, phase, root).exists()
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes the first run end as by Ctrl-C right after the checkpoint of a step; later runs are left alone."""
+    real = loop._callback
+
+    def at(step: int) -> None:
+        def stopping(*arguments: Any) -> Any:
+            watch = real(*arguments)
+            save = watch.on_save
+
+            def on_save(args: Any, state: Any, control: Any, **others: Any) -> None:
+                save(args, state, control, **others)
+                if state.global_step == step:
+                    monkeypatch.setattr(loop, "_callback", real)
+                    raise KeyboardInterrupt
+
+            watch.on_save = on_save
+            return watch
+
+        monkeypatch.setattr(loop, "_callback", stopping)
+
+    return at
+
+
+@pytest.mark.parametrize(("phase", "step"), [("base", 20), ("sft", 10), ("dpo", 3)])
+def test_resumed_equals_uninterrupted(
+    trained: Trained, root: Path, phase: str, step: int, interrupt: Callable[[int], None]
+) -> None:
+    trained.copy(root, *NEEDED[phase])
+    interrupt(step)
+    first = call("train", trained.recipe, "--phase", phase)
+    assert first.exit_code == 130
+    folder = partial(trained, phase, root)
+    assert f"checkpoint-{step}" in complete_checkpoints(folder)
+    half = folder / loop.CHECKPOINTS / "checkpoint-9999"  # a save that was cut off
+    shutil.copytree(folder / loop.CHECKPOINTS / f"checkpoint-{step}", half)
+    (half / loop.COMPLETE).unlink()
+    (half / "trainer_state.json").write_text("{")
+    second = call("train", trained.recipe, "--phase", phase, "--resume")
+    assert second.exit_code == 0, second.stderr
+    assert f"continuing after step {step}" in second.stderr
+    assert_same_as_uninterrupted(trained, phase, root)
+
+
+@pytest.mark.parametrize("phase", SLOW)
+def test_killed_and_resumed_equals_uninterrupted(trained: Trained, root: Path, phase: str) -> None:
+    trained.copy(root, *NEEDED[phase])
+    folder = partial(trained, phase, root)
+    process = start(root, "train", trained.recipe, "--phase", phase)
+    assert kill_when(process, lambda: bool(complete_checkpoints(folder)), signal.SIGKILL) == -signal.SIGKILL
+    assert not (folder / artifacts.MANIFEST).exists()
+
+    refused = call("train", trained.recipe, "--phase", phase)
+    assert refused.exit_code == 1
+    assert "An interrupted run stopped after step" in refused.stderr
+    assert "pass --resume, or --restart" in refused.stderr
+    assert complete_checkpoints(folder)
+
+    resumed = run(root, "train", trained.recipe, "--phase", phase, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing after step" in resumed.stderr
+    assert_same_as_uninterrupted(trained, phase, root)
+
+
+def test_restart_discards_what_was_left(trained: Trained, root: Path, interrupt: Callable[[int], None]) -> None:
+    trained.copy(root, *NEEDED["sft"])
+    interrupt(10)
+    assert call("train", trained.recipe, "--phase", "sft").exit_code == 130
+    restarted = call("train", trained.recipe, "--phase", "sft", "--restart")
+    assert restarted.exit_code == 0, restarted.stderr
+    assert "continuing" not in restarted.stderr
+    assert_same_as_uninterrupted(trained, "sft", root)
+
+
+def test_half_written_checkpoint_alone_means_a_fresh_start(
+    trained: Trained, root: Path, interrupt: Callable[[int], None]
+) -> None:
+    trained.copy(root, *NEEDED["sft"])
+    interrupt(5)
+    assert call("train", trained.recipe, "--phase", "sft").exit_code == 130
+    for mark in partial(trained, "sft", root).rglob(loop.COMPLETE):
+        mark.unlink()
+    again = call("train", trained.recipe, "--phase", "sft")  # nothing to resume, so nothing to ask
+    assert again.exit_code == 0, again.stderr
+    assert_same_as_uninterrupted(trained, "sft", root)
+
+
+def test_run_cut_off_after_its_last_step_resumes(trained: Trained, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained.copy(root, *NEEDED["sft"])
+
+    def cut_off(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "write", cut_off)
+        assert call("train", trained.recipe, "--phase", "sft").exit_code == 130
+    resumed = call("train", trained.recipe, "--phase", "sft", "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "continuing after step 30" in resumed.stderr
+    assert_same_as_uninterrupted(trained, "sft", root)
+
+
+def test_a_finished_phase_is_left_alone(trained: Trained, root: Path) -> None:
+    trained.copy(root, *NEEDED["dpo"])
+    manifest = root / trained.made["sft"].relative_to(trained.root) / artifacts.MANIFEST
+    before = manifest.stat().st_mtime_ns
+    for flags in ((), ("--resume",), ("--restart",)):
+        result = call("train", trained.recipe, "--phase", "sft", *flags)
+        assert result.exit_code == 0
+        assert "(unchanged)" in result.stdout
+    assert manifest.stat().st_mtime_ns == before
+
+
+def test_another_seed_is_another_adapter(trained: Trained, root: Path) -> None:
+    trained.copy(root, *NEEDED["sft"])
+    result = call("train", trained.recipe, "--phase", "sft", "--set", "starter.epochs=10", "--dry-run", "--json")
+    assert json.loads(result.stdout)["artifact"].endswith(trained.made["sft"].name)
+    result = call("train", trained.recipe, "--phase", "sft", "--set", "sft.epochs=11", "--dry-run", "--json")
+    assert json.loads(result.stdout)["state"] == "to make"
