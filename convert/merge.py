@@ -96,10 +96,10 @@ def read_adapter(folder: Path) -> Adapter:
     factors = {}
     for key, tensor in tensors.items():
         module, separator, _ = key.removeprefix(PREFIX).partition(".lora_A.")
-        if separator:
-            factors[f"{module}.weight"] = (tensor, tensors[key.replace(".lora_A.", ".lora_B.")])
+        if separator and (partner := tensors.get(key.replace(".lora_A.", ".lora_B."))) is not None:
+            factors[f"{module}.weight"] = (tensor, partner)
     if 2 * len(factors) != len(tensors):
-        raise ModelFileError(f"{folder} holds tensors that are no LoRA factors; it cannot be merged exactly.")
+        raise ModelFileError(f"{folder} holds tensors that are no pairs of LoRA factors; it cannot be merged exactly.")
     rank, alpha = settings["r"], settings["lora_alpha"]
     return Adapter(factors, alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank)
 

@@ -43,7 +43,7 @@ hidden = 256
 feed_forward = 256
 context_tokens = 256
 row_tokens = 64
-epochs = 10
+epochs = 6
 batch_rows = 1
 checkpoint_steps = 20
 

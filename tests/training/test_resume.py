@@ -155,9 +155,9 @@ def test_a_finished_phase_is_left_alone(trained: Trained, root: Path) -> None:
     assert manifest.stat().st_mtime_ns == before
 
 
-def test_another_seed_is_another_adapter(trained: Trained, root: Path) -> None:
+def test_another_setting_is_another_adapter(trained: Trained, root: Path) -> None:
     trained.copy(root, *NEEDED["sft"])
-    result = call("train", trained.recipe, "--phase", "sft", "--set", "starter.epochs=10", "--dry-run", "--json")
+    result = call("train", trained.recipe, "--phase", "sft", "--set", "starter.epochs=6", "--dry-run", "--json")
     assert json.loads(result.stdout)["artifact"].endswith(trained.made["sft"].name)
     result = call("train", trained.recipe, "--phase", "sft", "--set", "sft.epochs=11", "--dry-run", "--json")
     assert json.loads(result.stdout)["state"] == "to make"
