@@ -10,6 +10,8 @@ from appliance import config
 from tests import tiny_recipe
 from tests.running import Trained, run
 
+config.apply_quiet_environment()  # before any test imports torch, whose threads read it once
+
 # No test asserts a time, and the first example pays for imports.
 settings.register_profile("appliance", deadline=None)
 settings.load_profile("appliance")
