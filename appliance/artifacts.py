@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -195,7 +196,7 @@ def _commit(plan: Plan, draft: Draft, location: Path, started: float) -> None:
         "config": plan.config,
         "results": draft.results,
         "files": files,
-        "versions": {"edge-appliance": __version__, **draft.results.pop("versions", {})},
+        "versions": _versions(),
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.time() - started, 3),
     }
@@ -206,6 +207,15 @@ def _commit(plan: Plan, draft: Draft, location: Path, started: float) -> None:
     if location.exists():  # a folder without a manifest: not whole, so nothing of value
         shutil.rmtree(location)
     draft.path.rename(location)
+
+
+def _versions() -> dict[str, str]:
+    """The appliance's version and those of the packages that decide what comes out, where they are installed."""
+    found = {"edge-appliance": __version__}
+    for package in ("torch", "transformers", "tokenizers", "peft", "trl", "llama-cpp-python"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def write_atomically(path: Path, text: str) -> None:

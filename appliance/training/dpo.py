@@ -11,7 +11,7 @@ from appliance.config import plain
 from appliance.console import note
 from appliance.data.check import read_rows
 from appliance.recipe import Recipe
-from appliance.training import labels, loop, preferences, samples
+from appliance.training import loop, preferences, samples
 from appliance.training import model as models
 from appliance.training.model import Base
 
@@ -34,10 +34,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
     loop.require_space(base.path, root)
     rows = read_rows(dataset, "dpo")
     tokenizer = models.load_tokenizer(base.path)
-    pairs = preferences.tokenize(tokenizer, rows)
-    file = recipe.data.dpo.name if recipe.data.dpo else "dpo"
-    lengths = [(pair.line, pair.longest_tokens) for pair in pairs]
-    labels.require_lengths(lengths, recipe.dpo.max_tokens, "dpo.max_tokens", file)
+    pairs = preferences.tokenize_checked(tokenizer, dataset, recipe)
     with artifacts.create(identity, root, keep_partial=checkpoint is not None, is_resumable=True) as draft:
         loop.prepare()
         set_seed(recipe.seed)

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from appliance.training.labels import render_ids, require_plain_text
+from appliance.data.check import read_rows
+from appliance.recipe import Recipe
+from appliance.training.labels import render_ids, require_lengths, require_plain_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,14 @@ def tokenize(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[Pair]:
             answers[key] = whole[len(prompt) :]
         is_longer = len(row["chosen"]) > len(row["rejected"])
         pairs.append(Pair(row["line"], prompt, answers["chosen"], answers["rejected"], is_longer))
+    return pairs
+
+
+def tokenize_checked(tokenizer: Any, dataset: Path, recipe: Recipe) -> list[Pair]:
+    """The recipe's triplets; raises `DataError` naming every one that is longer than `dpo.max_tokens`."""
+    pairs = tokenize(tokenizer, read_rows(dataset, "dpo"))
+    file = recipe.data.dpo.name if recipe.data.dpo else "dpo"
+    require_lengths([(pair.line, pair.longest_tokens) for pair in pairs], recipe.dpo.max_tokens, "dpo.max_tokens", file)
     return pairs
 
 

@@ -9,7 +9,7 @@ from appliance.config import plain
 from appliance.console import note
 from appliance.data.check import read_rows
 from appliance.recipe import Recipe
-from appliance.training import labels, loop, samples
+from appliance.training import labels, loop, preferences, samples
 from appliance.training import model as models
 from appliance.training.model import Base
 
@@ -35,6 +35,8 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
     lengths = [(row.line, len(row.input_ids)) for row in labelled]
     labels.require_lengths(lengths, recipe.sft.max_tokens, "sft.max_tokens", recipe.data.sft.name)
     labels.verify_labels(tokenizer, rows, labelled)
+    if "dpo" in recipe.phases:  # a triplet that is too long is said now, not after hours of SFT
+        preferences.tokenize_checked(tokenizer, dataset, recipe)
     learned = sum(label != labels.IGNORED for row in labelled for label in row.labels)
     total = sum(len(row.input_ids) for row in labelled)
     note(f"sft: {len(rows)} conversations, {total:,} tokens, {learned:,} of them learned (assistant turns only, checked)")

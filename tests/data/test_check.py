@@ -1,6 +1,9 @@
 """`appliance data check`: one normal form, every defect listed, and nothing made of files that cannot be used."""
 
 import json
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,30 @@ def test_unknown_language(recipe: Path, root: Path) -> None:
     assert result.exit_code == 2
     assert "languages: unknown codes EN, xx" in result.stderr
     assert not root.exists()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Artifacts on a file system of 16 KiB; mounting one needs root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a file system is not permitted here")
+    monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(disk / "artifacts"))
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk(recipe: Path, tiny_disk: Path) -> None:
+    rows = [{"messages": tiny_recipe.messages((f"Vraag {number}?", "Het antwoord. " * 40))} for number in range(60)]
+    tiny_recipe.write_lines(recipe.parent / "sft.jsonl", rows)
+    result = call("data", "check", recipe)
+    assert result.exit_code == 3
+    assert "No space left on the device" in result.stderr
+    assert not list(tiny_disk.rglob("manifest.json"))
+    assert not list(tiny_disk.rglob("*.partial"))
 
 
 def test_dry_run_makes_nothing(recipe: Path, root: Path) -> None:

@@ -190,3 +190,12 @@ def test_unusable_base_folder(trained: Trained, root: Path, tmp_path: Path, chan
     assert result.exit_code == 1, result.stderr
     assert said in result.stderr
     assert not list(root.glob("adapter/*/*.safetensors"))
+
+
+def test_too_long_triplet_is_said_before_sft(trained: Trained, root: Path) -> None:
+    trained.copy(root, "data", "base")
+    result = call("train", trained.recipe, "--phase", "sft", "--set", "dpo.max_tokens=16", "--set", "sft.epochs=99")
+    assert result.exit_code == 1
+    assert "dpo.jsonl line 1: " in result.stderr
+    assert "dpo.max_tokens = 16" in result.stderr
+    assert not (root / "adapter").exists() or not list((root / "adapter").glob("*/manifest.json"))
