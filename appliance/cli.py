@@ -70,9 +70,9 @@ COMMANDS: Mapping[str, str | Mapping[str, str]] = {
     "select": f"{PLANNED} Choose a model by measurement.",
     "bench": {"serve": f"{PLANNED} How fast this machine serves.", "train": f"{PLANNED} How fast it trains."},
     "keys": {
-        "create": f"{PLANNED} A new API key.",
-        "list": f"{PLANNED} The API keys.",
-        "revoke": f"{PLANNED} End an API key.",
+        "create": "appliance.commands.keys:create",
+        "list": "appliance.commands.keys:list_keys",
+        "revoke": "appliance.commands.keys:revoke",
     },
     "backup": f"{PLANNED} The encrypted state in one file.",
     "restore": f"{PLANNED} Take a backup in.",

@@ -30,6 +30,17 @@ def artifacts_root() -> Path:
     return Path(os.environ.get("APPLIANCE_ARTIFACTS", "artifacts"))
 
 
+def store_file() -> Path:
+    """The encrypted store: `APPLIANCE_STORE`, else `store.sqlite3` among the artifacts."""
+    return Path(os.environ.get("APPLIANCE_STORE", artifacts_root() / "store.sqlite3"))
+
+
+def store_key_file() -> Path:
+    """The store's key: `APPLIANCE_KEY_FILE`, else `edge-appliance/store.key` in the user's configuration folder."""
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(os.environ.get("APPLIANCE_KEY_FILE", f"{base}/edge-appliance/store.key"))
+
+
 def cache_root() -> Path:
     """Where downloads and builds that outlive `.venv` live: `APPLIANCE_CACHE`, else the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

@@ -6,15 +6,23 @@
     ├── TrainingFailed               exit 1, HTTP 500   training diverged
     ├── ArtifactError                exit 1, HTTP 500   an artifact is missing, incomplete or locked
     │   └── ModelFileError           exit 1, HTTP 500   a model file is corrupt, truncated or unsupported
+    ├── StoreError                   exit 1, HTTP 500   the encrypted store or its key is refused, damaged or locked
     ├── ServerError                  exit 1, HTTP 500   the server cannot start or does not answer (port in use, ...)
     ├── EnvironmentIncomplete        exit 3, HTTP 503   a package, compiler, model or disk space is missing
     │   └── NotAvailableYet          exit 3, HTTP 501   the command exists, what it does is not built yet
     ├── VerificationFailed           exit 4, HTTP 500   a gate or verification failed; nothing is promoted
     └── RequestError                 exit 1, HTTP 400   a request to the server is refused
+        ├── NotAuthenticated         exit 1, HTTP 401   no key, or none that is known
+        ├── NotAllowed               exit 1, HTTP 403   the key may not do this, or the Host is not this server's
         ├── ModelNotFound            exit 1, HTTP 404
         ├── PromptTooLong            exit 1, HTTP 400
-        ├── QueueFull                exit 1, HTTP 503
+        ├── TryAgain                 exit 1, HTTP 503   carries the seconds after which to ask again
+        │   ├── QueueFull            exit 1, HTTP 503
+        │   ├── RateLimited          exit 1, HTTP 429
+        │   ├── EngineRestarting     exit 1, HTTP 503   the engine's process died or is being replaced
+        │   ├── NoMemoryForModel     exit 1, HTTP 503   other models are in use and leave no room for this one
         │   └── ShuttingDown         exit 1, HTTP 503
+        ├── DeadlineExceeded         exit 1, HTTP 504
         └── EngineFailed             exit 1, HTTP 500
 
 A message says what happened, the value, the limit and the next action. Errors of other libraries are translated by
@@ -53,6 +61,10 @@ class ArtifactError(ApplianceError):
 
 class ModelFileError(ArtifactError):
     api_code = "model_file_error"
+
+
+class StoreError(ApplianceError):
+    api_code = "store_error"
 
 
 class ServerError(ApplianceError):
@@ -105,21 +117,55 @@ class PromptTooLong(RequestError):
     api_code = "context_length_exceeded"
 
 
-class QueueFull(RequestError):
-    """The waiting line is full; `retry_after_seconds` is the server's estimate of when a place comes free."""
+class NotAuthenticated(RequestError):
+    http_status = 401
+    api_code = "invalid_api_key"
+
+
+class NotAllowed(RequestError):
+    http_status = 403
+    api_code = "not_allowed"
+
+
+class TryAgain(RequestError):
+    """Refused for now; `retry_after_seconds` is the server's estimate of when it will be otherwise."""
 
     http_status = 503
-    api_code = "queue_full"
+    api_code = "try_again"
 
-    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, retry_after_seconds: int, param: str | None = None) -> None:
+        super().__init__(message, param=param)
         self.retry_after_seconds = retry_after_seconds
 
 
-class ShuttingDown(QueueFull):
+class QueueFull(TryAgain):
+    api_code = "queue_full"
+
+
+class RateLimited(TryAgain):
+    http_status = 429
+    api_code = "rate_limit_exceeded"
+
+
+class EngineRestarting(TryAgain):
+    api_code = "engine_restarting"
+
+
+class NoMemoryForModel(TryAgain):
+    api_code = "no_memory_for_model"
+
+
+class ShuttingDown(TryAgain):
     """The server is draining and takes no new request."""
 
     api_code = "shutting_down"
+
+
+class DeadlineExceeded(RequestError):
+    """The time that the client or the server set for this request is over, or cannot be kept."""
+
+    http_status = 504
+    api_code = "deadline_exceeded"
 
 
 class EngineFailed(RequestError):

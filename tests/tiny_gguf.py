@@ -1,8 +1,10 @@
-"""A GGUF model of a few hundred kilobytes with random weights, built in-process: no network, no torch.
+"""GGUF models of a few hundred kilobytes with random weights, built in-process: no network, no torch.
 
-Qwen3 architecture, byte-level vocabulary with a few merges, ChatML. Its answers are noise, and always the same noise.
+The chat model: Qwen3 architecture, byte-level vocabulary with a few merges, ChatML. Its answers are noise, and always the
+same noise. Beside it a LoRA adapter for it, and models that embed or rank: BERT's architecture, or Qwen3's.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -12,6 +14,13 @@ LAYERS, HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, HEAD_WIDTH = 2, 64, 128, 2, 1, 32
 CONTEXT_TOKENS = 1024
 MERGES = ("Ċ Ċ", "Ġ t", "h e", "u s", "us e")
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+BERT_CONTEXT_TOKENS = 128
+BERT_VOCABULARY = [  # ▁ begins a word; without it a piece continues one
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    *(prefix + chr(letter) for prefix in ("▁", "") for letter in range(ord("a"), ord("z") + 1)),
+    *("▁the", "▁use", "ing", "."),
+]
+RERANK_TEMPLATE = "<|im_start|>user\n{query}\n{document}<|im_end|>\n"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim }}"
     "{{ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -25,12 +34,63 @@ def byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def vocabulary() -> list[str]:
-    return [*byte_characters(), *(merge.replace(" ", "") for merge in MERGES), *SPECIALS]
+def vocabulary(controls: Sequence[str] = ()) -> list[str]:
+    return [*byte_characters(), *(merge.replace(" ", "") for merge in MERGES), *SPECIALS, *controls]
 
 
-def write(path: Path, *, template: str | None = CHATML, seed: int = 7) -> Path:
-    """Writes the model to `path` and returns it."""
+def write(path: Path, *, template: str | None = CHATML, seed: int = 7, controls: Sequence[str] = ()) -> Path:
+    """Writes the chat model to `path` and returns it; `controls` are more control tokens."""
+    writer = _qwen3_writer(path, controls)
+    if template is not None:
+        writer.add_chat_template(template)
+    return _finished(writer, path, _tensors(np.random.default_rng(seed), len(controls)))
+
+
+def write_adapter(path: Path, seed: int = 1, *, rank: int = 4) -> Path:
+    """Writes a LoRA for the chat model that changes its answers visibly."""
+    random = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(str(path), "qwen3")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 2.0 * rank)
+    tensors = []
+    for layer in range(LAYERS):
+        for name, inputs, outputs in (("attn_q", HIDDEN, HEADS * HEAD_WIDTH), ("attn_v", HIDDEN, KV_HEADS * HEAD_WIDTH)):
+            base = f"blk.{layer}.{name}.weight"
+            tensors.append((f"{base}.lora_a", random.normal(0.0, 0.2, (rank, inputs)).astype(np.float32)))
+            tensors.append((f"{base}.lora_b", random.normal(0.0, 0.5, (outputs, rank)).astype(np.float32)))
+    return _finished(writer, path, tensors)
+
+
+def write_embedding(path: Path, *, is_causal: bool = False, seed: int = 7) -> Path:
+    """Writes a model that embeds: BERT with the mean of all tokens, or a causal one with its last token."""
+    random = np.random.default_rng(seed)
+    if is_causal:
+        writer = _qwen3_writer(path)
+        writer.add_pooling_type(gguf.PoolingType.LAST)
+        writer.add_add_eos_token(True)
+        return _finished(writer, path, _tensors(random))
+    writer = _bert_writer(path)
+    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    return _finished(writer, path, _bert_tensors(random))
+
+
+def write_reranker(path: Path, *, is_causal: bool = False, seed: int = 7) -> Path:
+    """Writes a model that scores a document for a query: BERT with one output, or a causal one with a template."""
+    random = np.random.default_rng(seed)
+    writer = _qwen3_writer(path) if is_causal else _bert_writer(path)
+    writer.add_pooling_type(gguf.PoolingType.RANK)
+    if is_causal:
+        writer.add_chat_template([{"name": "rerank", "template": RERANK_TEMPLATE}])
+        writer.add_classifier_output_labels(["yes", "no"])
+        head = ("cls.output.weight", random.normal(0.0, 0.3, (2, HIDDEN)).astype(np.float32))
+        return _finished(writer, path, [*_tensors(random), head])
+    head = ("cls.output.weight", random.normal(0.0, 0.3, (1, HIDDEN)).astype(np.float32))
+    bias = ("cls.output.bias", np.zeros(1, dtype=np.float32))
+    return _finished(writer, path, [*_bert_tensors(random), head, bias])
+
+
+def _qwen3_writer(path: Path, controls: Sequence[str] = ()) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(str(path), "qwen3")
     writer.add_name("tiny")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
@@ -44,8 +104,38 @@ def write(path: Path, *, template: str | None = CHATML, seed: int = 7) -> Path:
     writer.add_value_length(HEAD_WIDTH)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
-    _add_vocabulary(writer, template)
-    for name, tensor in _tensors(np.random.default_rng(seed)):
+    _add_vocabulary(writer, controls)
+    return writer
+
+
+def _bert_writer(path: Path) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(str(path), "bert")
+    writer.add_name("tiny-bert")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(BERT_CONTEXT_TOKENS)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(FEED_FORWARD)
+    writer.add_head_count(HEADS)
+    writer.add_layer_norm_eps(1e-6)
+    writer.add_causal_attention(False)
+    writer.add_tokenizer_model("bert")
+    writer.add_token_list(BERT_VOCABULARY)
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if token.startswith("[") else gguf.TokenType.NORMAL for token in BERT_VOCABULARY]
+    )
+    writer.add_token_type_count(2)
+    writer.add_pad_token_id(0)
+    writer.add_unk_token_id(1)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(3)
+    writer.add_sep_token_id(3)
+    writer.add_mask_token_id(4)
+    return writer
+
+
+def _finished(writer: gguf.GGUFWriter, path: Path, tensors: Sequence[tuple[str, np.ndarray]]) -> Path:
+    for name, tensor in tensors:
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -54,47 +144,70 @@ def write(path: Path, *, template: str | None = CHATML, seed: int = 7) -> Path:
     return path
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, template: str | None) -> None:
-    tokens = vocabulary()
-    plain = len(tokens) - len(SPECIALS)
+def _add_vocabulary(writer: gguf.GGUFWriter, controls: Sequence[str]) -> None:
+    tokens = vocabulary(controls)
+    special = len(SPECIALS) + len(controls)
+    plain = len(tokens) - special
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * plain + [gguf.TokenType.CONTROL] * len(SPECIALS))
+    writer.add_token_types([gguf.TokenType.NORMAL] * plain + [gguf.TokenType.CONTROL] * special)
     writer.add_token_merges(MERGES)
     writer.add_eos_token_id(tokens.index("<|im_end|>"))
     writer.add_pad_token_id(tokens.index("<|endoftext|>"))
     writer.add_add_bos_token(False)
-    if template is not None:
-        writer.add_chat_template(template)
 
 
-def _tensors(random: np.random.Generator) -> list[tuple[str, np.ndarray]]:
+def _tensors(random: np.random.Generator, controls: int = 0) -> list[tuple[str, np.ndarray]]:
     def weights(*shape: int) -> np.ndarray:
         return random.normal(0.0, 1.5 / shape[-1] ** 0.5, shape).astype(np.float32)
 
-    def ones(width: int) -> np.ndarray:
-        return np.ones(width, dtype=np.float32)
-
-    words = len(vocabulary())
+    words = len(vocabulary()) + controls
     tensors = [
         ("token_embd.weight", random.normal(0.0, 1.0, (words, HIDDEN)).astype(np.float32)),
         ("output.weight", weights(words, HIDDEN)),
-        ("output_norm.weight", ones(HIDDEN)),
+        ("output_norm.weight", _ones(HIDDEN)),
     ]
     for layer in range(LAYERS):
         block = {
-            "attn_norm": ones(HIDDEN),
+            "attn_norm": _ones(HIDDEN),
             "attn_q": weights(HEADS * HEAD_WIDTH, HIDDEN),
             "attn_k": weights(KV_HEADS * HEAD_WIDTH, HIDDEN),
             "attn_v": weights(KV_HEADS * HEAD_WIDTH, HIDDEN),
             "attn_output": weights(HIDDEN, HEADS * HEAD_WIDTH),
-            "attn_q_norm": ones(HEAD_WIDTH),
-            "attn_k_norm": ones(HEAD_WIDTH),
-            "ffn_norm": ones(HIDDEN),
+            "attn_q_norm": _ones(HEAD_WIDTH),
+            "attn_k_norm": _ones(HEAD_WIDTH),
+            "ffn_norm": _ones(HIDDEN),
             "ffn_gate": weights(FEED_FORWARD, HIDDEN),
             "ffn_up": weights(FEED_FORWARD, HIDDEN),
             "ffn_down": weights(HIDDEN, FEED_FORWARD),
         }
         tensors += [(f"blk.{layer}.{name}.weight", tensor) for name, tensor in block.items()]
     return tensors
+
+
+def _bert_tensors(random: np.random.Generator) -> list[tuple[str, np.ndarray]]:
+    def weights(*shape: int) -> np.ndarray:
+        return random.normal(0.0, 1.0 / shape[-1] ** 0.5, shape).astype(np.float32)
+
+    def norm(name: str) -> list[tuple[str, np.ndarray]]:
+        return [(f"{name}.weight", _ones(HIDDEN)), (f"{name}.bias", np.zeros(HIDDEN, dtype=np.float32))]
+
+    tensors = [
+        ("token_embd.weight", random.normal(0.0, 1.0, (len(BERT_VOCABULARY), HIDDEN)).astype(np.float32)),
+        ("token_types.weight", weights(2, HIDDEN)),
+        ("position_embd.weight", weights(BERT_CONTEXT_TOKENS, HIDDEN)),
+        *norm("token_embd_norm"),
+    ]
+    for layer in range(LAYERS):
+        shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (HIDDEN, HIDDEN))
+        shapes |= {"ffn_up": (FEED_FORWARD, HIDDEN), "ffn_down": (HIDDEN, FEED_FORWARD)}
+        for name, shape in shapes.items():
+            tensors.append((f"blk.{layer}.{name}.weight", weights(*shape)))
+            tensors.append((f"blk.{layer}.{name}.bias", np.zeros(shape[0], dtype=np.float32)))
+        tensors += norm(f"blk.{layer}.attn_output_norm") + norm(f"blk.{layer}.layer_output_norm")
+    return tensors
+
+
+def _ones(width: int) -> np.ndarray:
+    return np.ones(width, dtype=np.float32)

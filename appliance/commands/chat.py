@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_URL = f"http://{Serve().host}:{Serve().port}"
 CONNECT_SECONDS = 5.0
+KEY_VARIABLE = "APPLIANCE_API_KEY"
 
 
 @click.command(cls=Command)
@@ -23,12 +24,13 @@ CONNECT_SECONDS = 5.0
 @click.option("--url", default=DEFAULT_URL, show_default=True, help="The server.")
 @click.option("--system", metavar="TEXT", help="What the assistant is told first.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer; by default the server's.")
-def chat(message: str | None, url: str, system: str | None, max_tokens: int | None) -> None:
+@click.option("--key", envvar=KEY_VARIABLE, help=f"API key, for a server that wants one; better in {KEY_VARIABLE}.")
+def chat(message: str | None, url: str, system: str | None, max_tokens: int | None, key: str | None) -> None:
     """Talk to the assistant that `appliance serve` runs.
 
     With MESSAGE: one answer. On a terminal: a conversation; /new starts over, /exit leaves. In a pipe: one turn a line.
     """
-    with Conversation(url, system, max_tokens) as conversation:
+    with Conversation(url, system, max_tokens, key) as conversation:
         if message is not None:
             _print_answer(conversation, message)
         elif sys.stdin.isatty():
@@ -46,14 +48,15 @@ def chat(message: str | None, url: str, system: str | None, max_tokens: int | No
 class Conversation(contextlib.AbstractContextManager["Conversation"]):
     """Messages so far, and the connection. Raises `ServerError` when the server is away or refuses."""
 
-    def __init__(self, url: str, system: str | None, max_tokens: int | None) -> None:
+    def __init__(self, url: str, system: str | None, max_tokens: int | None, key: str | None) -> None:
         import httpx
 
         self._url = url
         # No proxy: the server is in the building. An answer may take as long as it takes.
         timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         with self._translated():
-            self._client = httpx.Client(base_url=url, timeout=timeout, trust_env=False)
+            self._client = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
         self._opening = [{"role": "system", "content": system}] if system else []
         self._limit = {"max_tokens": max_tokens} if max_tokens else {}
         self._model: str | None = None

@@ -1,5 +1,6 @@
-"""`appliance serve`: the promoted model behind OpenAI's HTTP API."""
+"""`appliance serve`: models behind OpenAI's HTTP API, the promoted one first."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,9 @@ from appliance.recipe import Recipe, Serve
 if TYPE_CHECKING:
     from socket import socket
 
+    from appliance.serving.auth import Gate
+    from appliance.serving.memory_plan import Plan
+    from appliance.serving.model_pool import ModelPool
     from appliance.serving.served_model import ServedModel
 
 DEFAULTS = Serve()
@@ -19,62 +23,134 @@ DEFAULTS = Serve()
 
 @click.command(cls=Command)
 @click.option("--model", metavar="PATH|NAME", help="A .gguf file or an artifact; by default the promoted model.")
+@click.option("--also", "models", multiple=True, metavar="PATH|NAME", help="Another model, loaded while it is wanted.")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=FILE", help="A LoRA adapter, asked for as model:NAME.")
 @click.option("--host", help=f"Address to listen on [default: {DEFAULTS.host}].")
 @click.option("--port", type=int, help=f"0 takes any free port [default: {DEFAULTS.port}].")
 @click.option(
     "--context-tokens", type=int, help=f"Per request, prompt and answer together [default: {DEFAULTS.context_tokens}]."
 )
 @click.option("--slots", type=int, help=f"Requests answered at the same time [default: {DEFAULTS.slots}].")
-@click.option("--threads", type=int, help="0 takes the usable cores [default: 0].")
 @click.option("--queue-requests", type=int, help=f"Requests that may wait [default: {DEFAULTS.queue_requests}].")
-@click.option("--insecure-no-key", is_flag=True, help="Listen beyond this machine although nobody needs a key.")
-def serve(model: str | None, insecure_no_key: bool, **flags: Any) -> None:
+@click.option("--threads", type=int, help="For answers; 0 takes the usable physical cores [default: 0].")
+@click.option("--kv-type", help="f16 or q8_0 for the memory of prompts [default: q8_0 when memory is short].")
+@click.option("--gpu-layers", type=int, help="-1 takes as many as fit into free GPU memory [default: -1].")
+@click.option("--memory-mib", type=int, help="For all models together; 0 takes what is free [default: 0].")
+@click.option("--verify", is_flag=True, help="Read every model file again to check its sha256.")
+@click.option("--insecure-no-key", is_flag=True, help="Nobody needs a key, on other machines neither.")
+def serve(model: str | None, verify: bool, insecure_no_key: bool, **flags: Any) -> None:
     """Answer chats over HTTP with the promoted model.
 
     Settings come from the flags, else APPLIANCE_SERVE_*, else the model's recipe, else the defaults shown.
     """
-    config.apply_quiet_environment()  # before llama.cpp is loaded: a crash must not hang in gdb
-    from appliance.serving import gguf_file, probe, served_model, server
+    config.apply_quiet_environment()
+    import asyncio
 
-    served = served_model.find(model, config.artifacts_root())
-    settings = _settings(served.serve, {name: value for name, value in flags.items() if value is not None})
-    if not insecure_no_key:
-        server.require_loopback(settings.host)
-    gguf_file.check(served.path)
-    with server.bind(settings.host, settings.port) as sock:
-        if served.is_foreign:
-            note(f"warning: {served.path} has no manifest; nothing says where it came from or what it was tested for")
-            probe.check(served.path)
-        _serve(served, settings, sock)
+    from appliance.serving import auth, server
+
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    catalog = _Catalog(model, given, verify)
+    served = catalog.find_all()
+    settings = served[0][1]
+    gate = auth.gate_for(settings, settings.host, settings.port, is_keyless_allowed=insecure_no_key)
+    try:
+        with server.bind(settings.host, settings.port) as sock:
+            asyncio.run(_serve(catalog, served, gate, sock))
+    finally:
+        gate.close()
 
 
-def _serve(served: "ServedModel", settings: Serve, sock: "socket") -> None:
-    """Loads the model and answers until a signal comes."""
+async def _serve(catalog: "_Catalog", served: "list[tuple[ServedModel, Serve]]", gate: "Gate", sock: "socket") -> None:
+    """Loads the default model and answers until a signal comes."""
     from prometheus_client import CollectorRegistry
 
-    from appliance.device import usable_cores
-    from appliance.serving import server
-    from appliance.serving.app import create_app
-    from appliance.serving.local_engine import LocalEngine
+    from appliance import device
+    from appliance.serving import bandwidth, server
+    from appliance.serving.api.app import create_app
+    from appliance.serving.machine_metrics import MachineCollector
     from appliance.serving.metrics import Metrics
 
-    metrics = Metrics(CollectorRegistry())
-    engine = LocalEngine(
-        served,
-        context_tokens=settings.context_tokens,
-        slots=settings.slots,
-        threads=settings.threads or usable_cores(),
-        queue_requests=settings.queue_requests,
-        listener=metrics,
-    )
+    settings = served[0][1]
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    metrics.record_peak_bandwidth(bandwidth.measure(settings.threads or device.physical_cores()))
+    pool = catalog.pool(served, metrics)
+    registry.register(MachineCollector(pool.processes))
     try:
-        info = engine.model
-        if info.context_tokens < settings.context_tokens:
-            note(f"context_tokens: {info.context_tokens}; {info.name} was not trained for {settings.context_tokens}")
-        app = create_app(engine, metrics, default_max_tokens=settings.max_tokens)
-        server.run(app, engine, sock, lambda url: click.echo(f"serving {info.name} on {url}"))
+        await pool.start()
+        app = create_app(pool, metrics, serve=settings, gate=gate)
+        name = served[0][0].name
+
+        def say_ready(url: str) -> None:
+            click.echo(f"serving {name} on {url}")
+
+        await server.run(app, pool, sock, say_ready, grace_seconds=settings.grace_seconds)
     finally:
-        engine.close()
+        await pool.close()
+
+
+class _Catalog:
+    """What is to be served, by the command line; a `Promotion` when no model is named."""
+
+    def __init__(self, model: str | None, flags: dict[str, Any], is_verifying: bool) -> None:
+        from appliance.serving.digests import Digests
+
+        self._model = model
+        self._flags = flags
+        self._root = config.artifacts_root()
+        self._folder = self._root if self._root.is_dir() else config.cache_root()
+        self._digests = Digests(self._folder, is_trusted=not is_verifying)
+
+    def find_all(self) -> "list[tuple[ServedModel, Serve]]":
+        """The default model and the others, with their settings; every file's header and sha256 is checked."""
+        default, settings = self.find()
+        others = [self._find_other(each, settings) for each in settings.models]
+        names = [default.name, *(model.name for model, _ in others)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise RecipeError(f"serve.models: {', '.join(twice)} is the name of two models; rename a file or leave one out.")
+        return [(default, settings), *others]
+
+    def find(self) -> "tuple[ServedModel, Serve]":
+        """The default model."""
+        from appliance.serving import served_model
+
+        found = served_model.find(self._model, self._root, self._digests)
+        settings = _settings(found.serve, self._flags)
+        return served_model.with_adapters(found, settings.adapters), settings
+
+    def mark(self) -> object:
+        from appliance.serving import served_model
+
+        return served_model.promotion_mark(self._root)
+
+    def pool(self, served: "list[tuple[ServedModel, Serve]]", metrics: Any) -> "ModelPool":
+        from appliance.serving.model_pool import ModelPool
+        from appliance.serving.planning import Planner
+
+        for model, _ in served:
+            if model.is_foreign:
+                note(f"warning: {model.path} has no manifest; nothing says where it came from or what it was tested for")
+        explicit = {*self._flags, *config.environment_table(Recipe).get("serve", {})}
+        promotion = self if self._model is None else None
+        plans = Planner(explicit=explicit, folder=self._folder)
+        return ModelPool(served, plans=plans, listener=metrics, promotion=promotion, on_planned=_tell_plan)
+
+    def _find_other(self, model: str, settings: Serve) -> "tuple[ServedModel, Serve]":
+        from appliance.serving import served_model
+
+        plain = dataclasses.replace(settings, adapters=(), system_prompts=())  # they belong to the default model
+        return served_model.find(model, self._root, self._digests), plain
+
+
+def _tell_plan(plan: "Plan") -> None:
+    """What is about to be loaded, in numbers, and what is not as it was asked."""
+    chosen = plan.settings
+    note(
+        f"{chosen.name}: {chosen.slots} x {chosen.context_tokens} tokens, {chosen.threads_decode} + "
+        f"{chosen.threads_prefill} threads, KV {chosen.kv_type}; memory {plan.memory}"
+    )
+    for each in chosen.notes:
+        note(f"  {each}")
 
 
 def _settings(from_recipe: Any, flags: dict[str, Any]) -> Serve:

@@ -79,6 +79,15 @@ def _plans(recipe: Recipe, root: Path) -> dict[str, Plan]:
 def _make(
     phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan], *, resume: bool, restart: bool
 ) -> artifacts.Artifact:
+    from appliance.training import model
+
+    with model.gpu_lease():
+        return _train(phase, recipe, root, plans, resume=resume, restart=restart)
+
+
+def _train(
+    phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan], *, resume: bool, restart: bool
+) -> artifacts.Artifact:
     from appliance.data import check
     from appliance.training import dpo, model, sft, starter
 

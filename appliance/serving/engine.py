@@ -1,99 +1,44 @@
-"""The engine contract: what HTTP asks of whatever turns prompts into text, and the plain data between the two.
+"""The engine contract: what HTTP asks of whatever turns prompts into text.
 
-`Engine` is the contract, `Generation` the handle of one running request. Everything here can be sent over a pipe, so an
-engine may live in this process or in one of its own. Knows nothing of HTTP, Prometheus or llama.cpp. Times are
-`time.monotonic()` seconds, which processes of one machine share.
+`Models` finds an engine by name, `Engine` answers requests, `Generation` is the handle of one that is being answered. The
+data between them is in `requests.py` and `events.py`. Knows nothing of HTTP, Prometheus or llama.cpp.
 """
 
 import asyncio
 import contextlib
-import dataclasses
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Literal, Protocol
 
-from appliance.errors import RequestError
+from msgspec import Struct
 
-FinishReason = Literal["stop", "length", "cancelled"]
-Outcome = Literal["stop", "length", "cancelled", "failed"]
-Phase = Literal["queue", "prefill", "decode"]
-Message = Mapping[str, str]
+from appliance.serving.events import (
+    Accepted,
+    Event,
+    Failed,
+    Finished,
+    Load,
+    ModelInfo,
+    ModelKind,
+    Pooled,
+    RequestStats,
+    StepStats,
+    TextPiece,
+    Tokens,
+)
+from appliance.serving.requests import ChatPrompt, GenerationRequest, PoolingRequest
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
-    """The served model; `context_tokens` is the limit of one request, prompt and answer together."""
-
-    name: str
-    sha256: str
-    quantization: str
-    architecture: str
-    size_bytes: int
-    context_tokens: int
-    slots: int
-    made_at: int  # seconds since the epoch
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingSettings:
-    """How the next token is chosen. Temperature 0 takes the likeliest token; the filters then do nothing.
-
-    The order is llama.cpp's: penalties (over generated tokens only), top_k, top_p, min_p, temperature.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0 keeps all
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
-    """A prompt as token ids and how to continue it; `arrived_at` is where the waiting of the client began."""
-
-    id: str
-    prompt: tuple[int, ...]
-    max_tokens: int
-    arrived_at: float
-    stop: tuple[str, ...] = ()
-    sampling: SamplingSettings = SamplingSettings()
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TextPiece:
-    """Text that nothing can take back any more; never empty."""
-
-    text: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """The last event. `generated_tokens` counts every sampled token, the one that ended the answer included."""
-
-    reason: FinishReason
-    prompt_tokens: int
-    generated_tokens: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
-    """The last event of a request that could not be answered."""
-
-    error: RequestError
-
-
-Event = TextPiece | Finished | Failed
+RestartReason = Literal["exit", "signal", "hang", "memory"]
 
 
 class Generation:
-    """One request being answered: an async iterator that ends with `Finished` or raises the error of `Failed`.
+    """One accepted request: an async iterator over what comes after `Accepted`, until every answer has `Finished`.
 
-    Made inside a running event loop; `deliver` and `cancel` may be called from any thread.
+    Raises the error of `Failed`. Made inside a running event loop; `deliver` and `cancel` may be called from any thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answers: int = 1) -> None:
+        self.accepted = Accepted(prompt_tokens=0)
+        self._answers = answers
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._cancel: Callable[[], None] | None = None
@@ -110,73 +55,114 @@ class Generation:
         if self._cancel is not None:
             self._cancel()
 
+    async def started(self) -> "Generation":
+        """Waits for the first event; raises the error of `Failed`."""
+        event = await self._events.get()
+        if isinstance(event, Failed):
+            raise event.error()
+        assert isinstance(event, Accepted), event
+        self.accepted = event
+        return self
+
     async def __aiter__(self) -> AsyncIterator[TextPiece | Finished]:
-        while True:
+        left = self._answers
+        while left:
             event = await self._events.get()
             if isinstance(event, Failed):
-                raise event.error
+                raise event.error()
+            assert isinstance(event, TextPiece | Finished), event
+            left -= isinstance(event, Finished)
             yield event
-            if isinstance(event, Finished):
-                return
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What the engine is doing now."""
-
-    running: int
-    waiting: int
-    slots: int
-    is_accepting: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepStats:
-    """One decode call: tokens computed, and the times that clients saw."""
-
-    prompt_tokens: int
-    generated_tokens: int
-    first_token_seconds: tuple[float, ...]
-    inter_token_seconds: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RequestStats:
-    """One request that has ended, however it ended; `cancelled_in` names the phase of a cancelled one."""
-
-    outcome: Outcome
-    duration_seconds: float
-    queue_seconds: float
-    cancelled_in: Phase | None = None
 
 
 class StatsListener(Protocol):
-    """Receives the engine's facts, from the engine's thread; must be quick and must not raise."""
+    """Receives the engine's facts; must be quick and must not raise."""
 
     def record_step(self, stats: StepStats) -> None: ...
 
     def record_request(self, stats: RequestStats) -> None: ...
 
 
+class EngineListener(Protocol):
+    """Receives what happens to engines; must be quick and must not raise."""
+
+    def of_model(self, name: str) -> StatsListener: ...
+
+    def record_load(self, model: ModelInfo, seconds: float) -> None: ...
+
+    def record_first_token_after_load(self, name: str, seconds: float) -> None:
+        """From the start of loading to the first token of any request."""
+
+    def record_unload(self, name: str) -> None: ...
+
+    def record_restart(self, name: str, reason: RestartReason) -> None: ...
+
+
 class Engine(Protocol):
-    """Turns prompts into text. All methods are called from the event loop's thread, and none blocks it."""
+    """One loaded model. All methods are called from the event loop's thread, and none blocks it."""
 
     @property
     def model(self) -> ModelInfo: ...
 
-    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of a conversation with the assistant's turn opened.
+    async def submit(self, request: GenerationRequest) -> Generation:
+        """Returns once the request has its place in the queue.
 
-        Raises `PromptTooLong` when no answer fits behind it, `RequestError` when the template refuses it.
+        Raises `RequestError` (template, grammar or settings refused), `PromptTooLong`, `QueueFull`, `DeadlineExceeded` when
+        the deadline cannot be kept, `EngineRestarting`, `ShuttingDown` or `EngineFailed`. Cancelling the awaiting task
+        cancels the request.
         """
 
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Queues a request. Raises `PromptTooLong`, `QueueFull`, or `EngineFailed` when the engine is not running."""
+    async def pool(self, request: PoolingRequest) -> Pooled:
+        """Embeds or ranks. Raises as `submit` does, and `RequestError` when the model is of another kind."""
+
+    async def tokenize(self, text: str, *, is_special_parsed: bool = False) -> Tokens: ...
+
+    async def detokenize(self, tokens: Sequence[int]) -> str: ...
+
+    async def apply_template(self, prompt: ChatPrompt) -> str: ...
 
     def load(self) -> Load: ...
+
+
+class ModelCard(Struct, frozen=True, kw_only=True):
+    """A model that can be asked for, loaded or not; `parent` is the base of an adapter."""
+
+    id: str
+    kind: ModelKind
+    made_at: int
+    size_bytes: int
+    sha256: str
+    is_loaded: bool
+    quantization: str = ""
+    architecture: str = ""
+    context_tokens: int = 0
+    parent: str | None = None
+
+
+class EngineLease(Struct, frozen=True, kw_only=True):
+    """An engine that stays loaded while the lease is held; `adapter` is what the asked name said behind the colon."""
+
+    engine: Engine
+    name: str
+    adapter: str | None = None
+
+
+class Models(Protocol):
+    """The models of this server. Used from the event loop's thread."""
+
+    def cards(self) -> Sequence[ModelCard]: ...
+
+    def lease(self, name: str | None, kind: ModelKind = "chat") -> contextlib.AbstractAsyncContextManager[EngineLease]:
+        """Loads the model if need be; None takes the default one. Waits while a model is being replaced or restarted.
+
+        Raises `ModelNotFound`, `NoMemoryForModel`, `EngineRestarting` or `EngineFailed`.
+        """
+
+    def load(self) -> Load:
+        """Of all engines together; the state is the default model's."""
 
     def drain(self, grace_seconds: float) -> None:
         """Refuses new requests from now on; those accepted may finish within the grace time, the rest fails then."""
 
-    def close(self) -> None:
-        """Ends every request and frees the memory. The only call that may block, for the chunk in flight."""
+    async def close(self) -> None:
+        """Ends every engine."""

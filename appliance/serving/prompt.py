@@ -1,19 +1,25 @@
-"""A conversation to token ids, exactly as training saw it, with control tokens that only the template can write.
+"""A prompt to token ids, exactly as training saw it, with control tokens that only the template can write.
 
 Training tokenises the rendered template as one string, special tokens parsed, and adds none; so does this: a template
-that wants a beginning-of-text token writes it, as in transformers' `apply_chat_template`. When a message contains the
-text of a control token (`<|im_end|>`), that text alone is tokenised as plain text, so that no message can end its
-turn or open another's. Knows nothing of llama.cpp.
+that wants a beginning-of-text token writes it, as in transformers' `apply_chat_template`. Where a client's text (messages,
+tools, template variables) contains the text of a control token (`<|im_end|>`), that text alone is tokenised as plain text,
+so that nobody can end a turn or open another's. Knows nothing of llama.cpp.
 """
 
+import dataclasses
+import itertools
 import re
 import secrets
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from appliance.errors import PromptTooLong, RequestError
-from appliance.serving.engine import Message
+from appliance.serving.requests import ChatPrompt, Prompt, TextPrompt
+from appliance.text import tool_calls
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
+from appliance.text.reasoning import markers_of, opening_of
+
+RESERVED_VARIABLES = frozenset(("self", "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"))
 
 
 class Vocabulary(Protocol):
@@ -29,6 +35,18 @@ class Vocabulary(Protocol):
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]: ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """The first `shared_tokens` come from system messages and tools alone, whatever is asked after them.
+
+    `opening` is the end of the rendered prompt that belongs to the answer, such as "<think>\\n".
+    """
+
+    tokens: tuple[int, ...]
+    shared_tokens: int = 0
+    opening: str = ""
+
+
 class PromptEncoder:
     """Renders and tokenises; may be used from several threads."""
 
@@ -36,41 +54,165 @@ class PromptEncoder:
         self._vocabulary = vocabulary
         self._template = template
         self._context_tokens = context_tokens
+        self._format = tool_calls.detect(template.source)
         longest_first = sorted(filter(None, vocabulary.control_texts), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids with the assistant's turn opened; raises `PromptTooLong` or `RequestError`."""
-        nonce = secrets.token_hex(8)  # no client can guess it
-        controls: list[str] = []
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """Token ids, for a conversation with the assistant's turn opened; raises `PromptTooLong` or `RequestError`."""
+        if isinstance(prompt, ChatPrompt):
+            return self._encode_chat(prompt)
+        if isinstance(prompt, TextPrompt):
+            self._require_room(self._fewest_tokens(prompt.text), "prompt", "at least ")
+            tokens = tuple(self._vocabulary.tokenize(prompt.text, parse_special=False))
+        else:
+            tokens = prompt.tokens
+        if not tokens:
+            raise RequestError("The prompt is empty; give at least one token.", param="prompt")
+        self._require_room(len(tokens), "prompt")
+        return EncodedPrompt(tokens)
 
-        def mark(match: re.Match[str]) -> str:
-            controls.append(match[0])
-            return f"\ue000{nonce}:{len(controls) - 1}\ue001"
+    def render(self, prompt: ChatPrompt) -> str:
+        """The text that a conversation becomes; raises `RequestError`."""
+        marks = _Marks(self._control)
+        return marks.restored(self._rendered(self._shown(prompt, marks), add_generation_prompt=True))
 
-        neutral = [{**message, "content": self._control.sub(mark, message["content"])} for message in messages]
+    def _encode_chat(self, prompt: ChatPrompt) -> EncodedPrompt:
+        marks = _Marks(self._control)
+        shown = self._shown(prompt, marks)
+        text = self._rendered(shown, add_generation_prompt=True)
+        self._require_room(self._fewest_tokens(text), "messages", "at least ")
+        tokens = self._tokenize(marks, text)
+        self._require_room(len(tokens), "messages")
+        shared = self._tokenize(marks, self._shared_text(shown))
+        return EncodedPrompt(tuple(tokens), _common(tokens, shared), self._opening(shown, text))
+
+    def _shown(self, prompt: ChatPrompt, marks: "_Marks") -> "_Shown":
+        reserved = RESERVED_VARIABLES & prompt.template_variables.keys()
+        if reserved:
+            raise RequestError(
+                f"chat_template_kwargs: {', '.join(sorted(reserved))} cannot be set; the server gives it to the template.",
+                param="chat_template_kwargs",
+            )
+        variables = marks.neutral(prompt.template_variables)
+        if self._format.is_native:
+            messages = marks.neutral(tool_calls.for_template(prompt.messages, self._format))
+            return _Shown(messages, marks.neutral(prompt.tools) or None, "", variables)
+        tools_text = tool_calls.tools_text(prompt.tools) if prompt.tools else ""
+        return _Shown(marks.neutral(tool_calls.as_text(prompt.messages)), None, marks.neutral(tools_text), variables)
+
+    def _shared_text(self, shown: "_Shown") -> str:
+        """What two conversations have in common that share the leading system messages and the tools, and no more.
+
+        Two, because many templates refuse a conversation without a user.
+        """
+        system = list(itertools.takewhile(lambda message: message["role"] == "system", shown.messages))
+        if not (system or shown.tools or shown.tools_text):
+            return ""
+        texts = []
+        for question in ("a", "b"):
+            asked = dataclasses.replace(shown, messages=[*system, {"role": "user", "content": question}])
+            try:
+                texts.append(self._rendered(asked, add_generation_prompt=False))
+            except RequestError:
+                return ""  # the template wants another conversation; a prefix that is not known is only read again
+        return texts[0][: _common(*texts)]
+
+    def _opening(self, shown: "_Shown", text: str) -> str:
+        opening = opening_of(text, markers_of(self._template.source))
+        is_message = bool(opening) and self._rendered(shown, add_generation_prompt=False).endswith(opening)
+        return "" if is_message else opening
+
+    def _rendered(self, shown: "_Shown", *, add_generation_prompt: bool) -> str:
+        given = {"tools": shown.tools, "add_generation_prompt": add_generation_prompt, **shown.variables}
+
+        def rendered(messages: Sequence[Mapping[str, Any]]) -> str:
+            return self._template.render(messages, **given)
+
         try:
-            text = self._template.render(neutral, add_generation_prompt=True)
+            return (
+                _with_tools_text(shown.messages, shown.tools_text, rendered)
+                if shown.tools_text
+                else rendered(shown.messages)
+            )
         except TemplateFailed as error:
             raise RequestError(str(error), param="messages") from error
-        self._require_room(-(-len(text.encode()) // self._vocabulary.longest_token_bytes), "at least ")
-        tokens = self._tokenize(re.split(f"\ue000{nonce}:(\\d+)\ue001", text), controls)
-        self._require_room(len(tokens))
-        return tuple(tokens)
 
-    def _tokenize(self, parts: Sequence[str], controls: Sequence[str]) -> list[int]:
-        """`parts` alternates the template's text with indices into `controls`, which are tokenised as plain text."""
+    def _tokenize(self, marks: "_Marks", text: str) -> list[int]:
         tokens: list[int] = []
-        for i, part in enumerate(parts):
-            is_control = i % 2 == 1
-            text = controls[int(part)] if is_control else part
-            tokens += self._vocabulary.tokenize(text, parse_special=not is_control)
+        for part, is_control in marks.parts(text):
+            tokens += self._vocabulary.tokenize(part, parse_special=not is_control)
         return tokens
 
-    def _require_room(self, tokens: int, qualifier: str = "") -> None:
+    def _fewest_tokens(self, text: str) -> int:
+        return -(-len(text.encode()) // self._vocabulary.longest_token_bytes)
+
+    def _require_room(self, tokens: int, param: str, qualifier: str = "") -> None:
         if tokens >= self._context_tokens:
             raise PromptTooLong(
                 f"The prompt has {qualifier}{tokens} tokens; the limit is {self._context_tokens} for prompt and answer "
                 "together. Shorten the messages or start a new conversation.",
-                param="messages",
+                param=param,
             )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Shown:
+    """A conversation as the template knows it, without control texts; `tools_text` if it knows no tools."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    tools_text: str
+    variables: dict[str, Any]
+
+
+class _Marks:
+    """Stands marks in for control texts that a client wrote, and finds them again in what was rendered."""
+
+    def __init__(self, control: re.Pattern[str]) -> None:
+        self._control = control
+        self._nonce = secrets.token_hex(8)  # no client can guess it
+        self._found: list[str] = []
+        self._mark = re.compile(rf"\[{self._nonce}:(\d+)\]")  # no character that `tojson` or `string` would escape
+
+    def neutral(self, value: Any) -> Any:
+        """The same JSON value without control texts, in keys neither."""
+        match value:
+            case str():
+                return self._control.sub(self._note, value)
+            case Mapping():
+                return {self.neutral(key): self.neutral(each) for key, each in value.items()}
+            case list() | tuple():
+                return [self.neutral(each) for each in value]
+        return value
+
+    def parts(self, text: str) -> list[tuple[str, bool]]:
+        """The template's text and, marked True, the control texts of clients, in order."""
+        alternating = self._mark.split(text)
+        return [(self._found[int(part)], True) if i % 2 else (part, False) for i, part in enumerate(alternating)]
+
+    def restored(self, text: str) -> str:
+        return "".join(part for part, _ in self.parts(text))
+
+    def _note(self, match: re.Match[str]) -> str:
+        self._found.append(match[0])
+        return f"[{self._nonce}:{len(self._found) - 1}]"
+
+
+def _with_tools_text(
+    messages: Sequence[Mapping[str, Any]], text: str, rendered: Callable[[Sequence[Mapping[str, Any]]], str]
+) -> str:
+    """The description of the tools ends the system message; where a template has none, it begins the first message."""
+    first, *rest = messages
+    if first["role"] == "system":
+        return rendered([{**first, "content": f"{first['content']}\n\n{text}"}, *rest])
+    try:
+        return rendered([{"role": "system", "content": text}, *messages])
+    except TemplateFailed:
+        return rendered([{**first, "content": f"{text}\n\n{first['content']}"}, *rest])
+
+
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the common beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))

@@ -1,158 +1,144 @@
 """Continuous batching: one thread owns the decoder and answers up to `slots` requests together; others wait.
 
-Each step decodes one token of every running answer first and fills what room is left with prompt chunks, so that a long
-prompt never freezes an answer. `Scheduler` is used from any thread. Knows nothing of llama.cpp (a `Decoder` does the
-computing), of HTTP or of templates.
+Each step computes the running answers first and fills what room is left with prompts, so that a long prompt never freezes
+an answer. `Scheduler` is used from any thread. Its parts: `job.py` (a request's state), `backlog.py` (who waits),
+`running.py` (who has a slot), `batch.py` (what a step computes), `prefixes.py` (who holds which cells), `idle.py` (what is
+done while nobody asks). Knows nothing of llama.cpp (a `Decoder` does the computing), of HTTP or of templates.
 """
 
-import dataclasses
 import logging
-import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
-from appliance.errors import EngineFailed, PromptTooLong, QueueFull, RequestError, ShuttingDown
-from appliance.serving.engine import (
-    Event,
-    Failed,
-    Finished,
-    FinishReason,
-    GenerationRequest,
-    Load,
-    Outcome,
-    Phase,
-    RequestStats,
-    SamplingSettings,
-    StatsListener,
-    StepStats,
-    TextPiece,
-)
+from appliance.errors import DeadlineExceeded, EngineFailed, PromptTooLong, RequestError, ShuttingDown
+from appliance.serving.backlog import Backlog
+from appliance.serving.decoder import Adapter, CompiledGrammar, Decoder, Feed, Sampled
+from appliance.serving.engine import StatsListener
+from appliance.serving.engine_settings import EngineSettings
+from appliance.serving.events import Accepted, Event, Failed, FinishReason, Load
+from appliance.serving.idle import IdleWork
+from appliance.serving.job import Answer, Job, Ticket
+from appliance.serving.pace import Pace, Work, retry_after
+from appliance.serving.prefixes import Prefixes
+from appliance.serving.requests import GenerationRequest
+from appliance.serving.running import Running
+from appliance.serving.snapshots import Prefix, SnapshotStore
+from appliance.serving.speculation import Gate
 from appliance.serving.text_stream import TextStream
-
-IDLE_CHUNK_TOKENS = 256  # prompt tokens per step while no answer is running
-BUSY_CHUNK_TOKENS = 64  # and beside running answers: at 17 tokens/s they pause for less than four seconds
-FIRST_GUESS_SECONDS = 10.0  # a request's duration, before any was measured
-LONGEST_RETRY_SECONDS = 600
 
 logger = logging.getLogger("appliance.serving")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Feed:
-    """Tokens to append to one sequence from `position` on; `is_sampled` asks for the token that follows them."""
-
-    slot: int
-    tokens: Sequence[int]
-    position: int
-    is_sampled: bool
-
-
-class Decoder(Protocol):
-    """Computes sequences; used from one thread only, but for `abort`."""
-
-    @property
-    def slots(self) -> int: ...
-
-    @property
-    def context_tokens(self) -> int:
-        """Per sequence."""
-
-    def start(self, slot: int, sampling: SamplingSettings) -> None:
-        """Prepares an empty sequence."""
-
-    def decode(self, feeds: Sequence[Feed]) -> Mapping[int, int] | None:
-        """The sampled token of each slot that asked for one; None when aborted. Raises `EngineFailed`."""
-
-    def release(self, slot: int) -> None:
-        """Forgets the sequence."""
-
-    def clear(self) -> None:
-        """Forgets every sequence, after a failure."""
-
-    def abort(self) -> None:
-        """Makes the decode call now running return early; any thread. Without effect on the next call."""
-
-    def piece(self, token: int) -> bytes: ...
-
-    def is_end(self, token: int) -> bool: ...
-
-    def close(self) -> None: ...
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Job:
-    """A request on its way through the queue, prefill and decode."""
-
-    request: GenerationRequest
-    deliver: Callable[[Event], None]
-    stream: TextStream
-    max_tokens: int
-    slot: int = -1
-    started_at: float | None = None
-    last_token_at: float | None = None
-    fed: int = 0  # prompt tokens computed
-    generated: int = 0
-    last_token: int = -1
-    is_cancelled: bool = False
-
-    @property
-    def phase(self) -> Phase:
-        if self.started_at is None:
-            return "queue"
-        return "prefill" if self.generated == 0 else "decode"
-
-    def feed(self, room: int) -> Feed:
-        """What to compute next: the last token, or up to `room` tokens of the prompt."""
-        if self.generated:
-            return Feed(self.slot, (self.last_token,), len(self.request.prompt) + self.generated - 1, True)
-        chunk = self.request.prompt[self.fed : self.fed + room]
-        return Feed(self.slot, chunk, self.fed, self.fed + len(chunk) == len(self.request.prompt))
+def _no_flush() -> None:
+    """For listeners that need no telling when a step is over."""
 
 
 class Scheduler:
-    """Runs `decoder` in a thread of its own until `close`."""
+    """Runs `decoder` in a thread of its own until `close`.
 
-    def __init__(self, decoder: Decoder, *, queue_requests: int, listener: StatsListener) -> None:
+    `deliver` functions and `listener` are called with the scheduler's lock held, from its thread and from those that
+    submit and cancel: they must be quick and must not call the scheduler. `flush` follows once after each step.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        settings: EngineSettings,
+        listener: StatsListener,
+        snapshots: SnapshotStore | None = None,
+        flush: Callable[[], None] = _no_flush,
+        weight_bytes: int = 0,
+    ) -> None:
         self._decoder = decoder
-        self._queue_requests = queue_requests
         self._listener = listener
+        self._flush = flush
+        self._pace = Pace()
+        self._gate = Gate(self._pace.costs) if settings.is_speculating and decoder.can_share else None
         self._changed = threading.Condition()  # guards everything below
-        self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
-        self._in_flight: list[Job] = []  # jobs of the decode call now running
-        self._free_slots = list(range(decoder.slots))
-        self._mean_seconds = FIRST_GUESS_SECONDS
+        self._prefixes = Prefixes(decoder, min(decoder.cells, settings.cells), snapshots)
+        self._backlog = Backlog(decoder.slots, settings.queue_requests, settings.queue_tokens)
+        self._running = Running(decoder, self._prefixes, self._pace, self._gate, weight_bytes)
+        self._idle = IdleWork(decoder, self._prefixes, self._running, self._pace, snapshots)
+        self._tickets: dict[str, Ticket] = {}
+        self._in_flight: Sequence[Answer] = ()  # answers of the decode call now running
+        self._step_started_at: float | None = None
         self._drain_deadline: float | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
-    def submit(self, request: GenerationRequest, deliver: Callable[[Event], None]) -> Callable[[], None]:
-        """Queues a request and returns its cancel function. Events reach `deliver` from the scheduler's thread."""
-        room = self._decoder.context_tokens - len(request.prompt)
-        if room < 1 or not request.prompt:
+    def submit(
+        self,
+        request: GenerationRequest,
+        prompt: Sequence[int],
+        shared_tokens: int,
+        grammar: CompiledGrammar | None,
+        deliver: Callable[[Event], None],
+        opening: str = "",
+    ) -> None:
+        """Queues a request; `Accepted` is delivered before this returns, the rest by the scheduler's thread.
+
+        The first `shared_tokens` of the prompt hold no visitor's text. Raises `PromptTooLong`, `QueueFull`,
+        `DeadlineExceeded`, `ShuttingDown` or `EngineFailed`, and then delivers nothing.
+        """
+        limit = min(self._decoder.context_tokens, self._prefixes.cells)
+        if not 0 < len(prompt) < limit:
             raise PromptTooLong(
-                f"The prompt has {len(request.prompt)} tokens; it must have 1 to {self._decoder.context_tokens - 1}.",
+                f"The prompt has {len(prompt)} tokens; it must have 1 to {limit - 1}. Shorten it, or start the server "
+                "with a larger --context-tokens.",
                 param="messages",
             )
-        job = Job(request, deliver, TextStream(request.stop), min(request.max_tokens, room))
+        max_tokens = min(request.max_tokens, limit - len(prompt))
+        ticket = Ticket(request, tuple(prompt), min(shared_tokens, len(prompt)), grammar, deliver, max_tokens)
+        ticket.answers = [self._answer(ticket, index) for index in range(request.n)]
         with self._changed:
-            self._require_place()
-            self._waiting.append(job)
+            self._require_place(ticket)
+            self._tickets[request.id] = ticket
+            deliver(Accepted(prompt_tokens=len(prompt), opening=opening))
+            self._backlog.add(ticket.answers)
             self._changed.notify()
-        return lambda: self._cancel(job)
+        self._flush()
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request as soon as the decode call in flight allows; harmless for one that is over or unknown."""
+        with self._changed:
+            if (ticket := self._tickets.get(request_id)) is None:
+                return
+            ticket.is_cancelled = True
+            for answer in self._backlog.of(ticket):
+                self._end(answer, "cancelled")
+            if self._in_flight and all(each.ticket.is_cancelled for each in self._in_flight):
+                self._decoder.abort()
+            self._changed.notify()
+        self._flush()
+
+    def warm(self, prefix: Sequence[int], adapter: Adapter | None = None) -> None:
+        """Reads an operator's prefix when nothing else is to be done, for all tenants; writes it to disk too."""
+        limit = min(self._decoder.context_tokens, self._prefixes.cells)
+        if not self._decoder.can_share or not 0 < len(prefix) < limit:
+            reason = "its length" if self._decoder.can_share else "this model's memory cannot be shared"
+            logger.warning("event=prefix_not_warmed tokens=%d limit=%d reason=%r", len(prefix), limit - 1, reason)
+            return
+        with self._changed:
+            self._idle.add(Prefix(tuple(prefix), adapter))
+            self._changed.notify()
 
     def load(self) -> Load:
         with self._changed:
-            is_accepting = not self._is_closed and self._drain_deadline is None
+            is_draining = self._drain_deadline is not None
             return Load(
-                running=len(self._running),
-                waiting=len(self._waiting),
+                state="stopped" if self._is_closed else "draining" if is_draining else "ready",
+                running=len(self._running.answers),
+                waiting=self._backlog.requests,
                 slots=self._decoder.slots,
-                is_accepting=is_accepting,
+                waiting_tokens=self._backlog.tokens,
+                kv_cells_used=self._prefixes.used_cells,
+                kv_cells_running=self._prefixes.running_cells,
+                kv_cells=self._prefixes.cells,
+                is_speculating=self._gate is not None and self._gate.is_on,
+                step_started_at=self._step_started_at,
             )
 
     def drain(self, grace_seconds: float) -> None:
@@ -169,171 +155,220 @@ class Scheduler:
             self._changed.notify()
         self._thread.join()
 
-    def _require_place(self) -> None:
+    def _answer(self, ticket: Ticket, index: int) -> Answer:
+        request = ticket.request
+        adapter = None if request.adapter is None else Adapter(request.adapter, request.adapter_scale)
+        capacity = len(ticket.prompt) + ticket.max_tokens
+        job = Job(list(ticket.prompt), len(ticket.prompt), capacity, adapter, request.tenant)
+        return Answer(ticket, index, job, TextStream(request.stop))
+
+    def _require_place(self, ticket: Ticket) -> None:
+        """Raises when the request has to be refused."""
         if self._is_closed:
             raise EngineFailed("The engine is not running; restart the server.")
+        now = time.monotonic()
         if self._drain_deadline is not None:
-            left = max(1, math.ceil(self._drain_deadline - time.monotonic()))
-            raise ShuttingDown("The server is shutting down and takes no new requests.", retry_after_seconds=left)
-        if len(self._waiting) + len(self._running) < self._decoder.slots + self._queue_requests:
+            left = retry_after(self._drain_deadline - now)
+            raise ShuttingDown(
+                f"The server is shutting down and takes no new requests. Try again in {left} s.", retry_after_seconds=left
+            )
+        if ticket.request.id in self._tickets:
+            raise RequestError(f"A request with the id {ticket.request.id!r} is being answered; choose another id.")
+        running = [self._work(answer) for answer in self._running.answers]
+        self._backlog.require_place(len(ticket.prompt), running, self._work, self._pace)
+        cached = self._prefixes.cached_tokens(ticket.answers[0].job)
+        for answer in ticket.answers:
+            answer.expected_cached = cached if answer.index == 0 else len(ticket.prompt) - 1
+        deadline = ticket.request.deadline_at
+        if deadline is None:
             return
-        seconds = math.ceil(self._mean_seconds / self._decoder.slots)
-        raise QueueFull(
-            f"{len(self._running)} requests are running and {len(self._waiting)} wait; the limit is "
-            f"{self._decoder.slots} running and {self._queue_requests} waiting. Try again in {seconds} s.",
-            retry_after_seconds=min(max(seconds, 1), LONGEST_RETRY_SECONDS),
-        )
+        wait = self._backlog.seconds_until_place(running, self._work, self._pace)
+        wait += (len(ticket.prompt) - cached) * self._pace.prompt_token_seconds
+        if deadline <= now or (self._pace.is_measured and deadline < now + wait):
+            raise DeadlineExceeded(
+                f"The answer could begin in {wait:.1f} s, and the deadline is in {max(deadline - now, 0.0):.1f} s. "
+                "Allow more time, or ask again when fewer requests wait."
+            )
 
-    def _cancel(self, job: Job) -> None:
-        with self._changed:
-            job.is_cancelled = True
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self._end(job, "cancelled")
-            elif self._in_flight and all(each.is_cancelled for each in self._in_flight):
-                self._decoder.abort()
-            self._changed.notify()
+    def _work(self, answer: Answer) -> Work:
+        job = answer.job
+        left = job.prompt_tokens - max(job.computed, answer.expected_cached)
+        return Work(max(left, 0), self._pace.expected_answer(answer.ticket.max_tokens, answer.generated))
 
     def _run(self) -> None:
         try:
+            self._guarded(self._restore)
             while not self._is_closed:
-                try:
-                    self._step()
-                except EngineFailed as error:
-                    self._fail_running(error)
-                except Exception:
-                    logger.exception("event=step_failed")
-                    self._fail_running(EngineFailed("The engine met an unexpected error; the server's log has it."))
+                self._guarded(self._step)
         finally:
             self._end_all()
+            self._idle.close()
             self._decoder.close()
 
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """A failed decode leaves no sequence trustworthy: its requests fail, those waiting go on."""
+        try:
+            work()
+        except EngineFailed as error:
+            self._fail_running(error)
+        except Exception:
+            logger.exception("event=step_failed")
+            self._fail_running(EngineFailed("The engine met an unexpected error; the server's log has it."))
+
+    def _restore(self) -> None:
+        for prefix, payload in self._prefixes.restorable():
+            with self._changed:
+                self._prefixes.restore(prefix, payload, self._running.free_slots[-1])
+
     def _step(self) -> None:
-        """Waits for work, decodes one batch and hands out what came of it."""
+        """Decodes one batch and hands out what came of it; without requests, does idle work or waits."""
         with self._changed:
             self._retire()
             self._admit()
-            if not self._running:
-                if not self._is_closed:
-                    self._changed.wait()
-                return
-            batch = self._compose()
-            self._in_flight = [job for job, _ in batch]
-        sampled = self._decoder.decode([feed for _, feed in batch])
+            batch = self._running.compose() if self._running.answers and not self._is_closed else None
+            self._in_flight = [answer for answer, _ in batch.parts] if batch is not None else ()
+        self._flush()
+        if batch is None:
+            self._work_idly()
+            return
+        sampled, seconds = self._decode(batch.feeds, batch.adapter)
         with self._changed:
-            self._in_flight = []
-            if sampled is not None:
-                self._take(batch, sampled)
+            self._in_flight = ()
+            if sampled is None:
+                self._running.trim(batch)
+                return
+            now = time.monotonic()
+            self._listener.record_step(self._running.take(batch, sampled, seconds, now))
+            for answer, _ in batch.parts:
+                if answer.failure is not None and not answer.is_over:
+                    self._fail(answer.ticket, RequestError(answer.failure))
+                elif answer.reason is not None:
+                    self._end(answer, answer.reason)
+        self._flush()
+
+    def _decode(
+        self, feeds: Sequence[Feed], adapter: Adapter | None
+    ) -> tuple[Mapping[int, Sequence[Sampled]] | None, float]:
+        """What followed, and the seconds that it took."""
+        started = self._step_started_at = time.monotonic()
+        try:
+            sampled = self._decoder.decode(feeds, adapter)
+        finally:
+            self._step_started_at = None
+        return sampled, time.monotonic() - started
 
     def _retire(self) -> None:
-        """Ends cancelled jobs, and all that are left once the grace time of a drain is over."""
-        if self._drain_deadline is not None and time.monotonic() >= self._drain_deadline:
-            late = EngineFailed("The server shut down before the answer was complete; ask again.")
-            for job in (*self._waiting, *self._running):
-                self._end(job, late)
-            self._waiting.clear()
-        for job in [job for job in self._running if job.is_cancelled]:
-            self._end(job, "cancelled")
+        """Ends cancelled requests, late ones, and all that are left once the grace time of a drain is over."""
+        now = time.monotonic()
+        if self._drain_deadline is not None and now >= self._drain_deadline:
+            for ticket in list(self._tickets.values()):
+                self._fail(ticket, EngineFailed("The server shut down before the answer was complete; ask again."))
+        for ticket in list(self._tickets.values()):
+            deadline = ticket.request.deadline_at
+            if ticket.is_cancelled:
+                for answer in ticket.answers:
+                    self._end(answer, "cancelled")
+            elif deadline is not None and now >= deadline:
+                self._end_late(ticket, deadline)
+
+    def _end_late(self, ticket: Ticket, deadline: float) -> None:
+        """An answer that has begun ends with what there is."""
+        ticket.is_deadline_missed = True
+        if ticket.phase == "decode":
+            for answer in ticket.answers:
+                self._end(answer, "length", is_deadline=True)
+            return
+        allowed = deadline - ticket.request.arrived_at
+        where = "it was waiting for its turn" if ticket.phase == "queue" else "its prompt was being read"
+        self._fail(ticket, DeadlineExceeded(f"The time allowed, {allowed:.1f} s, was over while {where}; allow more time."))
 
     def _admit(self) -> None:
-        while self._waiting and self._free_slots:
-            job = self._waiting.popleft()
-            job.slot = self._free_slots.pop()
-            job.started_at = time.monotonic()
-            self._running.append(job)
-            self._decoder.start(job.slot, job.request.sampling)
-
-    def _compose(self) -> list[tuple[Job, Feed]]:
-        """The next batch: running answers first, then prompts in order of arrival as far as there is room."""
-        batch = [(job, job.feed(1)) for job in self._running if job.phase == "decode"]
-        room = BUSY_CHUNK_TOKENS if batch else IDLE_CHUNK_TOKENS
-        for job in self._running:
-            if job.phase == "prefill" and room > 0:
-                batch.append((job, feed := job.feed(room)))
-                room -= len(feed.tokens)
-        return batch
-
-    def _take(self, batch: Sequence[tuple[Job, Feed]], sampled: Mapping[int, int]) -> None:
-        now = time.monotonic()
-        prompt_tokens, first, between = 0, [], []
-        for job, feed in batch:
-            if job.phase == "prefill":
-                job.fed += len(feed.tokens)
-                prompt_tokens += len(feed.tokens)
-            if feed.slot not in sampled:
+        """Gives slots to those that wait, in order; only those that wait for another's reading are overtaken."""
+        if self._backlog:
+            self._idle.pause()
+        for answer in list(self._backlog):
+            if not self._running.free_slots:
+                return
+            if answer.is_over or self._running.has_to_wait(answer):
                 continue
-            if job.last_token_at is None:
-                first.append(now - job.request.arrived_at)
+            try:
+                if not self._running.admit(answer, time.monotonic()):
+                    return
+            except RequestError as error:
+                self._fail(answer.ticket, error)
             else:
-                between.append(now - job.last_token_at)
-            job.last_token_at = now
-            self._take_token(job, sampled[feed.slot])
-        self._listener.record_step(
-            StepStats(
-                prompt_tokens=prompt_tokens,
-                generated_tokens=len(sampled),
-                first_token_seconds=tuple(first),
-                inter_token_seconds=tuple(between),
-            )
-        )
+                self._backlog.remove(answer)
 
-    def _take_token(self, job: Job, token: int) -> None:
-        job.generated += 1
-        job.last_token = token
-        if job.is_cancelled:
+    def _work_idly(self) -> None:
+        with self._changed:
+            if self._backlog or self._is_closed:
+                return
+            if (chunk := self._idle.next_feed()) is None:
+                if not self._idle.save_one(self._notify):
+                    self._changed.wait()
+                return
+        job, feed = chunk
+        sampled, seconds = self._decode([feed], job.adapter)
+        with self._changed:
+            self._idle.take(job, feed, is_aborted=sampled is None)
+            if sampled is not None:
+                self._pace.observe_step(seconds, rows=0, prompt_tokens=len(feed.tokens))
+                self._listener.record_step(self._running.stats_of_warming(feed, seconds))
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _end(self, answer: Answer, reason: FinishReason, *, is_deadline: bool = False) -> None:
+        """The way out of one answer; with the last one, the request is over."""
+        if answer.is_over:
             return
-        if self._decoder.is_end(token):
-            self._end(job, "stop")
-        else:
-            self._send(job, job.stream.push(self._decoder.piece(token)))
-            if job.stream.is_stopped:
-                self._end(job, "stop")
-            elif job.generated >= job.max_tokens:
-                self._end(job, "length")
+        now = time.monotonic()
+        if answer.reason is None and reason != "cancelled":
+            answer.send(answer.stream.finish())
+        answer.reason = reason
+        self._take_out(answer)
+        answer.ticket.deliver(answer.finished(reason, now, is_deadline=is_deadline))
+        if reason != "cancelled":
+            self._pace.observe_answer(answer.generated)
+        if answer.ticket.is_over:
+            self._record(answer.ticket, now)
 
-    def _send(self, job: Job, text: str) -> None:
-        if text:
-            job.deliver(TextPiece(text=text))
+    def _fail(self, ticket: Ticket, error: RequestError) -> None:
+        """The way out of a request that cannot be answered."""
+        for answer in ticket.answers:
+            if not answer.is_over:
+                self._take_out(answer)
+        ticket.deliver(Failed.of(error))
+        self._record(ticket, time.monotonic(), error.api_code)
 
-    def _end(self, job: Job, result: FinishReason | RequestError) -> None:
-        """The one way out: frees the slot, tells the client and the listener."""
-        if job in self._running:
-            self._running.remove(job)
-            self._free_slots.append(job.slot)
-            self._decoder.release(job.slot)
-        now, started = time.monotonic(), job.started_at
-        outcome: Outcome = "failed"
-        if isinstance(result, RequestError):
-            job.deliver(Failed(error=result))
-        else:
-            outcome = result
-            self._send(job, job.stream.finish() if result != "cancelled" else "")
-            prompt_tokens = len(job.request.prompt)
-            job.deliver(Finished(reason=result, prompt_tokens=prompt_tokens, generated_tokens=job.generated))
-            if started is not None and result != "cancelled":
-                self._mean_seconds += 0.2 * (now - started - self._mean_seconds)
-        arrived = job.request.arrived_at
-        self._listener.record_request(
-            RequestStats(
-                outcome=outcome,
-                duration_seconds=now - arrived,
-                queue_seconds=(now if started is None else started) - arrived,
-                cancelled_in=job.phase if outcome == "cancelled" else None,
-            )
-        )
-        logger.info("event=request_ended request=%s outcome=%s generated=%d", job.request.id, outcome, job.generated)
+    def _take_out(self, answer: Answer) -> None:
+        answer.is_over = True
+        if answer in self._running.answers:
+            self._running.leave(answer)
+        elif answer in self._backlog:
+            self._backlog.remove(answer)
+
+    def _record(self, ticket: Ticket, now: float, failure_code: str | None = None) -> None:
+        del self._tickets[ticket.request.id]
+        stats = ticket.stats(now, failure_code)
+        self._listener.record_request(stats)
+        generated = stats.generated_tokens
+        logger.info("event=request_ended request=%s outcome=%s generated=%d", ticket.request.id, stats.outcome, generated)
 
     def _fail_running(self, error: EngineFailed) -> None:
-        """A failed decode leaves no sequence trustworthy: its requests fail, those waiting go on."""
         with self._changed:
-            self._in_flight = []
-            for job in list(self._running):
-                self._end(job, error)
-            self._decoder.clear()
+            self._in_flight = ()
+            tickets = dict.fromkeys(answer.ticket for answer in self._running.answers)
+            self._running.clear()
+            for ticket in tickets:
+                self._fail(ticket, error)
+            self._idle.forget_failed()
+        self._flush()
 
     def _end_all(self) -> None:
         with self._changed:
             self._is_closed = True
-            for job in (*self._running, *self._waiting):
-                self._end(job, EngineFailed("The engine stopped before the answer was complete; ask again."))
-            self._waiting.clear()
+            for ticket in list(self._tickets.values()):
+                self._fail(ticket, EngineFailed("The engine stopped before the answer was complete; ask again."))
+        self._flush()

@@ -1,38 +1,23 @@
 """The HTTP server process: a socket taken before the model is loaded, and a shutdown that lets answers finish.
 
-SIGTERM or SIGINT starts a drain: the server still answers, refuses new chats with 503 and leaves once the engine is
+SIGTERM or SIGINT starts a drain: the server still answers, refuses new requests with 503 and leaves once its engines are
 idle or the grace time is over. A second signal leaves at once.
 """
 
-import ipaddress
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from appliance.errors import RecipeError, ServerError
-from appliance.serving.engine import Engine
+from appliance.errors import ServerError
+from appliance.serving.engine import Models
 
-GRACE_SECONDS = 30.0
+OVERTIME_SECONDS = 2.0
 LAST_BYTES_SECONDS = 5  # for a slow reader, once its answer is complete
 BACKLOG = 128
-
-
-def require_loopback(host: str) -> None:
-    """Without keys, only this machine may ask. Raises `RecipeError`."""
-    if host == "localhost":
-        return
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise RecipeError(
-            f"serve.host: {host!r} can be reached by others, and this version has no API keys yet; use 127.0.0.1, "
-            "or --insecure-no-key on a network where everybody may use the model."
-        )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -53,7 +38,9 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def run(app: FastAPI, engine: Engine, sock: socket.socket, on_ready: Callable[[str], None]) -> None:
+async def run(
+    app: FastAPI, models: Models, sock: socket.socket, on_ready: Callable[[str], None], *, grace_seconds: float
+) -> None:
     """Serves until a signal ends it; `on_ready` is told the URL. Raises `ServerError` when the port is taken."""
     host, port = sock.getsockname()[:2]
     try:
@@ -64,18 +51,20 @@ def run(app: FastAPI, engine: Engine, sock: socket.socket, on_ready: Callable[[s
     config = uvicorn.Config(
         app, lifespan="off", access_log=False, log_level="warning", timeout_graceful_shutdown=LAST_BYTES_SECONDS
     )
-    _DrainingServer(config, engine, lambda: on_ready(url)).run(sockets=[sock])
+    server = _DrainingServer(config, models, lambda: on_ready(url), grace_seconds)
+    await server.serve(sockets=[sock])
 
 
 class _DrainingServer(uvicorn.Server):
     """uvicorn's server, which would close its port at the first signal and leave with the signal's own exit code."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, models: Models, on_ready: Callable[[], None], grace_seconds: float) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._models = models
         self._on_ready = on_ready
+        self._grace_seconds = grace_seconds
         self._signals = 0
-        self._is_draining = False
+        self._leave_at: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -88,12 +77,14 @@ class _DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
-        if self._signals and not self._is_draining:
-            self._is_draining = True
-            self._engine.drain(GRACE_SECONDS)
-        load = self._engine.load()
-        if self._is_draining and load.running == load.waiting == 0:
-            self.should_exit = True
+        if self._signals and self._leave_at is None:
+            # The engines end what is late by themselves; one that hangs is not waited for.
+            self._leave_at = time.monotonic() + self._grace_seconds + OVERTIME_SECONDS
+            self._models.drain(self._grace_seconds)
+        if self._leave_at is not None:
+            load = self._models.load()
+            if load.running == load.waiting == 0 or time.monotonic() > self._leave_at:
+                self.should_exit = True
         return await super().on_tick(counter)
 
 

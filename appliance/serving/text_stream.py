@@ -18,7 +18,11 @@ class TextStream:
         self._stop = tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
-        self.is_stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stopped_by is not None
 
     def push(self, piece: bytes) -> str:
         """Text that is final after these bytes; may be empty."""
@@ -27,8 +31,9 @@ class TextStream:
         self._held += self._decoder.decode(piece)
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self.is_stopped = True
-            return self._release(min(found)[1], drop_rest=True)
+            end, start = min(found)
+            self.stopped_by = self._held[start:end]
+            return self._release(start, drop_rest=True)
         return self._release(len(self._held) - self._undecided())
 
     def finish(self) -> str:

@@ -3,12 +3,13 @@
 The only file of this package that calls transformers' loaders, and translates their errors.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance import artifacts, bases
+from appliance import artifacts, bases, gpu
 from appliance.errors import ModelFileError
 
 TRAINING_TEMPLATE = "training_template.jinja"
@@ -92,6 +93,14 @@ def has_gpu() -> bool:
     import torch
 
     return bool(torch.cuda.is_available())
+
+
+def gpu_lease() -> contextlib.AbstractContextManager[None]:
+    """Holds the card while a phase trains, so that no server loads a model onto it meanwhile; nothing on the CPU.
+
+    Raises `EnvironmentIncomplete` naming the server or training run that has it.
+    """
+    return gpu.lease(0, "training") if has_gpu() else contextlib.nullcontext()
 
 
 def weight_type() -> Any:

@@ -1,42 +1,68 @@
-"""Stand-ins: a decoder that counts, an engine that says what it is told, a listener that remembers."""
+"""Stand-ins for the engine contract: an engine that says what it is told, the models around it, listeners that remember."""
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import struct
+from collections.abc import AsyncIterator, Callable, Sequence
 
-from appliance.errors import EngineFailed, PromptTooLong, RequestError
-from appliance.serving.engine import (
+import msgspec
+
+from appliance.errors import EngineFailed, ModelNotFound, PromptTooLong, RequestError
+from appliance.serving.engine import EngineLease, Generation, ModelCard, RestartReason
+from appliance.serving.events import (
+    Accepted,
     Event,
     Failed,
     Finished,
-    Generation,
-    GenerationRequest,
+    FinishReason,
     Load,
-    Message,
     ModelInfo,
+    ModelKind,
+    Pooled,
     RequestStats,
-    SamplingSettings,
     StepStats,
     TextPiece,
+    Tokens,
 )
-from appliance.serving.scheduler import Feed
+from appliance.serving.requests import ChatPrompt, GenerationRequest, PoolingRequest, Prompt, TextPrompt
 
-END = 0
+# Knows tools in the Hermes format and a thinking switch, as Qwen's templates do.
+TEMPLATE = """
+{%- if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}
+{{- '<tool_call>\\n{"name": <name>, "arguments": <object>}\\n</tool_call><|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}{{ call.function.arguments | tojson }}
+{{- '}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
 MODEL = ModelInfo(
     name="fake",
+    kind="chat",
     sha256="0123456789abcdef" * 4,
+    template_sha256="fedcba9876543210" * 4,
     quantization="Q4_K - Medium",
     architecture="fake",
     size_bytes=1,
     context_tokens=64,
     slots=2,
     made_at=1_700_000_000,
+    vocabulary_tokens=1000,
+    embedding_width=2,
 )
+THINKING_MODEL = msgspec.structs.replace(MODEL, chat_template=TEMPLATE)
+
+Script = Sequence[Event] | Callable[[GenerationRequest], Sequence[Event]]
 
 
 class Listener:
+    """A `StatsListener`, and an `EngineListener` that hands itself out for every model."""
+
     def __init__(self) -> None:
         self.steps: list[StepStats] = []
         self.requests: list[RequestStats] = []
+        self.loads: list[str] = []
+        self.unloads: list[str] = []
+        self.restarts: list[tuple[str, RestartReason]] = []
 
     def record_step(self, stats: StepStats) -> None:
         self.steps.append(stats)
@@ -44,133 +70,169 @@ class Listener:
     def record_request(self, stats: RequestStats) -> None:
         self.requests.append(stats)
 
+    def of_model(self, name: str) -> "Listener":  # noqa: ARG002
+        return self
 
-class CountingDecoder:
-    """Answers a prompt with the numbers after its last token: 5 → 6 7 8 …, as text "6 7 8 ". 99 is followed by the end.
+    def record_load(self, model: ModelInfo, seconds: float) -> None:  # noqa: ARG002
+        self.loads.append(model.name)
 
-    `gate` holds every decode call until it is set. Checks what llama.cpp would abort on: holes and wrong positions.
-    """
+    def record_first_token_after_load(self, name: str, seconds: float) -> None:
+        pass
 
-    def __init__(self, slots: int = 2, context_tokens: int = 64) -> None:
-        self.slots, self.context_tokens = slots, context_tokens
-        self.sequences: dict[int, list[int]] = {}
-        self.gate = threading.Event()
-        self.gate.set()
-        self.hold_at = -1  # closes the gate before this decode call
-        self.entered = threading.Semaphore(0)  # one count per decode call begun
-        self.failures: list[Exception] = []
-        self.batches: list[list[int]] = []
-        self.is_closed = False
-        self.aborts = 0
+    def record_unload(self, name: str) -> None:
+        self.unloads.append(name)
 
-    def start(self, slot: int, sampling: SamplingSettings) -> None:  # noqa: ARG002
-        assert slot not in self.sequences
-        self.sequences[slot] = []
-
-    def decode(self, feeds: Sequence[Feed]) -> Mapping[int, int] | None:
-        before = self.aborts
-        if len(self.batches) == self.hold_at:
-            self.gate.clear()
-        self.entered.release()
-        self.gate.wait()
-        if self.failures:
-            raise self.failures.pop()
-        if self.aborts > before:
-            return None
-        assert len({feed.slot for feed in feeds}) == len(feeds) <= self.slots
-        self.batches.append([len(feed.tokens) for feed in feeds])
-        for feed in feeds:
-            assert feed.tokens
-            assert feed.position == len(self.sequences[feed.slot]) < self.context_tokens
-            self.sequences[feed.slot] += feed.tokens
-        return {feed.slot: self._next(feed.tokens[-1]) for feed in feeds if feed.is_sampled}
-
-    def _next(self, token: int) -> int:
-        return END if token == 99 else token + 1
-
-    def release(self, slot: int) -> None:
-        self.sequences.pop(slot, None)
-
-    def clear(self) -> None:
-        self.sequences.clear()
-
-    def abort(self) -> None:
-        self.aborts += 1
-        self.gate.set()
-
-    def piece(self, token: int) -> bytes:
-        return f"{token} ".encode()
-
-    def is_end(self, token: int) -> bool:
-        return token == END
-
-    def close(self) -> None:
-        self.is_closed = True
+    def record_restart(self, name: str, reason: RestartReason) -> None:
+        self.restarts.append((name, reason))
 
 
 class FakeEngine:
-    """Answers every request with `script`; an empty script leaves it running until it is cancelled."""
+    """Answers every request with `script`; one without an end leaves the request running until it is cancelled.
 
-    def __init__(self, script: Sequence[Event] = ()) -> None:
-        self.script = list(script)
-        self.refusal: RequestError | None = None
+    A prompt has as many tokens as characters. Texts become their UTF-8 bytes as tokens, and vectors (characters, 1).
+    """
+
+    def __init__(self, script: Script = (), *, model: ModelInfo = MODEL, opening: str = "") -> None:
+        self.model = model
+        self.script = script
+        self.opening = opening
+        self.refusal: RequestError | None = None  # raised by everything that is asked
         self.requests: list[GenerationRequest] = []
-        self.conversations: list[Sequence[Message]] = []
+        self.pooled: list[PoolingRequest] = []
+        self.generations: list[Generation] = []
         self.cancelled = 0
         self.running = 0
-        self.is_accepting = True
 
-    @property
-    def model(self) -> ModelInfo:
-        return MODEL
-
-    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        self.conversations.append(messages)
-        count = sum(len(message["content"]) for message in messages)
-        if count >= MODEL.context_tokens:
-            raise PromptTooLong(f"The prompt has {count} tokens; the limit is {MODEL.context_tokens}.", param="messages")
-        return tuple(range(count))
-
-    def submit(self, request: GenerationRequest) -> Generation:
-        if self.refusal is not None:
-            raise self.refusal
+    async def submit(self, request: GenerationRequest) -> Generation:
+        self._refuse()
+        count = prompt_size(request.prompt)
+        if count >= self.model.context_tokens:
+            limit = self.model.context_tokens
+            raise PromptTooLong(f"The prompt has {count} tokens; the limit is {limit}.", param="messages")
         self.requests.append(request)
-        generation = Generation()
-        generation.on_cancel(self._canceller(generation))
-        self.running += 1
-        for event in self.script:
+        events = self.script(request) if callable(self.script) else self.script
+        generation = Generation(answers=request.n)
+        is_over = sum(isinstance(event, Finished) for event in events) == request.n
+        is_over |= any(isinstance(event, Failed) for event in events)
+        self.running += not is_over
+        generation.on_cancel(self._canceller(generation, request, is_over))
+        generation.deliver(Accepted(prompt_tokens=count, opening=self.opening))
+        for event in events:
             generation.deliver(event)
-        if self.script and isinstance(self.script[-1], Finished | Failed):
-            self.running -= 1
-        return generation
+        self.generations.append(generation)
+        return await generation.started()
 
-    def _canceller(self, generation: Generation) -> Callable[[], None]:
-        is_over = bool(self.script) and isinstance(self.script[-1], Finished | Failed)
-
+    def _canceller(self, generation: Generation, request: GenerationRequest, is_over: bool) -> Callable[[], None]:
         def cancel() -> None:
             nonlocal is_over
-            if not is_over:
-                is_over = True
-                self.cancelled += 1
-                self.running -= 1
-                generation.deliver(Finished(reason="cancelled", prompt_tokens=1, generated_tokens=0))
+            if is_over:
+                return
+            is_over = True
+            self.cancelled += 1
+            self.running -= 1
+            for index in range(request.n):
+                generation.deliver(ends("cancelled", index=index))
 
         return cancel
 
+    async def pool(self, request: PoolingRequest) -> Pooled:
+        self._refuse()
+        self.pooled.append(request)
+        tokens = sum(len(each) for each in request.inputs) + len(request.query or "")
+        if request.query is not None:
+            return Pooled(scores=tuple(float(len(each)) for each in request.inputs), prompt_tokens=tokens)
+        vectors = tuple(struct.pack("<2f", len(each), 1.0) for each in request.inputs)
+        return Pooled(vectors=vectors, prompt_tokens=tokens)
+
+    async def tokenize(self, text: str, *, is_special_parsed: bool = False) -> Tokens:  # noqa: ARG002
+        self._refuse()
+        data = text.encode()
+        return Tokens(tokens=tuple(data), pieces=tuple(bytes([each]) for each in data))
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        self._refuse()
+        return bytes(tokens).decode(errors="replace")
+
+    async def apply_template(self, prompt: ChatPrompt) -> str:
+        """With the model's thinking switch, and nothing else of a template."""
+        self._refuse()
+        told = "".join(f"{message['role']}: {message['content']}\n" for message in prompt.messages)
+        is_off = prompt.template_variables.get("enable_thinking", True) is False
+        return told + "assistant: " + (self.opening or ("<think>\n\n</think>\n\n" if is_off else ""))
+
     def load(self) -> Load:
-        return Load(running=self.running, waiting=0, slots=2, is_accepting=self.is_accepting)
+        return Load(state="ready", running=self.running, waiting=0, slots=self.model.slots)
+
+    def _refuse(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+
+
+class FakeModels:
+    """The engines given, the first being the default; `leases` counts those held now. "name:adapter" finds adapters."""
+
+    def __init__(self, *engines: FakeEngine) -> None:
+        self.engines = {engine.model.name: engine for engine in engines}
+        self.leases = 0
+        self.leased: list[tuple[str | None, ModelKind]] = []
+        self.is_draining = False
+        self.is_closed = False
+
+    def cards(self) -> Sequence[ModelCard]:
+        return [
+            ModelCard(
+                id=model.name,
+                kind=model.kind,
+                made_at=model.made_at,
+                size_bytes=model.size_bytes,
+                sha256=model.sha256,
+                is_loaded=True,
+                quantization=model.quantization,
+                architecture=model.architecture,
+                context_tokens=model.context_tokens,
+            )
+            for model in (engine.model for engine in self.engines.values())
+        ]
+
+    @contextlib.asynccontextmanager
+    async def lease(self, name: str | None, kind: ModelKind = "chat") -> AsyncIterator[EngineLease]:
+        self.leased.append((name, kind))
+        base, _, adapter = (name or next(iter(self.engines))).partition(":")
+        if base not in self.engines:
+            raise ModelNotFound("This server has no model of that name.", param="model")
+        self.leases += 1
+        try:
+            yield EngineLease(engine=self.engines[base], name=name or base, adapter=adapter or None)
+        finally:
+            self.leases -= 1
+
+    def load(self) -> Load:
+        running = sum(engine.running for engine in self.engines.values())
+        return Load(state="draining" if self.is_draining else "ready", running=running, waiting=0, slots=2)
 
     def drain(self, grace_seconds: float) -> None:  # noqa: ARG002
-        self.is_accepting = False
+        self.is_draining = True
 
-    def close(self) -> None:
-        self.is_accepting = False
+    async def close(self) -> None:
+        self.is_closed = True
 
 
-def says(*pieces: str) -> list[Event]:
-    finished = Finished(reason="stop", prompt_tokens=5, generated_tokens=len(pieces) + 1)
-    return [*(TextPiece(text=piece) for piece in pieces), finished]
+def prompt_size(prompt: Prompt) -> int:
+    if isinstance(prompt, ChatPrompt):
+        return sum(len(message["content"]) for message in prompt.messages)
+    return len(prompt.text) if isinstance(prompt, TextPrompt) else len(prompt.tokens)
+
+
+def ends(reason: FinishReason = "stop", *, index: int = 0, generated_tokens: int = 0, cached_tokens: int = 0) -> Finished:
+    return Finished(
+        reason=reason, prompt_tokens=5, generated_tokens=generated_tokens, cached_tokens=cached_tokens, index=index
+    )
+
+
+def says(*pieces: str, reason: FinishReason = "stop", index: int = 0) -> list[Event]:
+    told = [TextPiece(text=piece, index=index) for piece in pieces]
+    return [*told, ends(reason, index=index, generated_tokens=len(pieces) + 1)]
 
 
 def breaks(*pieces: str) -> list[Event]:
-    return [*(TextPiece(text=piece) for piece in pieces), Failed(error=EngineFailed("It broke."))]
+    return [*(TextPiece(text=piece) for piece in pieces), Failed.of(EngineFailed("It broke."))]

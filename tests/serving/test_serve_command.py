@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -10,22 +9,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from click.testing import CliRunner
-from prometheus_client.parser import text_string_to_metric_families
 
 from appliance import artifacts, config
 from appliance.commands.serve import serve
 from appliance.serving import sse
 from tests import tiny_gguf
+from tests.running import environment
+from tests.serving.serving_process import CHAT, RunningServer, chat_body, running_server, until
 
 WAIT_SECONDS = 60.0
-CHAT = "/v1/chat/completions"
 # Runs the command line in a process where importing torch or transformers is an error.
 WITHOUT_TORCH = """
 import sys
@@ -51,103 +50,59 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def environment(root: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("APPLIANCE_")}
-    return {**kept, "APPLIANCE_ARTIFACTS": str(root), "APPLIANCE_SERVE_CONTEXT_TOKENS": "1000"}
+ENVIRONMENT = {"APPLIANCE_SERVE_CONTEXT_TOKENS": "1000"}
 
 
 def run(root: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
     command = [*COMMAND, *arguments]
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": WAIT_SECONDS}
-    return subprocess.run(command, input=text, env=environment(root), check=False, **options)
+    return subprocess.run(command, input=text, env={**environment(root), **ENVIRONMENT}, check=False, **options)
 
 
-class Server:
-    """A running `appliance serve`."""
-
-    def __init__(self, root: Path, *arguments: str) -> None:
-        command = [*COMMAND, "serve", "--port", "0", *arguments]
-        self.process = subprocess.Popen(command, env=environment(root), stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.ready = self.process.stdout.readline().strip()
-        self.url = self.ready.rpartition(" ")[2]
-        self.http = httpx.Client(base_url=self.url, timeout=WAIT_SECONDS, trust_env=False)
-
-    def body(self, text: str = "hello", **fields: Any) -> dict[str, Any]:
-        return {"model": "tiny", "messages": [{"role": "user", "content": text}], **fields}
-
-    def metric(self, name: str, **labels: str) -> float:
-        for family in text_string_to_metric_families(self.http.get("/metrics").text):
-            for sample in family.samples:
-                if sample.name == name and sample.labels == labels:
-                    return sample.value
-        return 0.0
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.wait()
-
-    def wait(self) -> int:
-        self.http.close()
-        code = self.process.wait(timeout=WAIT_SECONDS)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return code
-
-
-@contextlib.contextmanager
-def serving(root: Path, *arguments: str) -> Iterator[Server]:
-    server = Server(root, *arguments)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.stop(signal.SIGKILL)
+def serving(root: Path, *flags: str) -> contextlib.AbstractContextManager[RunningServer]:
+    return running_server(None, *flags, root=root, command=COMMAND, environ=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
-def server(root: Path) -> Iterator[Server]:
+def server(root: Path) -> Iterator[RunningServer]:
     with serving(root) as server:
         yield server
         assert server.stop(signal.SIGINT) == 0
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def body(text: str = "hello", **fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", **chat_body(text, **fields)}
 
 
-def streamed(server: Server, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def streamed(server: RunningServer, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     with server.http.stream("POST", CHAT, json={**body, "stream": True}) as response:
         chunks = list(sse.decode(response.iter_lines()))
     return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks), chunks[-1]
 
 
-def test_ready_line_and_model(server: Server) -> None:
+def test_ready_line_and_model(server: RunningServer) -> None:
     assert re.fullmatch(r"serving tiny on http://127\.0\.0\.1:\d+", server.ready)
     assert server.http.get("/v1/models").json()["data"][0]["id"] == "tiny"
     assert server.http.get("/readyz").json()["status"] == "ready"
 
 
 @pytest.mark.parametrize("fields", [{}, {"temperature": 1.5, "seed": 3}, {"stop": ["e", "a"]}])
-def test_stream_equals_plain_answer(server: Server, fields: dict[str, Any]) -> None:
-    body = server.body(max_tokens=60, **fields)
-    plain = server.http.post(CHAT, json=body).json()["choices"][0]
-    text, last = streamed(server, body)
+def test_stream_equals_plain_answer(server: RunningServer, fields: dict[str, Any]) -> None:
+    asked = body(max_tokens=60, **fields)
+    plain = server.http.post(CHAT, json=asked).json()["choices"][0]
+    text, last = streamed(server, asked)
     assert text == plain["message"]["content"]
     assert last["choices"][0]["finish_reason"] == plain["finish_reason"]
 
 
-def test_more_clients_than_places_all_finish(server: Server) -> None:
+def test_more_clients_than_places_all_finish(server: RunningServer) -> None:
     """Four run or wait; the others come back when told to."""
     texts = [f"client {number}" for number in range(7)]
-    alone = [server.http.post(CHAT, json=server.body(text, max_tokens=30)).json() for text in texts]
+    alone = [server.http.post(CHAT, json=body(text, max_tokens=30)).json() for text in texts]
     answers: dict[str, str] = {}
 
     def insist(text: str) -> None:
-        while (response := server.http.post(CHAT, json=server.body(text, max_tokens=30))).status_code == 503:
+        while (response := server.http.post(CHAT, json=body(text, max_tokens=30))).status_code == 503:
             assert int(response.headers["retry-after"]) >= 1
             time.sleep(0.05)
         answers[text] = response.json()["choices"][0]["message"]["content"]
@@ -160,10 +115,10 @@ def test_more_clients_than_places_all_finish(server: Server) -> None:
     assert answers == {text: each["choices"][0]["message"]["content"] for text, each in zip(texts, alone, strict=True)}
 
 
-def test_departed_clients_leave_nothing_behind(server: Server) -> None:
+def test_departed_clients_leave_nothing_behind(server: RunningServer) -> None:
     """Four clients fill slots and queue and go away; then the places are free again."""
     before = server.metric("appliance_requests_total", outcome="cancelled")
-    long = server.body(max_tokens=900, temperature=1.0, stop=["no such text"])
+    long = body(max_tokens=900, temperature=1.0, stop=["no such text"])
     with contextlib.ExitStack() as stack:
         for _ in range(4):
             client = stack.enter_context(httpx.Client(base_url=server.url, timeout=WAIT_SECONDS, trust_env=False))
@@ -172,13 +127,13 @@ def test_departed_clients_leave_nothing_behind(server: Server) -> None:
             assert response.status_code == 200
     until(lambda: server.metric("appliance_requests_running") + server.metric("appliance_requests_waiting") == 0)
     assert server.metric("appliance_requests_total", outcome="cancelled") > before
-    assert server.http.post(CHAT, json=server.body(max_tokens=2)).status_code == 200
+    assert server.http.post(CHAT, json=body(max_tokens=2)).status_code == 200
 
 
-def test_metrics_count_real_work(server: Server) -> None:
+def test_metrics_count_real_work(server: RunningServer) -> None:
     counted = ("appliance_prompt_tokens_total", "appliance_generated_tokens_total", "appliance_queue_seconds_count")
     before = [server.metric(name) for name in counted]
-    usage = server.http.post(CHAT, json=server.body(max_tokens=9)).json()["usage"]
+    usage = server.http.post(CHAT, json=body(max_tokens=9)).json()["usage"]
     after = [server.metric(name) for name in counted]
     assert after[0] - before[0] == usage["prompt_tokens"]
     assert after[1] - before[1] == usage["completion_tokens"]
@@ -187,16 +142,16 @@ def test_metrics_count_real_work(server: Server) -> None:
     assert server.metric("appliance_inter_token_seconds_count") >= 1
 
 
-def test_too_long_a_prompt(server: Server) -> None:
-    error = server.http.post(CHAT, json=server.body("x" * 2000)).json()["error"]
+def test_too_long_a_prompt(server: RunningServer) -> None:
+    error = server.http.post(CHAT, json=body("x" * 2000)).json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert "1000" in error["message"]
 
 
-def test_chat_command(root: Path, server: Server) -> None:
+def test_chat_command(root: Path, server: RunningServer) -> None:
     once = run(root, "chat", "hello", "--url", server.url, "--max-tokens", "8")
     assert (once.returncode, once.stderr) == (0, "")
-    expected = server.http.post(CHAT, json=server.body(max_tokens=8)).json()["choices"][0]["message"]["content"]
+    expected = server.http.post(CHAT, json=body(max_tokens=8)).json()["choices"][0]["message"]["content"]
     assert once.stdout == expected + "\n"
     turns = "hello\n\n/new\nhello\n/exit\nnever asked\n"
     piped = run(root, "chat", "--url", server.url, "--max-tokens", "8", text=turns)
@@ -217,8 +172,8 @@ def test_chat_without_a_server(root: Path) -> None:
 
 def test_sigterm_lets_the_answer_finish(root: Path) -> None:
     with serving(root) as server:
-        body = server.body(max_tokens=400, temperature=1.0, seed=1, stream=True)
-        with server.http.stream("POST", CHAT, json=body) as response:
+        asked = body(max_tokens=400, temperature=1.0, seed=1, stream=True)
+        with server.http.stream("POST", CHAT, json=asked) as response:
             lines = response.iter_lines()
             first = next(lines)
             server.process.send_signal(signal.SIGTERM)
@@ -260,7 +215,7 @@ def refusals(root: Path, tmp_path: Path) -> Iterator[tuple[list[str], int, str]]
 def test_what_cannot_be_served_is_said_in_words(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "apply_quiet_environment", lambda: None)
     for arguments, code, said in refusals(root, tmp_path):
-        result = CliRunner().invoke(serve, ["--port", "0", *arguments], env=environment(root))
+        result = CliRunner().invoke(serve, ["--port", "0", *arguments], env={**environment(root), **ENVIRONMENT})
         assert (result.exit_code, result.stdout) == (code, ""), result.stderr
         assert said in result.stderr
 
@@ -275,7 +230,7 @@ def test_foreign_file_is_served_with_a_warning(root: Path, tmp_path: Path) -> No
     path = tiny_gguf.write(tmp_path / "found.gguf")
     process = subprocess.Popen(
         [*COMMAND, "serve", "--port", "0", "--model", str(path), "--context-tokens", "4096"],
-        env=environment(root),
+        env={**environment(root), **ENVIRONMENT},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -31,6 +31,13 @@ PLAIN = """{% for m in messages %}
     {{ m['role'] }}: {{ m['content'] }}{{ eos_token }}
 {% endfor %}
 <b>{{ messages | tojson }}"""
+GENERATION = """{% set x = 1 %}{% for m in messages %}
+    {% generation %}
+    {% set x = m['content'] %}{{ x }}
+    {% endgeneration %}
+{% endfor %}
+{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}
+{{ tools is none }}{{ documents is none }}{{ unknown is defined }}"""
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=30)}),
     min_size=1,
@@ -47,7 +54,7 @@ def by_transformers(source: str, messages: list[dict[str, str]], prompt: bool, *
     return str(rendered[0])
 
 
-@pytest.mark.parametrize("source", [QWEN_LIKE, PLAIN])
+@pytest.mark.parametrize("source", [QWEN_LIKE, PLAIN, GENERATION])
 @given(messages=MESSAGES, prompt=st.booleans(), variables=st.sampled_from([{}, {"enable_thinking": False}]))
 def test_same_text_as_transformers(source: str, messages: Any, prompt: bool, variables: dict[str, Any]) -> None:
     template = ChatTemplate(source, {"eos_token": "<|im_end|>"})

@@ -1,0 +1,176 @@
+"""GPUs as their drivers describe them, and the lease that keeps training and serving off the same card. No torch import.
+
+NVIDIA through NVML, AMD through sysfs. A machine without a GPU or driver has none, which is no error. Whether llama.cpp or
+torch can use a card is not known here.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from appliance.config import cache_root
+from appliance.errors import EnvironmentIncomplete
+
+DRM = Path("/sys/class/drm")
+AMD_VENDOR = "0x1002"
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One card, now; `index` counts within its vendor, as CUDA and ROCm do. None: the driver does not say."""
+
+    index: int
+    vendor: Literal["nvidia", "amd"]
+    name: str
+    memory_total_bytes: int
+    memory_used_bytes: int
+    utilisation_ratio: float | None = None
+    temperature_celsius: float | None = None
+
+    @property
+    def memory_free_bytes(self) -> int:
+        return max(0, self.memory_total_bytes - self.memory_used_bytes)
+
+    def __str__(self) -> str:
+        free, total = self.memory_free_bytes // MIB, self.memory_total_bytes // MIB
+        return f"GPU {self.index} ({self.name}, {free} of {total} MiB free)"
+
+
+def gpus(drm: Path = DRM, nvml: Any = None) -> Sequence[Gpu]:
+    """All cards of the machine; `nvml` stands in for the module `pynvml`."""
+    return [*_nvidia(nvml), *_amd(drm)]
+
+
+@contextlib.contextmanager
+def lease(index: int, purpose: str, folder: Path | None = None) -> Iterator[None]:
+    """Holds a card for this process until the block or the process ends, however it ends.
+
+    Raises `EnvironmentIncomplete` naming the holder when another process has it. The lock is the kernel's, so a holder that
+    died has let go; the text inside is only for people.
+    """
+    folder = cache_root() / "gpu" if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{index}.lease"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EnvironmentIncomplete(
+                f"GPU {index} is held by {_holder(descriptor)} (lease {path}); "
+                "wait until it ends, stop it, or go without the GPU."
+            ) from None
+        _write_holder(descriptor, purpose)
+        try:
+            yield
+        finally:
+            os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _write_holder(descriptor: int, purpose: str) -> None:
+    holder = {"pid": os.getpid(), "purpose": purpose, "since": int(time.time())}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+
+
+def _holder(descriptor: int) -> str:
+    text = os.pread(descriptor, 4096, 0)
+    try:
+        holder = json.loads(text)
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(holder["since"]))
+        return f"{holder['purpose']!r}, process {holder['pid']}, since {since}"
+    except (ValueError, KeyError, TypeError):  # it has the lock and has not written yet
+        return "another process"
+
+
+def _nvidia(nvml: Any) -> Iterator[Gpu]:
+    nvml = nvml or _nvml()
+    if nvml is None:
+        return
+    try:
+        nvml.nvmlInit()  # never shut down: once started it answers in microseconds, and metrics ask often
+        count = nvml.nvmlDeviceGetCount()
+    except nvml.NVMLError:  # no driver or no card
+        return
+    for index in range(count):
+        with contextlib.suppress(nvml.NVMLError):  # a card that fell off the bus
+            yield _nvidia_card(nvml, index)
+
+
+def _nvml() -> Any:
+    try:
+        import pynvml
+    except ImportError:  # serving installs it, training and conversion alone need not
+        return None
+    return pynvml
+
+
+def _nvidia_card(nvml: Any, index: int) -> Gpu:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    name = nvml.nvmlDeviceGetName(handle)
+
+    def told(ask: Any, *arguments: Any) -> Any:
+        try:
+            return ask(handle, *arguments)
+        except nvml.NVMLError:  # cards differ in what they can tell
+            return None
+
+    memory = told(nvml.nvmlDeviceGetMemoryInfo)  # not of a card that shares the machine's memory
+    rates = told(nvml.nvmlDeviceGetUtilizationRates)
+    temperature = told(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU)
+    return Gpu(
+        index=index,
+        vendor="nvidia",
+        name=name.decode(errors="replace") if isinstance(name, bytes) else name,
+        memory_total_bytes=0 if memory is None else int(memory.total),
+        memory_used_bytes=0 if memory is None else int(memory.used),
+        utilisation_ratio=None if rates is None else rates.gpu / 100,
+        temperature_celsius=None if temperature is None else float(temperature),
+    )
+
+
+def _amd(drm: Path) -> Iterator[Gpu]:
+    """Cards of AMD by the files of the kernel's amdgpu driver; one without memory of its own reports a carve-out."""
+    cards = (path for path in drm.glob("card[0-9]*") if path.name.removeprefix("card").isdigit())
+    folders = [path / "device" for path in sorted(cards, key=lambda path: int(path.name.removeprefix("card")))]
+    described = (folder for folder in folders if _text(folder / "vendor") == AMD_VENDOR)
+    with_memory = (folder for folder in described if _number(folder / "mem_info_vram_total") is not None)
+    for index, folder in enumerate(with_memory):
+        busy = _number(folder / "gpu_busy_percent")
+        millidegrees = next((_number(path) for path in sorted(folder.glob("hwmon/hwmon*/temp*_input"))), None)
+        yield Gpu(
+            index=index,
+            vendor="amd",
+            name=_text(folder / "product_name") or _pci_name(folder),
+            memory_total_bytes=_number(folder / "mem_info_vram_total") or 0,
+            memory_used_bytes=_number(folder / "mem_info_vram_used") or 0,
+            utilisation_ratio=None if busy is None else busy / 100,
+            temperature_celsius=None if millidegrees is None else millidegrees / 1000,
+        )
+
+
+def _pci_name(folder: Path) -> str:
+    """`AMD 1002:73BF`, from the lines of uevent."""
+    lines = dict(line.partition("=")[::2] for line in (_text(folder / "uevent") or "").splitlines())
+    return f"AMD {lines.get('PCI_ID', 'GPU')}"
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text is not None and text.lstrip("-").isdigit() else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:  # sysfs files of a sleeping or vanishing card fail in many ways; it then does not say
+        return None

@@ -1,0 +1,120 @@
+"""POST /tokenize, /detokenize and /apply-template, as llama-server has them: what a text or a conversation becomes.
+
+Shapes: https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field, model_validator
+
+from appliance.errors import RequestError
+from appliance.serving.api.chat_schema import MAX_MESSAGES, MAX_TEMPLATE_VARIABLES, Message, VariableName
+from appliance.serving.api.context import ApiContext
+from appliance.serving.api.errors import REFUSALS
+from appliance.serving.api.fields import ModelName, Strict
+from appliance.serving.api.tools import MAX_TOOLS, Tool, plain_tools
+from appliance.serving.engine import Engine
+from appliance.serving.requests import ChatPrompt
+
+MAX_TOKENS = 1 << 18
+
+Text = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class TokenizeBody(Strict):
+    """The body of POST /tokenize."""
+
+    model: ModelName | None = None
+    content: str
+    parse_special: bool = Field(True, description="Texts of control tokens become those tokens.")
+    with_pieces: bool = Field(False, description="Tell the text of each token too.")
+
+
+class Piece(BaseModel):
+    """A token; bytes that are no text by themselves are told as numbers."""
+
+    id: int
+    piece: str | list[int]
+
+
+class TokenList(BaseModel):
+    tokens: list[int] | list[Piece]
+
+
+class DetokenizeBody(Strict):
+    """The body of POST /detokenize."""
+
+    model: ModelName | None = None
+    tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
+
+
+class Content(BaseModel):
+    content: str
+
+
+class TemplateBody(Strict):
+    """The body of POST /apply-template."""
+
+    model: ModelName | None = None
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    chat_template_kwargs: dict[VariableName, Any] = Field(default_factory=dict, max_length=MAX_TEMPLATE_VARIABLES)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        plain_tools(self.tools)
+        return self
+
+    def prompt(self) -> ChatPrompt:
+        return ChatPrompt(
+            messages=tuple(message.plain() for message in self.messages),
+            tools=plain_tools(self.tools),
+            template_variables=self.chat_template_kwargs,
+        )
+
+
+class RenderedPrompt(BaseModel):
+    prompt: str
+
+
+def router(context: ApiContext) -> APIRouter:
+    routes = APIRouter(responses=REFUSALS)
+
+    @routes.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> TokenList:
+        async with context.models.lease(body.model) as lease:
+            found = await lease.engine.tokenize(body.content, is_special_parsed=body.parse_special)
+        if not body.with_pieces:
+            return TokenList(tokens=list(found.tokens))
+        pieces = zip(found.tokens, found.pieces, strict=True)
+        return TokenList(tokens=[Piece(id=token, piece=_piece(piece)) for token, piece in pieces])
+
+    @routes.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> Content:
+        async with context.models.lease(body.model) as lease:
+            require_known_tokens(lease.engine, body.tokens, param="tokens")
+            return Content(content=await lease.engine.detokenize(body.tokens))
+
+    @routes.post("/apply-template")
+    async def apply_template(body: TemplateBody) -> RenderedPrompt:
+        async with context.models.lease(body.model) as lease:
+            return RenderedPrompt(prompt=await lease.engine.apply_template(body.prompt()))
+
+    return routes
+
+
+def require_known_tokens(engine: Engine, tokens: Sequence[int], *, param: str) -> None:
+    """Raises `RequestError` for an id beyond the model's vocabulary: llama.cpp would read past its end."""
+    size = engine.model.vocabulary_tokens
+    if any(token >= size for token in tokens):
+        raise RequestError(f"{param}: the model knows {size} tokens, numbered from 0; an id is larger.", param=param)
+
+
+def _piece(piece: bytes) -> str | list[int]:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)

@@ -1,0 +1,102 @@
+"""What the next decode call computes: answers first, one adapter at a time, and prompts in the room that is left.
+
+Every group of answers with one adapter gets its turn, and every prompt its share. Knows the rates of `Pace` and the
+verdicts of the speculation `Gate`; it changes no answer.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from appliance.serving.decoder import MAX_DRAFT_TOKENS, Adapter, Feed
+from appliance.serving.job import Answer
+from appliance.serving.pace import Pace
+from appliance.serving.speculation import Gate, Proposal
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    adapter: Adapter | None
+    parts: Sequence[tuple[Answer, Feed]]
+
+    @property
+    def feeds(self) -> list[Feed]:
+        return [feed for _, feed in self.parts]
+
+
+class Composer:
+    """Makes batches; remembers whose turn it was."""
+
+    def __init__(self, pace: Pace, gate: Gate | None) -> None:
+        self._pace = pace
+        self._gate = gate
+        self._turns: list[Adapter | None] = []  # longest ago first
+
+    def compose(self, answers: Sequence[Answer]) -> Batch:
+        """The next batch of these running answers, of which there is at least one."""
+        adapter = self._next_turn(dict.fromkeys(answer.job.adapter for answer in answers))
+        group = [answer for answer in answers if answer.job.adapter == adapter]
+        decoding = [answer for answer in group if answer.is_decoding]
+        reading = [answer for answer in group if not answer.is_decoding]
+        is_busy = any(answer.is_decoding for answer in answers)
+        parts, rows = [], 0
+        room = self._pace.chunk_tokens(len(decoding), is_busy=is_busy)
+        drafts = self._drafts(decoding, is_reading=bool(reading))
+        for answer in decoding:
+            job = answer.job
+            # A grammar may have decided more tokens than there are rows for each answer; the rest uses the prompts' room.
+            count = min(len(job.tokens) - job.computed, 1 + MAX_DRAFT_TOKENS + room)
+            room -= max(0, count - 1 - MAX_DRAFT_TOKENS)
+            parts.append((answer, _feed(answer, count, drafts.get(answer, ()))))
+            rows += count
+        for answer, count in _shares(reading, room):
+            parts.append((answer, _feed(answer, count, ())))
+        return Batch(adapter, parts)
+
+    def _next_turn(self, present: Iterable[Adapter | None]) -> Adapter | None:
+        present = list(present)
+        self._turns = [adapter for adapter in self._turns if adapter in present]
+        new = [adapter for adapter in present if adapter not in self._turns]
+        adapter = new[0] if new else self._turns.pop(0)
+        self._turns.append(adapter)
+        return adapter
+
+    def _drafts(self, decoding: Sequence[Answer], *, is_reading: bool) -> dict[Answer, Sequence[int]]:
+        """Guesses by answer: only for those that have exactly their last token to compute."""
+        if self._gate is None:
+            return {}
+        guesses: list[tuple[Answer, Sequence[int]]] = []
+        for answer in decoding:
+            job = answer.job
+            limit = min(MAX_DRAFT_TOKENS, answer.ticket.max_tokens - answer.generated - 1)
+            if answer.lookup is None or limit < 1 or len(job.tokens) - job.computed > 1:
+                continue
+            if found := answer.lookup.drafts(limit):
+                guesses.append((answer, found))
+        proposals = [Proposal(answer.record, len(found)) for answer, found in guesses if answer.record is not None]
+        rows = sum(len(answer.job.tokens) - answer.job.computed for answer in decoding)
+        counts = self._gate.choose(proposals, rows=rows, answers=len(decoding), may_try=not is_reading)
+        return {answer: found[:count] for (answer, found), count in zip(guesses, counts, strict=True)}
+
+
+def _feed(answer: Answer, count: int, drafts: Sequence[int]) -> Feed:
+    job = answer.job
+    end = job.computed + count
+    tokens = [*job.tokens[job.computed : end], *drafts]
+    return Feed(job.slot, tokens, job.computed, is_sampled=end == len(job.tokens), drafted=len(drafts))
+
+
+def _shares(reading: Sequence[Answer], room: int) -> list[tuple[Answer, int]]:
+    """Splits the room among prompts: half for the first that came, the rest to those that are nearest to their answer.
+
+    So a short question does not wait for a long document to be read, and the document is delayed by a factor of two at most.
+    """
+    if not reading:
+        return []
+    left = {answer: answer.job.prompt_tokens - answer.job.computed for answer in reading}
+    counts = dict.fromkeys(reading, 0)
+    first, room_left = reading[0], room
+    for answer, limit in [(first, (room + 1) // 2), *((each, room) for each in sorted(reading, key=left.__getitem__))]:
+        count = min(limit, room_left, left[answer] - counts[answer])
+        counts[answer] += count
+        room_left -= count
+    return [(answer, count) for answer, count in counts.items() if count > 0]

@@ -1,0 +1,34 @@
+"""How one model is loaded and run: the outcome of the memory plan, handed to the engine's process."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from appliance.serving.events import ModelKind
+
+
+class EngineSettings(Struct, frozen=True, kw_only=True):
+    """Everything decided, nothing left to "auto"; paths are absolute."""
+
+    name: str
+    model_path: str
+    sha256: str
+    made_at: int
+    kind: ModelKind
+    adapters: dict[str, str] = {}  # name to the path of its LoRA GGUF file
+    slots: int
+    context_tokens: int  # of one request
+    cells: int  # tokens of the KV memory: slots x context, and room for parked prefixes
+    threads_decode: int
+    threads_prefill: int
+    kv_type: Literal["f16", "q8_0"]
+    is_mapped: bool  # weights stay in the file's page cache (mmap)
+    is_repacked: bool  # weights are copied into the layout that computes fastest
+    gpu_layers: int = 0
+    queue_requests: int
+    queue_tokens: int
+    snapshot_folder: str | None = None
+    snapshot_bytes: int = 0
+    system_prompts: tuple[str, ...] = ()
+    is_speculating: bool = True
+    notes: tuple[str, ...] = ()  # what was stepped down from what was asked, for a person

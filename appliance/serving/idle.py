@@ -1,0 +1,107 @@
+"""What the scheduler does while nobody asks: reads the operator's prefixes, and writes shared ones to disk.
+
+Both give way to requests: reading goes on in small chunks and gives up its slot, writing happens in a thread of its own.
+"""
+
+import concurrent.futures
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from appliance.serving.decoder import Adapter, Decoder, Feed, Sampled
+from appliance.serving.job import Job
+from appliance.serving.pace import Pace
+from appliance.serving.prefixes import Prefixes
+from appliance.serving.requests import SamplingSettings
+from appliance.serving.running import Running
+from appliance.serving.snapshots import Prefix, SnapshotStore
+
+logger = logging.getLogger("appliance.serving")
+
+Decode = Callable[[Sequence[Feed], Adapter | None], tuple[Mapping[int, Sequence[Sampled]] | None, float]]
+
+
+class IdleWork:
+    """Work in units of one decode call or one file. `work` runs in the scheduler's thread without its lock."""
+
+    def __init__(
+        self, decoder: Decoder, prefixes: Prefixes, running: Running, pace: Pace, store: SnapshotStore | None
+    ) -> None:
+        self._decoder = decoder
+        self._prefixes = prefixes
+        self._running = running
+        self._pace = pace
+        self._store = store
+        self._warm: list[Prefix] = []
+        self._job: Job | None = None  # reads the first of them
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "snapshots")
+        self._writing: concurrent.futures.Future[bool] | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
+    def add(self, prefix: Prefix) -> None:
+        self._prefixes.add_operator_prefix(prefix)
+        self._warm.append(prefix)
+
+    def next_feed(self) -> tuple[Job, Feed] | None:
+        """The next chunk of an operator's prefix to read."""
+        while self._warm and self._prefixes.has(self._warm[0]):
+            self.pause()
+            del self._warm[0]
+        if not self._warm:
+            return None
+        job = self._job or self._begin(self._warm[0])
+        count = self._pace.chunk_tokens(0, is_busy=True)
+        return job, Feed(job.slot, job.tokens[job.computed : job.computed + count], job.computed, is_sampled=False)
+
+    def take(self, job: Job, feed: Feed, *, is_aborted: bool) -> None:
+        """Notes that the chunk was read, or that it was not."""
+        if is_aborted:
+            self._decoder.remove(feed.slot, job.computed, -1)
+            return
+        job.computed += len(feed.tokens)
+        self._prefixes.publish(job, job.computed)
+        if not job.is_reading:
+            self.pause()
+            del self._warm[0]
+
+    def pause(self) -> None:
+        """Gives the slot back; what was read stays in the cache."""
+        if (job := self._job) is not None:
+            self._job = None
+            self._prefixes.leave(job)
+            self._decoder.release(job.slot)
+            self._running.free_slots.append(job.slot)
+
+    def save_one(self, notify: Callable[[], None]) -> bool:
+        """Begins to write a prefix, if there is one to write; `notify` is called when it is done."""
+        if self._store is None or self.is_writing or (prefix := self._prefixes.worth_saving()) is None:
+            return False
+        payload = self._prefixes.save(prefix, self._running.free_slots[-1])
+        self._writing = self._writer.submit(self._store.write, prefix, payload)
+        self._writing.add_done_callback(lambda _: notify())
+        return True
+
+    def forget_failed(self) -> None:
+        """After a failure that emptied the cache: reads everything anew, but for what was being read just then."""
+        if self._job is not None:
+            logger.warning("event=warming_failed tokens=%d", self._job.prompt_tokens)
+            self._prefixes.drop_operator_prefix(self._warm[0])
+        self._job = None
+        self._warm = list(self._prefixes.operators)
+
+    def close(self) -> None:
+        """Waits for the file being written."""
+        self._writer.shutdown()
+
+    def _begin(self, prefix: Prefix) -> Job:
+        size = len(prefix.tokens)
+        job = Job(list(prefix.tokens), size, size, prefix.adapter, None)
+        match = self._prefixes.plan(job)
+        assert match is not None, "nothing runs, so everything parked can make room"
+        job.slot = self._running.free_slots.pop()
+        self._decoder.start(job.slot, SamplingSettings(), None, None)
+        self._prefixes.reserve(job, match)
+        self._job = job
+        return job

@@ -1,0 +1,196 @@
+"""One request's state: the request as a whole (`Ticket`), each of its answers, and the sequence that an answer computes.
+
+Turns sampled tokens into events. Knows the `Decoder` only as a vocabulary; slots, budgets and batches are others' business.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from appliance.serving.cache import Node
+from appliance.serving.decoder import Adapter, CompiledGrammar, Sampled
+from appliance.serving.events import (
+    Event,
+    Finished,
+    FinishReason,
+    Outcome,
+    Phase,
+    RequestStats,
+    TextPiece,
+    TokenLogprob,
+)
+from appliance.serving.requests import GenerationRequest
+from appliance.serving.speculation import Lookup, Record
+from appliance.serving.text_stream import TextStream
+
+
+class Vocabulary(Protocol):
+    def piece(self, token: int) -> bytes: ...
+
+    def is_end(self, token: int) -> bool: ...
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Job:
+    """A sequence to compute: known tokens, how many of them have their cells, and what it holds of the KV memory."""
+
+    tokens: list[int]  # prompt, then what was sampled
+    prompt_tokens: int
+    capacity: int  # cells it may need at most
+    adapter: Adapter | None
+    owner: str | None  # whose prompt it is; None: the operator's
+    slot: int = -1
+    computed: int = 0
+    shared: int = 0  # of the computed: cells that belong to nodes of the prefix cache
+    published: int = 0  # tokens whose cells were offered to the prefix cache, or came from it
+    locks: list[Node] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_reading(self) -> bool:
+        return self.computed < self.prompt_tokens
+
+    @property
+    def own_cells(self) -> int:
+        return self.computed - self.shared
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Answer:
+    """One of the answers to a request, on its way through queue, prefill and decode."""
+
+    ticket: "Ticket"
+    index: int
+    job: Job
+    stream: TextStream
+    expected_cached: int = 0  # when it was queued
+    started_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    cached: int = 0
+    generated: int = 0
+    awaited: "Answer | None" = None  # reads a prefix that this answer needs too
+    has_awaited: bool = False
+    lookup: Lookup | None = None
+    record: Record | None = None
+    reason: FinishReason | None = None
+    failure: str | None = None  # why sampling could not go on
+    is_over: bool = False
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.generated > 0
+
+    @property
+    def known_tokens(self) -> int:
+        """Computed tokens that are part of the conversation: none behind what ended the answer."""
+        return min(self.job.computed, self.job.prompt_tokens + self.generated)
+
+    def take(self, sampled: Iterable[Sampled], vocabulary: Vocabulary, now: float) -> int:
+        """Adds what was sampled and delivers its text; returns how many tokens counted. Sets `reason` at the end."""
+        text, before = "", self.generated
+        logprobs: list[TokenLogprob] = []
+        for each in sampled:
+            self.job.tokens.append(each.token)
+            if self.reason is None:
+                text += self._take_token(each, vocabulary, logprobs)
+        if self.generated > before:
+            self.first_token_at = self.first_token_at or now
+            self.ticket.first_token_at = self.ticket.first_token_at or now
+            self.last_token_at = now
+        if self.reason is not None:
+            text += self.stream.finish()
+        self.send(text, logprobs)
+        return self.generated - before
+
+    def send(self, text: str, logprobs: Sequence[TokenLogprob] = ()) -> None:
+        if text or logprobs:
+            self.ticket.deliver(TextPiece(text=text, index=self.index, logprobs=tuple(logprobs)))
+
+    def finished(self, reason: FinishReason, now: float, *, is_deadline: bool = False) -> Finished:
+        started, first = self.started_at or now, self.first_token_at or now
+        return Finished(
+            reason=reason,
+            prompt_tokens=self.job.prompt_tokens,
+            generated_tokens=self.generated,
+            cached_tokens=self.cached,
+            index=self.index,
+            is_deadline=is_deadline,
+            stop=self.stream.stopped_by,
+            queue_seconds=started - self.ticket.request.arrived_at,
+            prefill_seconds=first - started,
+            decode_seconds=now - first,
+        )
+
+    def _take_token(self, sampled: Sampled, vocabulary: Vocabulary, logprobs: list[TokenLogprob]) -> str:
+        """The text that one token makes final."""
+        if sampled.failure is not None:
+            self.reason, self.failure = "stop", sampled.failure
+            return ""
+        self.generated += 1
+        request = self.ticket.request
+        if vocabulary.is_end(sampled.token) and not request.ignore_end:
+            self.reason = "stop"
+            return ""
+        piece = vocabulary.piece(sampled.token)
+        text = self.stream.push(piece)
+        if sampled.logprob is not None:
+            top = tuple((vocabulary.piece(token), logprob) for token, logprob in sampled.top)
+            logprobs.append(TokenLogprob(piece=piece, logprob=sampled.logprob, top=top))
+        if self.stream.is_stopped:
+            self.reason = "stop"
+        elif self.generated >= self.ticket.max_tokens:
+            self.reason = "length"
+        return text
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Ticket:
+    """An accepted request: where its events go, and what is counted once for all its answers."""
+
+    request: GenerationRequest
+    prompt: tuple[int, ...]
+    shared_tokens: int  # how much of the prompt holds no visitor's text
+    grammar: CompiledGrammar | None
+    deliver: Callable[[Event], None]
+    max_tokens: int
+    answers: list[Answer] = dataclasses.field(default_factory=list)
+    first_token_at: float | None = None
+    is_cancelled: bool = False
+    is_deadline_missed: bool = False
+
+    @property
+    def started_at(self) -> float | None:
+        return min((each.started_at for each in self.answers if each.started_at is not None), default=None)
+
+    @property
+    def is_over(self) -> bool:
+        return all(answer.is_over for answer in self.answers)
+
+    @property
+    def phase(self) -> Phase:
+        if self.first_token_at is not None:
+            return "decode"
+        return "queue" if self.started_at is None else "prefill"
+
+    def stats(self, now: float, failure_code: str | None = None) -> RequestStats:
+        """Of the request, once it is over."""
+        reasons = {answer.reason for answer in self.answers}
+        outcome: Outcome = "failed"
+        if failure_code is None:
+            outcome = "cancelled" if "cancelled" in reasons else "length" if "length" in reasons else "stop"
+        arrived, started, first = self.request.arrived_at, self.started_at, self.first_token_at
+        return RequestStats(
+            outcome=outcome,
+            duration_seconds=now - arrived,
+            queue_seconds=(now if started is None else started) - arrived,
+            prefill_seconds=None if started is None else (first or now) - started,
+            decode_seconds=None if first is None else now - first,
+            prompt_tokens=len(self.prompt),
+            cached_tokens=self.answers[0].cached,
+            generated_tokens=sum(answer.generated for answer in self.answers),
+            n=self.request.n,
+            max_tokens=self.request.max_tokens,
+            cancelled_in=self.phase if outcome == "cancelled" else None,
+            missed_deadline_in=self.phase if self.is_deadline_missed else None,
+            failure_code=failure_code,
+        )

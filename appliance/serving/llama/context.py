@@ -1,0 +1,275 @@
+"""The working memory of a chat model: many sequences that are decoded together. Implements `Decoder`; owns its model.
+
+One KV memory is shared by all sequences, so that a batch may mix decode tokens and prompt chunks of any length. Flash
+attention is always on: without it, every cell of the memory costs time in each decode, parked prefixes included.
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_cpp import llama_cpp as c
+
+from appliance.errors import EngineFailed, EnvironmentIncomplete, ModelFileError
+from appliance.serving import gguf_file
+from appliance.serving.decoder import (
+    IDLE_CHUNK_TOKENS,
+    MAX_DRAFT_TOKENS,
+    Adapter,
+    CompiledGrammar,
+    Feed,
+    Sampled,
+    SnapshotRefused,
+)
+from appliance.serving.engine_settings import EngineSettings
+from appliance.serving.grammar import CompiledGrammar as LlguidanceGrammar
+from appliance.serving.grammar import GrammarCompiler
+from appliance.serving.llama import library, sampler
+from appliance.serving.llama.batch import Batch
+from appliance.serving.llama.model import Model
+from appliance.serving.llama.sampler import Candidates, SlotSampler
+from appliance.serving.requests import Grammar, SamplingSettings
+from appliance.serving.sampling import Logits
+
+DRAFTING_SLOTS = 4  # which may draft in the same batch: a row of logits takes 4 bytes x vocabulary, twice
+PARKED_SEQUENCES = 64
+
+
+class Context:
+    """See `Decoder`. Raises `EnvironmentIncomplete` without memory, `ModelFileError` for an adapter that does not fit."""
+
+    def __init__(self, model: Model, settings: EngineSettings) -> None:
+        self._model = model
+        self.slots, self.context_tokens = settings.slots, settings.context_tokens
+        self.can_share = model.can_share
+        self.sequences = self.slots + PARKED_SEQUENCES if self.can_share else self.slots
+        is_drafting = self.can_share and settings.is_speculating
+        self._drafts = min(self.slots, DRAFTING_SLOTS) * MAX_DRAFT_TOKENS if is_drafting else 0
+        self._threads = (settings.threads_decode, settings.threads_prefill)
+        self._context = c.llama_init_from_model(model.handle, self._params(settings))
+        if not self._context:
+            raise EnvironmentIncomplete(
+                f"No memory for {settings.cells} tokens of {self.slots} requests: {library.last_error()}; "
+                "lower --slots, --context-tokens or --cache-tokens."
+            )
+        self._memory = c.llama_get_memory(self._context)
+        self._batch = Batch(c.llama_n_batch(self._context))
+        self._abort_flag = library.AbortFlag()
+        self._abort_flag.watch(self._context)
+        self._samplers: dict[int, SlotSampler] = {}
+        self._candidates = Candidates(model.token_count)
+        self._grammars = GrammarCompiler(model.grammar_tokenizer, model.end_tokens)
+        self._kv_type = settings.kv_type
+        self._adapter: Adapter | None = None
+        self._adapters = {name: _load_adapter(model, Path(path)) for name, path in settings.adapters.items()}
+
+    @property
+    def cells(self) -> int:
+        return int(c.llama_n_ctx(self._context))
+
+    @property
+    def cell_bytes(self) -> int:
+        values = library.KV_VALUE_BYTES
+        return int(self._model.kv_bytes_per_token * values[self._kv_type] / values["f16"])
+
+    @property
+    def batch_tokens(self) -> int:
+        """The most that one `decode` takes, drafts included."""
+        return self._batch.capacity
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        return self._grammars.compile(grammar)
+
+    def check_sampling(self, sampling: SamplingSettings) -> None:
+        """Raises `RequestError` for what this vocabulary cannot do; any thread."""
+        sampler.check(sampling, self._model.token_count)
+
+    def start(
+        self, slot: int, sampling: SamplingSettings, grammar: CompiledGrammar | None, top_logprobs: int | None
+    ) -> None:
+        """Raises `RequestError` as `check_sampling` does."""
+        self.check_sampling(sampling)
+        assert grammar is None or isinstance(grammar, LlguidanceGrammar)
+        gate = None if grammar is None else self._grammars.gate(grammar, self._model.piece)
+        self._stop_sampler(slot)
+        self._samplers[slot] = SlotSampler(
+            sampling,
+            candidates=self._candidates,
+            end_tokens=self._model.end_tokens,
+            gate=gate,
+            top_logprobs=top_logprobs,
+        )
+
+    def decode(self, feeds: Sequence[Feed], adapter: Adapter | None) -> Mapping[int, Sequence[Sampled]] | None:
+        self._abort_flag.lower()
+        self._use_adapter(adapter)
+        feeds = self._without_surplus_drafts(feeds)
+        is_prompt_read = any(len(feed.tokens) > 1 + feed.drafted for feed in feeds)
+        c.llama_set_n_threads(self._context, self._threads[0], self._threads[is_prompt_read])
+        rows = self._fill_batch(feeds)
+        library.forget_errors()
+        code = c.llama_decode(self._context, self._batch.native)
+        if code == library.DECODE_ABORTED:
+            return None
+        if code != 0:
+            raise EngineFailed(f"llama.cpp could not compute the batch (code {code}: {library.first_error()}).")
+        return {feed.slot: self._sample(feed, rows[feed.slot]) for feed in feeds if feed.is_sampled}
+
+    def forced(self, slot: int) -> Sequence[int]:
+        return self._samplers[slot].forced()
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        c.llama_memory_seq_cp(self._memory, self._id(source), self._id(target), start, end)
+
+    def remove(self, sequence: int, start: int, end: int) -> None:
+        if not c.llama_memory_seq_rm(self._memory, self._id(sequence), start, end):
+            raise EngineFailed("This model cannot forget a part of a sequence; the whole sequence must be released.")
+
+    def save(self, sequence: int) -> bytes:
+        with self._lent(sequence) as number:
+            size = c.llama_state_seq_get_size(self._context, number)
+            data = (ctypes.c_uint8 * size)()
+            written = c.llama_state_seq_get_data(self._context, data, size, number)
+        if written != size:
+            raise EngineFailed(f"Saving a sequence failed: {written} of {size} bytes were written.")
+        return bytes(data)
+
+    def restore(self, sequence: int, data: bytes) -> None:
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        if c.llama_state_seq_set_data(self._context, buffer, len(data), self._id(sequence)) == 0:
+            c.llama_memory_seq_rm(self._memory, self._id(sequence), -1, -1)
+            raise SnapshotRefused(f"{len(data)} bytes of saved cells were not taken: {library.last_error()}")
+
+    def release(self, slot: int) -> None:
+        c.llama_memory_seq_rm(self._memory, self._id(slot), -1, -1)
+        self._stop_sampler(slot)
+
+    def clear(self) -> None:
+        c.llama_memory_clear(self._memory, True)
+        for slot in list(self._samplers):
+            self._stop_sampler(slot)
+
+    def abort(self) -> None:
+        self._abort_flag.lift()
+
+    def piece(self, token: int) -> bytes:
+        return self._model.piece(token)
+
+    def is_end(self, token: int) -> bool:
+        return self._model.is_end(token)
+
+    def close(self) -> None:
+        """Frees the context and the model, adapters with it."""
+        self._grammars.close()
+        for slot in list(self._samplers):
+            self._stop_sampler(slot)
+        c.llama_free(self._context)
+        self._model.close()
+
+    def _params(self, settings: EngineSettings) -> Any:
+        params = c.llama_context_default_params()
+        params.n_ctx = settings.cells
+        params.n_batch = params.n_ubatch = self.slots * (1 + MAX_DRAFT_TOKENS) + IDLE_CHUNK_TOKENS
+        params.n_seq_max = self.slots + 1  # one more to save parked sequences through
+        params.n_outputs_max = params.n_seq_max + self._drafts  # rows of logits, not one for each token of a batch
+        params.n_threads, params.n_threads_batch = self._threads
+        params.kv_unified = True
+        params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.type_k = params.type_v = library.KV_TYPES[settings.kv_type]
+        params.swa_full = False  # all of the text would be kept only to allow sharing, which is not done
+        return params
+
+    def _id(self, sequence: int) -> int:
+        """llama.cpp's number: the one behind the slots is for saving.
+
+        Batches may name numbers below n_seq_max only, and saving writes none above, but the unified KV memory itself has
+        room for 256 sequences whatever n_seq_max is; and each one below costs a row of logits.
+        """
+        return sequence if sequence < self.slots else sequence + 1
+
+    @contextlib.contextmanager
+    def _lent(self, sequence: int) -> Any:
+        """A number by which the sequence can be saved."""
+        if sequence < self.slots:
+            yield sequence
+            return
+        number = self.slots
+        c.llama_memory_seq_cp(self._memory, self._id(sequence), number, -1, -1)
+        try:
+            yield number
+        finally:
+            c.llama_memory_seq_rm(self._memory, number, -1, -1)
+
+    def _use_adapter(self, adapter: Adapter | None) -> None:
+        if adapter == self._adapter:
+            return
+        handles = [] if adapter is None else [self._adapters[adapter.name]]
+        scales = [] if adapter is None else [adapter.scale]
+        native_handles = (c.llama_adapter_lora_p_ctypes * len(handles))(*handles)
+        native_scales = (ctypes.c_float * len(scales))(*scales)
+        if c.llama_set_adapters_lora(self._context, native_handles, len(handles), native_scales) != 0:
+            raise EngineFailed(f"llama.cpp could not change the adapter: {library.last_error()}.")
+        self._adapter = adapter
+
+    def _without_surplus_drafts(self, feeds: Sequence[Feed]) -> Sequence[Feed]:
+        """Drafts beyond the rows there are for them are dropped: a draft that is not computed is not accepted."""
+        left = self._drafts
+        kept = []
+        for feed in feeds:
+            drafted = min(feed.drafted, MAX_DRAFT_TOKENS, left)
+            left -= drafted
+            tokens = feed.tokens[: len(feed.tokens) - feed.drafted + drafted]
+            kept.append(Feed(feed.slot, tokens, feed.position, feed.is_sampled, drafted))
+        return kept
+
+    def _fill_batch(self, feeds: Sequence[Feed]) -> Mapping[int, int]:
+        """Writes the batch; returns the first row of logits of each slot that is sampled."""
+        total = sum(len(feed.tokens) for feed in feeds)
+        if total > self.batch_tokens:
+            raise EngineFailed(f"A batch of {total} tokens was asked for; the limit is {self.batch_tokens}.")
+        self._batch.clear()
+        rows = {}
+        for feed in feeds:
+            outputs = 1 + feed.drafted if feed.is_sampled else 0
+            rows[feed.slot] = self._batch.add(feed.tokens, feed.position, feed.slot, outputs)
+        return rows
+
+    def _sample(self, feed: Feed, row: int) -> Sequence[Sampled]:
+        """Samples after the last token that is sure, and after each draft that sampling agreed with."""
+        slot_sampler = self._samplers[feed.slot]
+        drafts = feed.tokens[len(feed.tokens) - feed.drafted :]
+        told = [slot_sampler.sample(self._logits(row))]
+        for number, draft in enumerate(drafts, start=1):
+            if told[-1].token != draft or self.is_end(draft):
+                break
+            told.append(slot_sampler.sample(self._logits(row + number)))
+        if len(told) <= feed.drafted:
+            end = feed.position + len(feed.tokens) - feed.drafted + len(told) - 1
+            self.remove(feed.slot, end, -1)
+        return told
+
+    def _logits(self, row: int) -> Logits:
+        """llama.cpp's own row; it may be changed."""
+        pointer = c.llama_get_logits_ith(self._context, row)
+        return np.ctypeslib.as_array(pointer, shape=(self._model.token_count,))
+
+    def _stop_sampler(self, slot: int) -> None:
+        if (slot_sampler := self._samplers.pop(slot, None)) is not None:
+            slot_sampler.close()
+
+
+def _load_adapter(model: Model, path: Path) -> Any:
+    header = gguf_file.read_metadata(path)
+    if not header.is_adapter:
+        raise ModelFileError(f"{path} is a model, not a LoRA adapter; name the GGUF file of an adapter.")
+    library.forget_errors()
+    adapter = c.llama_adapter_lora_init(model.handle, str(path).encode())
+    if not adapter:
+        raise ModelFileError(
+            f"{path} cannot be used as an adapter of {model.path}: {library.first_error()}; name the GGUF file of a LoRA "
+            "that was trained on this model."
+        )
+    return adapter

@@ -1,0 +1,67 @@
+"""The llama.cpp library itself: its start, its log, and what several parts of it need. Loaded once per process."""
+
+import ctypes
+import functools
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp as c
+
+LOG_WARNING, LOG_ERROR = 3, 4  # ggml.h; llama_cpp's own `_logger.py` has them wrong
+DECODE_ABORTED = 2
+KV_TYPES = {"f16": c.GGML_TYPE_F16, "q8_0": c.GGML_TYPE_Q8_0}
+KV_VALUE_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # q8_0: blocks of 32 values, each with a scale of two bytes
+
+_log_tail: deque[str] = deque(maxlen=4)
+
+
+@functools.cache
+def start() -> None:
+    """Once per process: logging into memory, and the CPU variants of a portable build."""
+    c.llama_log_set(_keep_errors, ctypes.c_void_p(0))
+    folder = Path(c.__file__).parent / "lib"
+    if any(folder.glob("libggml-cpu-*.so")):  # a build with run-time dispatch has no backend until it is told where
+        c._lib.ggml_backend_load_all_from_path(str(folder).encode())
+    c.llama_backend_init()
+
+
+def forget_errors() -> None:
+    _log_tail.clear()
+
+
+def first_error() -> str:
+    """The first of the errors kept: the cause, where the last one is only what followed from it."""
+    return _log_tail[0] if _log_tail else "llama.cpp gives no reason"
+
+
+def last_error() -> str:
+    return _log_tail[-1] if _log_tail else "llama.cpp gives no reason"
+
+
+class AbortFlag:
+    """A flag, and a C function that reads it: `strlen` is 0 while the first byte is NUL.
+
+    llama.cpp asks after every node of the graph, hundreds of times a token; a Python callback would have to take the
+    interpreter's lock each time.
+    """
+
+    def __init__(self) -> None:
+        self._flag = ctypes.create_string_buffer(2)
+        self._callback = ctypes.cast(ctypes.CDLL(None).strlen, c.ggml_abort_callback)
+
+    def watch(self, context: Any) -> None:
+        """Lets the context's computations end early when the flag is raised."""
+        c.llama_set_abort_callback(context, self._callback, ctypes.addressof(self._flag))
+
+    def lift(self) -> None:
+        self._flag[0] = b"\1"
+
+    def lower(self) -> None:
+        self._flag[0] = b"\0"
+
+
+@c.llama_log_callback  # type: ignore[untyped-decorator, unused-ignore]
+def _keep_errors(level: int, text: bytes | None, _: object) -> None:
+    if level in (LOG_WARNING, LOG_ERROR) and text:
+        _log_tail.append(text.decode(errors="replace").strip())

@@ -1,0 +1,185 @@
+"""A worker process as its parent sees it: started, written to, read from, killed, and how it died.
+
+Knows nothing of requests: `supervisor.py` decides what a death means for them.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from appliance import config
+from appliance.errors import ApplianceError, EnvironmentIncomplete, ModelFileError
+from appliance.serving import wire
+from appliance.serving.engine import RestartReason
+from appliance.serving.engine_settings import EngineSettings
+
+COMMAND = (sys.executable, "-m", "appliance.serving.worker")
+END_SECONDS = 6.0  # a worker whose socket has closed ends by itself, a little sooner
+
+logger = logging.getLogger("appliance.serving")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Death:
+    """How a worker ended: why it is restarted, and what happened, in words that follow "The engine's process"."""
+
+    reason: RestartReason
+    story: str
+    signal: int | None = None
+
+
+class WorkerDied(Exception):
+    """It died before its model was loaded."""
+
+    def __init__(self, death: Death) -> None:
+        super().__init__(death.story)
+        self.death = death
+
+    def error(self, model_path: str) -> ApplianceError:
+        """The same for a person who starts the server."""
+        said = f"Loading {model_path} failed: the engine's process {self.death.story}."
+        if self.death.reason == "memory" or self.death.signal == signal.SIGILL:
+            return EnvironmentIncomplete(said)
+        return ModelFileError(f"{said} Copy the file again or name another model.")
+
+
+class WorkerProcess:
+    """A running worker. Made by `start`; ended by `kill` or `end`, and `death` waits until it is gone."""
+
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._hang: str | None = None
+        self._oom_kills = _oom_kills()
+        self._log: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(cls, settings: EngineSettings, command: Sequence[str] = COMMAND) -> "WorkerProcess":
+        """Starts the process and hands it its settings. Called in the main thread: the worker dies with its thread."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+            try:
+                process = _spawn([*command, str(theirs.fileno())], theirs.fileno())
+            except OSError as error:
+                writer.transport.abort()
+                message = f"No process can be started for the engine ({error.strerror}); end others, or raise the limit."
+                raise EnvironmentIncomplete(message) from error
+        worker = cls(process, reader, writer)
+        worker._log = asyncio.create_task(worker._pass_on_log(settings.name))
+        worker.send(settings)
+        return worker
+
+    def send(self, message: Any) -> None:
+        """Never waits: what the worker does not read is kept. Raises `FrameBroken` for a message that is too large."""
+        frame = wire.pack(message)
+        if not self._writer.is_closing():
+            self._writer.write(frame)
+
+    async def message(self) -> wire.FromWorker | None:
+        """The next thing it says; None when it is gone, or talks nonsense."""
+        try:
+            return await wire.read(self._reader, wire.FROM_WORKER)
+        except wire.FrameBroken as error:
+            self.kill(f"sent what is no message ({error})")
+            return None
+
+    def kill(self, hang: str) -> None:
+        """Ends a worker that is not well, and says why; what it still had to tell is lost."""
+        self._hang = hang
+        self._signal(signal.SIGKILL)
+        self._writer.transport.abort()  # it may be stuck in the kernel; nobody waits for it to let go of the socket
+
+    async def end(self) -> None:
+        """Asks the worker to leave by closing its socket; kills it when it stays."""
+        self._writer.close()
+        deadline = asyncio.get_running_loop().time() + END_SECONDS
+        while self._process.poll() is None:
+            if asyncio.get_running_loop().time() > deadline:
+                self._signal(signal.SIGKILL)
+            await asyncio.sleep(0.01)
+        await self._clean_up()
+
+    async def death(self) -> Death:
+        """Waits for the end of a worker whose messages have ended, and says how it came."""
+        deadline = asyncio.get_running_loop().time() + END_SECONDS
+        while self._process.poll() is None:
+            if asyncio.get_running_loop().time() > deadline and self._hang is None:
+                self.kill("closed its socket and did not leave")
+            await asyncio.sleep(0.01)
+        await self._clean_up()
+        if self._hang is not None:
+            return Death("hang", self._hang)
+        return _story(self._process.returncode, has_oom_kill=_oom_kills() > self._oom_kills)
+
+    def _signal(self, number: int) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    async def _clean_up(self) -> None:
+        self._writer.transport.abort()
+        if self._log is not None:
+            await self._log
+
+    async def _pass_on_log(self, name: str) -> None:
+        """The worker's stderr, line by line, into the log of this process."""
+        assert self._process.stderr is not None
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=1 << 16)
+        with self._process.stderr as pipe:
+            transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+            try:
+                while data := await reader.read(1 << 16):
+                    for line in data.decode(errors="replace").splitlines():
+                        logger.warning("event=engine_log model=%s pid=%d %s", name, self.pid, line)
+            finally:
+                transport.close()
+
+
+def _spawn(command: Sequence[str], descriptor: int) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        command,
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=config.quiet_environment(),
+    )
+
+
+def _story(code: int, *, has_oom_kill: bool) -> Death:
+    if code >= 0:
+        return Death("exit", f"ended by itself with exit code {code}")
+    number = -code
+    name = signal.Signals(number).name if number in signal.Signals.__members__.values() else f"signal {number}"
+    if number == signal.SIGKILL and has_oom_kill:
+        cure = "take fewer --slots or --context-tokens, or a smaller model"
+        return Death("memory", f"was ended by the kernel because memory ran out; {cure}", number)
+    if number == signal.SIGILL:
+        cure = "use an image or a build for every x86-64 CPU"
+        return Death("signal", f"was ended by {name}: this CPU lacks what llama.cpp was compiled for; {cure}", number)
+    return Death("signal", f"was ended by {name}", number)
+
+
+def _oom_kills() -> int:
+    """Processes that the kernel has ended for want of memory since it started, in any cgroup."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

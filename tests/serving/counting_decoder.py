@@ -1,0 +1,252 @@
+"""A `Decoder` that counts, and checks everything that llama.cpp would abort on or silently compute wrong; a listener."""
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from appliance.serving.decoder import (
+    IDLE_CHUNK_TOKENS,
+    MAX_BATCH_DRAFTS,
+    MAX_DRAFT_TOKENS,
+    Adapter,
+    CompiledGrammar,
+    Feed,
+    Sampled,
+    SnapshotRefused,
+)
+from appliance.serving.events import RequestStats, StepStats
+from appliance.serving.requests import Grammar, SamplingSettings
+
+END = 0
+CELL_BYTES = 10
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.steps: list[StepStats] = []
+        self.requests: list[RequestStats] = []
+
+    def record_step(self, stats: StepStats) -> None:
+        self.steps.append(stats)
+
+    def record_request(self, stats: RequestStats) -> None:
+        self.requests.append(stats)
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One computed token; `digest` stands for it and all that was before it."""
+
+    token: int
+    digest: int
+    adapter: Adapter | None
+
+
+@dataclass(frozen=True)
+class Forcing:
+    """A "grammar" that forces `tokens` after each token `after`."""
+
+    after: int
+    tokens: tuple[int, ...]
+
+
+@dataclass
+class Sampler:
+    sampling: SamplingSettings
+    grammar: CompiledGrammar | None
+    top_logprobs: int | None
+    last: int = -1
+
+
+@dataclass
+class CountingDecoder:
+    """Answers a prompt with the numbers after its last token: 5 → 6 7 8 …, as text "6 7 8 ". 99 is followed by the end.
+
+    `follow` may say otherwise. `gate` holds every decode call until it is set. A cell knows what it was computed from, so
+    that a prefix used in the wrong place is noticed when the next token is computed.
+    """
+
+    slots: int = 2
+    context_tokens: int = 64
+    cells: int = 0
+    sequences: int = 0
+    can_share: bool = True
+    follow: Callable[[tuple[int, ...]], int] = lambda history: END if history[-1] == 99 else history[-1] + 1
+    cell_bytes: int = CELL_BYTES
+    held: dict[int, dict[int, Cell]] = field(default_factory=dict)  # cells by position, by sequence
+    samplers: dict[int, Sampler] = field(default_factory=dict)
+    started: list[Sampler] = field(default_factory=list)
+    failures: list[Exception] = field(default_factory=list)
+    start_failures: list[Exception] = field(default_factory=list)
+    sample_failures: list[str] = field(default_factory=list)
+    feeds: list[list[Feed]] = field(default_factory=list)
+    adapters: list[Adapter | None] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    computed: int = 0  # tokens
+    most_cells: int = 0
+    hold_at: int = -1  # closes the gate before this decode call
+    aborts: int = 0
+    is_closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.sequences = self.sequences or (self.slots + 8 if self.can_share else self.slots)
+        self.cells = self.cells or self.slots * self.context_tokens
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)  # one count per decode call begun
+
+    @property
+    def batches(self) -> list[list[int]]:
+        return [[len(feed.tokens) for feed in feeds] for feeds in self.feeds]
+
+    @property
+    def used_cells(self) -> int:
+        return len({id(cell) for cells in self.held.values() for cell in cells.values()})
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        raise NotImplementedError
+
+    def start(
+        self, slot: int, sampling: SamplingSettings, grammar: CompiledGrammar | None, top_logprobs: int | None
+    ) -> None:
+        self._require(0 <= slot < self.slots, f"start of slot {slot}")
+        self._require(slot not in self.samplers and not self.held.get(slot), f"slot {slot} is not empty")
+        if self.start_failures:
+            raise self.start_failures.pop()
+        self.samplers[slot] = Sampler(sampling, grammar, top_logprobs)
+        self.started.append(self.samplers[slot])
+
+    def decode(self, feeds: Sequence[Feed], adapter: Adapter | None) -> Mapping[int, Sequence[Sampled]] | None:
+        before = self.aborts
+        if len(self.feeds) == self.hold_at:
+            self.gate.clear()
+        self.entered.release()
+        self.gate.wait()
+        if self.failures:
+            raise self.failures.pop()
+        if self.aborts > before:
+            for feed in feeds:  # an unknown part was computed
+                self._append(feed.slot, feed.tokens[: len(feed.tokens) // 2], feed.position, adapter)
+            return None
+        self._require(len({feed.slot for feed in feeds}) == len(feeds) <= self.slots, "a slot is fed twice")
+        tokens = sum(len(feed.tokens) for feed in feeds)
+        self._require(0 < tokens <= self.slots * (1 + MAX_DRAFT_TOKENS) + IDLE_CHUNK_TOKENS, f"batch of {tokens} tokens")
+        self._require(sum(feed.drafted for feed in feeds) <= MAX_BATCH_DRAFTS, "too many drafts")
+        self.feeds.append(list(feeds))
+        self.adapters.append(adapter)
+        return {feed.slot: given for feed in feeds if (given := self._compute(feed, adapter))}
+
+    def forced(self, slot: int) -> Sequence[int]:
+        sampler = self.samplers[slot]
+        if isinstance(sampler.grammar, Forcing) and sampler.last == sampler.grammar.after:
+            sampler.last = sampler.grammar.tokens[-1]
+            return sampler.grammar.tokens
+        return ()
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        self._require(self.can_share, "copy in a model that cannot share")
+        self._require(source != target and 0 <= target < self.sequences, f"copy to {target}")
+        cells, into = self.held.get(source, {}), self.held.setdefault(target, {})
+        for position in range(start, end):
+            self._require(position in cells, f"copy of position {position}, which sequence {source} does not hold")
+            self._require(position not in into, f"copy over position {position} of sequence {target}")
+            into[position] = cells[position]
+
+    def remove(self, sequence: int, start: int, end: int) -> None:
+        self._require(0 <= sequence < self.sequences and self.can_share, f"remove from {sequence}")
+        cells = self.held.get(sequence, {})
+        for position in [each for each in cells if each >= start and (end == -1 or each < end)]:
+            del cells[position]
+
+    def save(self, sequence: int) -> bytes:
+        cells = self.held[sequence]
+        self._require(sorted(cells) == list(range(len(cells))), f"save of sequence {sequence} with holes")
+        return json.dumps([cells[at].token for at in range(len(cells))]).encode()
+
+    def restore(self, sequence: int, data: bytes) -> None:
+        self._require(not self.held.get(sequence), f"restore into sequence {sequence}, which is not empty")
+        tokens = json.loads(data)
+        if -1 in tokens:
+            raise SnapshotRefused("The cells are of another size.")
+        self.held[sequence] = {}
+        self._extend(self.held[sequence], tokens, None)
+        self._count()
+
+    def release(self, slot: int) -> None:
+        self._require(0 <= slot < self.slots, f"release of slot {slot}")
+        self.held.pop(slot, None)
+        self.samplers.pop(slot, None)
+
+    def clear(self) -> None:
+        self.held.clear()
+        self.samplers.clear()
+
+    def abort(self) -> None:
+        self.aborts += 1
+        self.gate.set()
+
+    def piece(self, token: int) -> bytes:
+        return f"{token} ".encode()
+
+    def is_end(self, token: int) -> bool:
+        return token == END
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _compute(self, feed: Feed, adapter: Adapter | None) -> list[Sampled]:
+        """Appends the tokens; keeps drafts as far as they are what would have been said anyway."""
+        certain = len(feed.tokens) - feed.drafted
+        self._require(certain > 0 and (feed.is_sampled or not feed.drafted), "nothing before the drafts")
+        self._require(self.can_share or not feed.drafted, "drafts in a model that cannot remove them")
+        self._append(feed.slot, feed.tokens, feed.position, adapter)
+        if not feed.is_sampled:
+            return []
+        cells, sampler, given = self.held[feed.slot], self.samplers[feed.slot], []
+        for at in range(certain, len(feed.tokens) + 1):
+            position = feed.position + at - 1
+            token = self.follow(tuple(cells[each].token for each in range(position + 1)))
+            given.append(self._sampled(token, sampler))
+            token = given[-1].token
+            if at == len(feed.tokens) or token != feed.tokens[at]:
+                for rejected in [each for each in cells if each > position]:
+                    del cells[rejected]
+                break
+        sampler.last = given[-1].token
+        return given
+
+    def _sampled(self, token: int, sampler: Sampler) -> Sampled:
+        if self.sample_failures:
+            return Sampled(END, failure=self.sample_failures.pop())
+        if sampler.top_logprobs is None:
+            return Sampled(token)
+        return Sampled(token, -0.5, [(token + each, -0.5 - each) for each in range(sampler.top_logprobs)])
+
+    def _append(self, slot: int, tokens: Sequence[int], position: int, adapter: Adapter | None) -> None:
+        self._require(slot in self.samplers, f"slot {slot} was not started")
+        cells = self.held.setdefault(slot, {})
+        self._require(sorted(cells) == list(range(position)), f"position {position} in a sequence of {len(cells)}")
+        digest = 0
+        for at in range(position):  # what is attended to must be what these tokens mean here
+            digest = hash((digest, cells[at].token))
+            self._require(cells[at].digest == digest, f"position {at} was computed from other tokens")
+            self._require(cells[at].adapter == adapter, f"position {at} was computed with another adapter")
+        self._extend(cells, tokens, adapter)
+        self._require(len(cells) <= self.context_tokens, f"{len(cells)} tokens in a context of {self.context_tokens}")
+        self.computed += len(tokens)
+        self._count()
+
+    def _extend(self, cells: dict[int, Cell], tokens: Sequence[int], adapter: Adapter | None) -> None:
+        for token in tokens:
+            before = cells[len(cells) - 1].digest if cells else 0
+            cells[len(cells)] = Cell(token, hash((before, token)), adapter)
+
+    def _count(self) -> None:
+        self.most_cells = max(self.most_cells, used := self.used_cells)
+        self._require(used <= self.cells, f"{used} cells are used, there are {self.cells}")
+
+    def _require(self, is_right: bool, problem: str) -> None:
+        if not is_right:
+            self.problems.append(problem)
+            raise AssertionError(problem)

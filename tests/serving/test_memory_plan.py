@@ -1,0 +1,255 @@
+"""The memory plan: what is predicted against what a process takes, and how a model that does not fit is stepped down."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from appliance import device
+from appliance.device import Machine
+from appliance.errors import EnvironmentIncomplete
+from appliance.recipe import Serve
+from appliance.serving import gguf_file
+from appliance.serving.memory_plan import ModelToLoad, Plan, plan
+from appliance.serving.memory_prediction import MIB, Choice, predict
+from tests import shaped_gguf
+from tests.shaped_gguf import Shape
+
+X86 = frozenset({"avx2"})
+ROOMY = Machine(
+    usable_cores=4,
+    physical_cores=2,
+    memory_total_bytes=8192 * MIB,
+    memory_available_bytes=6000 * MIB,
+    cpu_features=X86,
+)
+# Untied: its embedding is an eighth of the file; 28 MiB of weights and 1 KiB of KV (f16) a token.
+SHAPE = Shape(layers=4, hidden=512, feed_forward=2048, heads=8, kv_heads=2, vocabulary=16000, context_tokens=4096)
+
+
+SMALL: dict[str, Any] = {"cache_tokens": 0, "kv_type": "q8_0", "is_mapped": True, "is_repacked": False}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelToLoad:
+    return to_load(shaped_gguf.write(tmp_path_factory.mktemp("models") / "shaped.gguf", SHAPE))
+
+
+def to_load(path: Path, **changes: Any) -> ModelToLoad:
+    header = gguf_file.read_metadata(path)
+    return ModelToLoad(
+        **{"name": "shaped", "path": path, "header": header, "sha256": "0" * 64, "made_at": 0, "kind": "chat", **changes}
+    )
+
+
+def with_free(free_bytes: int) -> Machine:
+    """A machine with so much memory for one model, after its reserve."""
+    machine = dataclasses.replace(ROOMY, memory_total_bytes=1024 * MIB)
+    return dataclasses.replace(machine, memory_available_bytes=free_bytes + 64 * MIB)
+
+
+def fitted(model: ModelToLoad, free_bytes: int, *explicit: str, **settings: Any) -> Plan:
+    return plan(model, Serve(**settings), with_free(free_bytes), explicit=explicit)
+
+
+def total(model: ModelToLoad, **changes: Any) -> int:
+    asked = {"slots": 2, "context_tokens": 2048, "cache_tokens": 4096, "kv_type": "f16", "is_mapped": False}
+    return predict(model.header, Choice(**{**asked, "is_repacked": True, **changes}), X86).total_bytes
+
+
+def test_everything_as_asked_where_there_is_room(model: ModelToLoad) -> None:
+    settings = plan(model, Serve(), ROOMY).settings
+    assert settings.notes == ()
+    assert (settings.slots, settings.context_tokens, settings.cells) == (2, 2048, 2 * 2048 + 4096)
+    assert (settings.kv_type, settings.is_mapped, settings.is_repacked) == ("f16", True, True)
+    assert (settings.threads_decode, settings.threads_prefill) == (2, 4)
+
+
+def test_steps_down_one_after_the_other(model: ModelToLoad) -> None:
+    """Each limit lies just under what the step before needs."""
+    unmapped = fitted(model, total(model)).settings
+    assert (unmapped.is_mapped, unmapped.is_repacked, unmapped.cells) == (False, True, 8192)
+    less_cache = fitted(model, total(model) - 1).settings
+    assert (less_cache.kv_type, less_cache.slots) == ("f16", 2)
+    assert 4096 < less_cache.cells < 8192
+    quantized = fitted(model, total(model, cache_tokens=0) - 1).settings
+    assert (quantized.kv_type, quantized.is_repacked, quantized.slots) == ("q8_0", True, 2)
+    plain = fitted(model, total(model, cache_tokens=0, kv_type="q8_0") - 1).settings
+    assert (plain.kv_type, plain.is_mapped, plain.is_repacked, plain.slots) == ("q8_0", True, False, 2)
+    single = fitted(model, total(model, **SMALL) - 1).settings
+    assert (single.slots, single.context_tokens) == (1, 2048)
+    short = fitted(model, total(model, **SMALL, slots=1) - 1).settings
+    assert (short.slots, short.context_tokens) == (1, 1024)
+    shortest = fitted(model, total(model, **SMALL, slots=1, context_tokens=512)).settings
+    assert (shortest.slots, shortest.context_tokens) == (1, 512)
+    named = [note.partition(":")[0] for note in shortest.notes]
+    assert sorted(named) == ["cache_tokens", "context_tokens", "kv_type", "repack", "slots"]
+    assert all("MiB" in note and "instead of" in note for note in shortest.notes)
+    with pytest.raises(EnvironmentIncomplete, match="does not fit"):
+        fitted(model, total(model, **SMALL, slots=1, context_tokens=512) - 1)
+
+
+def test_what_was_set_explicitly_is_refused_rather_than_changed(model: ModelToLoad) -> None:
+    free = total(model, slots=1, context_tokens=512, cache_tokens=0, kv_type="q8_0")
+    everything = ("slots", "context_tokens", "cache_tokens", "kv_type", "mmap", "repack")
+    with pytest.raises(EnvironmentIncomplete) as caught:
+        fitted(model, free, *everything, kv_type="f16", mmap="on", repack="on")
+    message = str(caught.value)
+    assert f"{round(free / MIB)} MiB are free" in message
+    assert "2 slots of 2048 tokens" in message
+    assert "context_tokens, kv_type, mmap, repack, slots" in message
+    kept = fitted(model, total(model, **SMALL) - 1, "context_tokens").settings
+    assert (kept.context_tokens, kept.slots) == (2048, 1)
+
+
+def test_a_step_that_saves_nothing_is_not_taken(model: ModelToLoad) -> None:
+    """Unmapped, plain weights take as much memory as repacked ones."""
+    free = total(model, cache_tokens=0, kv_type="q8_0") - 1
+    settings = fitted(model, free, mmap="off").settings
+    assert (settings.is_mapped, settings.is_repacked, settings.slots) == (False, True, 1)
+
+
+def test_memory_of_other_models_and_the_budget(model: ModelToLoad) -> None:
+    alone = plan(model, Serve(), ROOMY)
+    beside = plan(model, Serve(), ROOMY, others=[alone.memory])
+    assert alone.free_bytes - beside.free_bytes == alone.memory.weights_file_bytes
+    budget = 2 * alone.memory.total_bytes // MIB
+    limited = plan(model, Serve(memory_mib=budget), ROOMY, others=[alone.memory])
+    assert limited.free_bytes == budget * MIB - alone.memory.total_bytes
+    assert limited.memory.total_bytes <= limited.free_bytes
+    with pytest.raises(EnvironmentIncomplete, match="memory_mib = 1 for all"):
+        plan(model, Serve(memory_mib=1), ROOMY)
+
+
+def test_the_context_is_no_longer_than_trained(model: ModelToLoad) -> None:
+    settings = plan(model, Serve(context_tokens=9000), ROOMY, explicit={"context_tokens"}).settings
+    assert settings.context_tokens == 4096
+    assert "4096 instead of 9000" in settings.notes[0]
+
+
+def test_more_threads_than_cores_are_kept_and_told(model: ModelToLoad) -> None:
+    settings = plan(model, Serve(threads=16), ROOMY).settings
+    assert settings.threads_decode == 16
+    assert "4 cores may be used" in settings.notes[0]
+
+
+def test_a_head_that_cannot_be_quantized(tmp_path: Path) -> None:
+    odd = to_load(shaped_gguf.write(tmp_path / "odd.gguf", dataclasses.replace(SHAPE, layers=1, head_width=48)))
+    with pytest.raises(EnvironmentIncomplete, match="multiples of 32"):
+        plan(odd, Serve(kv_type="q8_0"), ROOMY)
+    free = predict(odd.header, Choice(slots=1, context_tokens=512, **{**SMALL, "kv_type": "f16"}), X86).total_bytes
+    assert fitted(odd, free).settings.kv_type == "f16"
+
+
+def test_an_adapter_takes_memory(model: ModelToLoad, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.gguf"
+    adapter.write_bytes(bytes(3 * MIB))
+    with_adapter = plan(dataclasses.replace(model, adapters={"polite": adapter}), Serve(), ROOMY)
+    assert with_adapter.memory.adapter_bytes == 3 * MIB
+    assert with_adapter.settings.adapters == {"polite": str(adapter)}
+
+
+@given(free_mib=st.integers(1, 400), explicit=st.sets(st.sampled_from(["slots", "context_tokens", "cache_tokens"])))
+def test_a_plan_never_exceeds_what_is_free(model: ModelToLoad, free_mib: int, explicit: set[str]) -> None:
+    asked = Serve(slots=3, context_tokens=3000, cache_tokens=5000)
+    try:
+        made = plan(model, asked, with_free(free_mib * MIB), explicit=explicit)
+    except EnvironmentIncomplete:
+        assert free_mib < 140
+        return
+    assert made.memory.total_bytes <= made.free_bytes == free_mib * MIB
+    settings = made.settings
+    assert 1 <= settings.slots <= 3
+    assert 512 <= settings.context_tokens <= 3000
+    cache = settings.cells - settings.slots * settings.context_tokens
+    assert 0 <= cache <= 5000
+    kept = {"slots": settings.slots, "context_tokens": settings.context_tokens, "cache_tokens": cache}
+    assert all(kept[name] == getattr(asked, name) for name in explicit)
+
+
+def test_which_weights_are_repacked(tmp_path: Path) -> None:
+    shape = Shape(layers=2, vocabulary=1000)
+    q4 = to_load(shaped_gguf.write(tmp_path / "q4.gguf", shape)).header
+    q8 = to_load(
+        shaped_gguf.write(tmp_path / "q8.gguf", dataclasses.replace(shape, kind=gguf.GGMLQuantizationType.Q8_0))
+    ).header
+    tied = to_load(shaped_gguf.write(tmp_path / "tied.gguf", dataclasses.replace(shape, is_tied=True))).header
+    embedding = next(tensor.size_bytes for tensor in q4.tensors if tensor.name == "token_embd.weight")
+    matrices = sum(tensor.size_bytes for tensor in q4.tensors if len(tensor.shape) == 2) - embedding
+
+    def copied(header: gguf_file.GgufHeader, features: set[str]) -> int:
+        return predict(
+            header, Choice(slots=1, context_tokens=512, **{**SMALL, "is_repacked": True}), features
+        ).weights_copied_bytes
+
+    assert copied(q4, {"avx2"}) == copied(q4, {"asimddp"}) == matrices
+    assert copied(q4, {"sse4_2"}) == copied(q8, {"avx2"}) == 0
+    assert copied(q8, {"asimddp"}) > 0
+    assert copied(tied, {"avx2"}) == matrices, "the embedding, in its part as the output"
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import msgspec
+from appliance.serving.decoder import Feed
+from appliance.serving.engine_settings import EngineSettings
+from appliance.serving.llama import Context, Model, library
+from appliance.serving.requests import SamplingSettings
+
+def resident():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return {name: int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+
+library.start()
+before = resident()
+settings = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineSettings)
+model = Model(Path(settings.model_path), is_mapped=settings.is_mapped, is_repacked=settings.is_repacked)
+context = Context(model, settings)
+context.start(0, SamplingSettings(), None, None)
+for start in range(0, 1024, 256):
+    context.decode([Feed(0, [65] * 256, start, True)], None)
+after = resident()
+print(json.dumps({name: after[name] - before[name] for name in after}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("is_tied", "is_mapped", "is_repacked", "kv_type"),
+    [(True, True, True, "f16"), (False, True, False, "f16"), (True, False, True, "q8_0"), (False, False, False, "q8_0")],
+)
+def test_the_prediction_is_what_a_process_takes(
+    tmp_path: Path, is_tied: bool, is_mapped: bool, is_repacked: bool, kv_type: Any
+) -> None:
+    """Within a tenth, or the 6 MiB of small things; what Python and a vocabulary with merges take is not looked at."""
+    path = shaped_gguf.write(tmp_path / "model.gguf", dataclasses.replace(SHAPE, is_tied=is_tied))
+    asked = Serve(
+        context_tokens=4096,
+        cache_tokens=0,
+        kv_type=kv_type,
+        mmap="on" if is_mapped else "off",
+        repack="on" if is_repacked else "off",
+    )
+    made = plan(to_load(path), asked, dataclasses.replace(ROOMY, cpu_features=device.cpu_features()))
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        input=msgspec.json.encode(made.settings),
+        capture_output=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    measured = json.loads(result.stdout)
+    anonymous = made.memory.anonymous_bytes - made.memory.process_bytes
+    assert measured["RssAnon"] == pytest.approx(anonymous, rel=0.1, abs=6 * MIB)
+    mapped = made.memory.weights_file_bytes + made.memory.weights_idle_bytes
+    assert measured["RssFile"] == pytest.approx(mapped, rel=0.1, abs=6 * MIB)

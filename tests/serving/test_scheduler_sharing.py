@@ -1,0 +1,290 @@
+"""What answers share: prefixes, the KV memory, adapters' turns, idle time; and what tenants never share."""
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.errors import EngineFailed
+from appliance.serving.decoder import Adapter
+from appliance.serving.events import Finished
+from appliance.serving.snapshots import Identity, Prefix, SnapshotStore
+from tests.serving.counting_decoder import END, CountingDecoder
+from tests.serving.scheduler_bench import Bench, Client, numbers, until
+
+SYSTEM = tuple(range(100, 140))
+
+
+def bench_of(*, context_tokens: int = 200, cells: int = 1000, slots: int = 2, **rest: Any) -> Bench:
+    return Bench(CountingDecoder(slots=slots, context_tokens=context_tokens, cells=cells), **rest)
+
+
+def cached(client: Client) -> int:
+    return client.finished().cached_tokens
+
+
+def store_in(folder: Path) -> SnapshotStore:
+    return SnapshotStore(folder, 10**6, Identity(model_sha256="m", template_sha256="t", kv_type="f16", layout="1"))
+
+
+def test_next_turn_of_a_conversation_computes_only_what_is_new() -> None:
+    with bench_of() as bench:
+        first = bench.client(1, 2, 3, max_tokens=5)
+        assert cached(first) == 0
+        bench.idle()
+        second = bench.client(1, 2, 3, 4, 5, 6, 7, 8, 50)
+        assert cached(second) == 7  # the last token of an answer has never been computed
+        assert second.text == numbers(51, 5)
+        bench.idle()
+        assert sum(stats.prompt_tokens for stats in bench.listener.steps) == 3 + 2
+        assert bench.listener.requests[1].cached_tokens == 7
+
+
+def test_same_prompt_again_computes_its_last_token() -> None:
+    with bench_of() as bench:
+        clients = [bench.client(*SYSTEM, 7) for _ in range(1)]
+        assert cached(clients[0]) == 0
+        again = bench.client(*SYSTEM, 7)
+        assert cached(again) == len(SYSTEM)
+        assert again.text == clients[0].text == numbers(8, 5)
+
+
+def test_prompt_with_the_same_beginning_is_read_once() -> None:
+    with bench_of() as bench:
+        bench.decoder.gate.clear()
+        long = tuple(range(100, 180))
+        clients = [bench.client(*long, last) for last in (1, 2)]
+        bench.decoder.gate.set()
+        assert [cached(client) for client in clients] == [0, 80]
+        assert [client.text for client in clients] == [numbers(2, 5), numbers(3, 5)]
+
+
+def test_one_that_waits_for_a_prefix_is_overtaken_and_outlives_the_reader() -> None:
+    with bench_of(slots=3) as bench:
+        bench.decoder.gate.clear()
+        long = tuple(range(100, 180))
+        reader, waiter, other = bench.client(*long, 1), bench.client(*long, 2), bench.client(9)
+        until(lambda: bench.scheduler.load().running == 2)
+        reader.cancel()
+        bench.decoder.gate.set()
+        assert reader.reason() == "cancelled"
+        assert waiter.reason() == other.reason() == "length"
+        assert (waiter.text, other.text) == (numbers(3, 5), numbers(10, 5))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_answers_to_one_prompt_read_it_once(slots: int) -> None:
+    with bench_of(slots=slots) as bench:
+        client = bench.client(1, 2, 3, n=4, seed=7)
+        ends = client.ends()
+        assert [end.cached_tokens for end in ends if isinstance(end, Finished)] == [0, 2, 2, 2]
+        assert client.texts == dict.fromkeys(range(4), numbers(4, 5))
+        assert [sampler.sampling.seed for sampler in bench.decoder.started] == [7, 8, 9, 10]
+        bench.idle()
+        (stats,) = bench.listener.requests
+        assert (stats.n, stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens) == (4, 3, 0, 20)
+        assert sum(len(stats.first_token_seconds) for stats in bench.listener.steps) == 1
+
+
+def test_models_that_cannot_share_answer_all_the_same() -> None:
+    decoder = CountingDecoder(slots=2, can_share=False)
+    with Bench(decoder) as bench:
+        client = bench.client(*range(1, 21), n=3)
+        assert len(client.ends()) == 3
+        assert client.texts == dict.fromkeys(range(3), numbers(21, 5))
+        bench.scheduler.warm([1, 2, 3])
+        decoder.gate.clear()
+        gone = bench.client(1)
+        until(lambda: bench.scheduler.load().running == 1)
+        gone.cancel()
+        assert gone.reason() == "cancelled"
+        assert cached(bench.client(*range(1, 21))) == 0
+
+
+def test_tenants_do_not_find_each_others_prompts() -> None:
+    with bench_of() as bench:
+        assert cached(bench.client(*SYSTEM, 1, tenant="a")) == 0
+        assert cached(bench.client(*SYSTEM, 1, tenant="b")) == 0
+        assert cached(bench.client(*SYSTEM, 1, tenant="a")) == len(SYSTEM)
+
+
+def test_operators_prefix_is_read_before_anyone_asks_and_is_for_all() -> None:
+    with bench_of() as bench:
+        bench.scheduler.warm(SYSTEM)
+        until(lambda: bench.decoder.computed == len(SYSTEM))
+        until(lambda: bench.scheduler.load().kv_cells_running == 0)
+        assert cached(bench.client(*SYSTEM, 1, 2, 3, tenant="a")) == len(SYSTEM)
+        assert cached(bench.client(*SYSTEM, 1, 2, 3, tenant="b")) == len(SYSTEM)
+        assert cached(bench.client(*SYSTEM, 1, 2, 3, adapter="x")) == 0
+
+
+def test_operators_prefix_that_a_visitor_read_first_is_for_all_too() -> None:
+    with bench_of() as bench:
+        bench.decoder.gate.clear()
+        first = bench.client(*SYSTEM, 1, 2, 3, tenant="a")
+        bench.scheduler.warm(SYSTEM)
+        bench.decoder.gate.set()
+        assert cached(first) == 0
+        assert cached(bench.client(*SYSTEM, 1, 2, 3, tenant="b")) == len(SYSTEM)
+        bench.idle()
+        assert bench.decoder.computed == len(SYSTEM) + 2 * (3 + 4)
+
+
+def test_cells_of_a_tenant_do_not_become_the_operators_later() -> None:
+    with bench_of() as bench:
+        bench.decoder.hold_at = 1
+        client = bench.client(*SYSTEM, 1, 2, 3)
+        until(lambda: not bench.decoder.gate.is_set())
+        bench.scheduler.warm(SYSTEM)
+        bench.decoder.gate.set()
+        client.end()
+        bench.idle()
+        assert bench.scheduler.load().kv_cells_used == bench.decoder.used_cells == len(SYSTEM) + 3 + 4 + len(SYSTEM)
+
+
+def test_reading_ahead_gives_way_to_requests() -> None:
+    with bench_of(slots=1) as bench:
+        bench.scheduler._pace._prompt_token_seconds = 0.02  # chunks of 16
+        bench.decoder.hold_at = 1
+        bench.scheduler.warm(SYSTEM)
+        until(lambda: len(bench.decoder.batches) == 1 and not bench.decoder.gate.is_set())
+        client = bench.client(*SYSTEM, 1)
+        bench.decoder.gate.set()
+        assert cached(client) > 0
+        until(lambda: bench.scheduler._prefixes.has(Prefix(SYSTEM)))
+
+
+def test_prefix_that_fails_while_read_ahead_is_not_tried_for_ever() -> None:
+    with bench_of() as bench:
+        bench.decoder.failures.append(EngineFailed("no memory"))
+        bench.scheduler.warm(SYSTEM)
+        until(lambda: not bench.decoder.failures)
+        assert cached(bench.client(*SYSTEM, 1)) == 0
+        bench.idle()
+        assert bench.decoder.computed == len(SYSTEM) + 1 + 4
+
+
+def test_request_waits_for_cells_and_not_only_for_a_slot() -> None:
+    with bench_of(cells=250, slots=4) as bench:
+        bench.decoder.gate.clear()
+        clients = [bench.client(first, max_tokens=110) for first in (1, 2, 3, 4)]
+        until(lambda: bench.scheduler.load().running == 2)
+        assert bench.scheduler.load().waiting == 2
+        bench.decoder.follow = lambda history: END if len(history) > 20 else history[-1]
+        bench.decoder.gate.set()
+        assert [client.reason() for client in clients] == ["stop"] * 4
+        assert bench.decoder.most_cells <= 250
+
+
+def test_small_request_does_not_overtake_one_that_waits_for_cells() -> None:
+    decoder = CountingDecoder(slots=4, context_tokens=200, cells=250, follow=lambda history: history[-1])
+    with Bench(decoder) as bench:
+        decoder.gate.clear()
+        clients = [bench.client(first, max_tokens=limit, seed=first) for first, limit in ((1, 100), (2, 199), (3, 1))]
+        decoder.gate.set()
+        assert [client.reason() for client in clients] == ["length"] * 3
+        assert [sampler.sampling.seed for sampler in decoder.started] == [1, 2, 3]
+
+
+def test_parked_prefixes_make_room_oldest_first() -> None:
+    with bench_of(cells=200, slots=1) as bench:
+        for first in (1, 50, 100):
+            bench.client(*range(first, first + 40), max_tokens=1).end()
+            bench.idle()
+        assert cached(bench.client(*range(1, 41), 99, max_tokens=1)) == 40  # used again: now the youngest
+        bench.idle()
+        assert bench.client(*range(1000, 1080), max_tokens=20).reason() == "length"
+        bench.idle()
+        assert cached(bench.client(*range(1, 41), 99, max_tokens=1)) == 40
+        bench.idle()
+        assert cached(bench.client(*range(50, 90), 99, max_tokens=1)) < 40
+
+
+def test_adapters_take_turns_and_are_never_mixed() -> None:
+    with bench_of(slots=3) as bench:
+        bench.decoder.gate.clear()
+        clients = [bench.client(1, 2, 3, adapter=name, max_tokens=20) for name in (None, "x", "y")]
+        until(lambda: bench.scheduler.load().running == 3)
+        bench.decoder.gate.set()
+        assert [client.reason() for client in clients] == ["length"] * 3
+        turns = bench.decoder.adapters
+        assert all(a != b for a, b in itertools.pairwise(turns[1:]))
+        assert set(turns) == {None, Adapter("x", 1.0), Adapter("y", 1.0)}
+        bench.idle()
+        assert cached(bench.client(1, 2, 3, adapter="x", adapter_scale=0.5)) == 0
+        assert cached(bench.client(1, 2, 3, adapter="x")) == 2
+
+
+def test_guesses_are_made_while_they_pay_and_change_nothing() -> None:
+    def follow(history: tuple[int, ...]) -> int:
+        return history[len(history) % 10]
+
+    prompt = tuple(range(10, 20))
+    texts = []
+    for is_speculating in (False, True):
+        decoder = CountingDecoder(context_tokens=400, follow=follow)
+        with Bench(decoder, is_speculating=is_speculating) as bench:
+            client = bench.client(*prompt, max_tokens=100)
+            assert client.finished().generated_tokens == 100
+            texts.append(client.text)
+            drafted = sum(stats.drafted_tokens for stats in bench.listener.steps)
+            accepted = sum(stats.accepted_tokens for stats in bench.listener.steps)
+            assert (drafted > 0) == is_speculating
+            assert accepted <= drafted
+            if is_speculating:
+                assert accepted > 50
+                assert bench.decoder.computed < 10 + 99 + drafted
+    assert texts[0] == texts[1]
+
+
+def test_shared_prefix_outlives_a_restart(tmp_path: Path) -> None:
+    with bench_of(snapshots=store_in(tmp_path)) as bench:
+        for last in (1, 2):
+            bench.client(*SYSTEM, last, shared=len(SYSTEM), tenant="a").end()
+            bench.idle()
+        bench.client(*SYSTEM, 3, *SYSTEM, shared=0).end()
+        until(lambda: len(list(tmp_path.glob("*.prefix"))) == 1)
+    assert store_in(tmp_path).prefixes() == [Prefix(SYSTEM, None, "a")]
+    with bench_of(snapshots=store_in(tmp_path)) as bench:
+        assert cached(bench.client(*SYSTEM, 5, tenant="b")) == 0
+        assert cached(bench.client(*SYSTEM, 5, tenant="a")) == len(SYSTEM)
+
+
+def test_prefix_of_one_request_is_not_written(tmp_path: Path) -> None:
+    with bench_of(snapshots=store_in(tmp_path)) as bench:
+        assert len(bench.client(*SYSTEM, 1, shared=len(SYSTEM), n=3).ends()) == 3
+        bench.idle()
+        time.sleep(0.05)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_operators_prefix_is_written_and_not_read_again(tmp_path: Path) -> None:
+    with bench_of(snapshots=store_in(tmp_path)) as bench:
+        bench.scheduler.warm(SYSTEM)
+        until(lambda: len(list(tmp_path.glob("*.prefix"))) == 1)
+    with bench_of(snapshots=store_in(tmp_path)) as bench:
+        bench.scheduler.warm(SYSTEM)
+        assert cached(bench.client(*SYSTEM, 5)) == len(SYSTEM)
+        bench.idle()
+        assert bench.decoder.computed == 1 + 4
+
+
+def test_visitors_text_is_never_written(tmp_path: Path) -> None:
+    with bench_of(snapshots=store_in(tmp_path)) as bench:
+        secret = tuple(range(7000, 7100))
+        for _ in range(3):
+            bench.client(*SYSTEM, *secret, shared=len(SYSTEM)).end()
+            bench.idle()
+        until(lambda: len(list(tmp_path.glob("*.prefix"))) == 1)
+        bench.idle()
+    assert b"7000" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_refused_snapshot_is_deleted_and_the_prefix_read(tmp_path: Path) -> None:
+    store_in(tmp_path).write(Prefix(SYSTEM, None, ""), b"[-1]")
+    with bench_of(snapshots=store_in(tmp_path)) as bench:
+        client = bench.client(*SYSTEM, 5)
+        assert (cached(client), client.text) == (0, numbers(6, 5))
+        assert list(tmp_path.iterdir()) == []

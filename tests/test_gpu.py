@@ -1,0 +1,167 @@
+"""GPUs from drivers that are played by files and objects, and the lease that two processes cannot both have."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from appliance import gpu
+from appliance.errors import EnvironmentIncomplete
+from appliance.gpu import Gpu, gpus, lease
+from tests.fake_files import write
+
+MIB = 1 << 20
+
+
+class NVMLError(Exception):
+    pass
+
+
+class FakeNvml:
+    """The part of `pynvml` that is used; `silent` are functions that the card does not support."""
+
+    NVMLError = NVMLError
+    NVML_TEMPERATURE_GPU = 0
+
+    def __init__(self, cards: int = 1, *, has_driver: bool = True, silent: tuple[str, ...] = ()) -> None:
+        self._cards, self._has_driver, self._silent = cards, has_driver, silent
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        if not self._has_driver:
+            raise NVMLError("Driver Not Loaded")
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return self._cards
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "nvmlDeviceGetHandleByIndex": lambda index: index,
+            "nvmlDeviceGetName": lambda handle: f"Card {handle}",
+            "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=4096 * MIB, used=1024 * MIB),
+            "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=37, memory=5),
+            "nvmlDeviceGetTemperature": lambda _, sensor: 61 + sensor,
+        }
+        if name in self._silent:
+            return self._refuse
+        return answers[name]
+
+    def _refuse(self, *_: Any) -> None:
+        raise NVMLError("Not Supported")
+
+
+def test_nvidia(tmp_path: Path) -> None:
+    first, second = gpus(tmp_path, FakeNvml(cards=2))
+    assert (first.index, second.index) == (0, 1)
+    assert second == Gpu(
+        index=1,
+        vendor="nvidia",
+        name="Card 1",
+        memory_total_bytes=4096 * MIB,
+        memory_used_bytes=1024 * MIB,
+        utilisation_ratio=0.37,
+        temperature_celsius=61.0,
+    )
+    assert str(second) == "GPU 1 (Card 1, 3072 of 4096 MiB free)"
+
+
+def test_nvidia_that_tells_little(tmp_path: Path) -> None:
+    silent = ("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetTemperature", "nvmlDeviceGetMemoryInfo")
+    (card,) = gpus(tmp_path, FakeNvml(silent=silent))
+    assert (card.utilisation_ratio, card.temperature_celsius, card.memory_free_bytes) == (None, None, 0)
+    assert gpus(tmp_path, FakeNvml(silent=("nvmlDeviceGetHandleByIndex",))) == []
+
+
+def test_no_driver_is_no_error(tmp_path: Path) -> None:
+    assert gpus(tmp_path, FakeNvml(has_driver=False)) == []
+    assert gpus(tmp_path / "none", FakeNvml(cards=0)) == []
+
+
+def test_amd(tmp_path: Path) -> None:
+    """Two cards beside one of another vendor, a connector, and a card without memory of its own."""
+    write(
+        tmp_path,
+        {
+            "card0/device/vendor": "0x8086\n",
+            "card1/device/vendor": "0x1002\n",
+            "card1/device/mem_info_vram_total": f"{8192 * MIB}\n",
+            "card1/device/mem_info_vram_used": f"{192 * MIB}\n",
+            "card1/device/gpu_busy_percent": "50\n",
+            "card1/device/hwmon/hwmon4/temp1_input": "48000\n",
+            "card1/device/uevent": "DRIVER=amdgpu\nPCI_ID=1002:73BF\n",
+            "card1-HDMI-A-1/device/vendor": "0x1002\n",
+            "card10/device/vendor": "0x1002\n",
+            "card10/device/mem_info_vram_total": f"{512 * MIB}\n",
+            "card10/device/product_name": "Radeon\n",
+            "card2/device/vendor": "0x1002\n",
+        },
+    )
+    large, small = gpus(tmp_path, FakeNvml(has_driver=False))
+    assert large == Gpu(
+        index=0,
+        vendor="amd",
+        name="AMD 1002:73BF",
+        memory_total_bytes=8192 * MIB,
+        memory_used_bytes=192 * MIB,
+        utilisation_ratio=0.5,
+        temperature_celsius=48.0,
+    )
+    assert (small.index, small.name, small.memory_free_bytes) == (1, "Radeon", 512 * MIB)
+    assert (small.utilisation_ratio, small.temperature_celsius) == (None, None)
+
+
+HOLD = "import sys; from pathlib import Path; from appliance.gpu import lease\nwith lease(0, 'training', Path(sys.argv[1])):"
+
+
+def holder(folder: Path, body: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", f"{HOLD}\n print('held', flush=True)\n {body}", str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_lease_names_its_holder(tmp_path: Path) -> None:
+    process = holder(tmp_path, "input()")
+    try:
+        with (
+            pytest.raises(EnvironmentIncomplete, match=rf"GPU 0 is held by 'training', process {process.pid},"),
+            lease(0, "serving", tmp_path),
+        ):
+            pass
+        with lease(1, "serving", tmp_path):
+            pass
+    finally:
+        process.communicate("\n")
+    with lease(0, "serving", tmp_path):
+        pass
+
+
+def test_a_killed_holder_has_let_go(tmp_path: Path) -> None:
+    process = holder(tmp_path, "input()")
+    process.kill()
+    process.communicate()
+    assert "training" in (tmp_path / "0.lease").read_text(), "what it wrote is still there"
+    with lease(0, "serving", tmp_path):
+        assert "serving" in (tmp_path / "0.lease").read_text()
+
+
+def test_a_lease_ends_with_its_block(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), lease(0, "serving", tmp_path):
+        raise ZeroDivisionError
+    with lease(0, "training", tmp_path):
+        pass
+    assert (tmp_path / "0.lease").read_text() == ""
+
+
+def test_the_lease_lies_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APPLIANCE_CACHE", str(tmp_path))
+    with lease(0, "serving"):
+        assert (tmp_path / "gpu/0.lease").exists()
+
+
+def test_this_machine() -> None:
+    """Whatever it has: nothing raises."""
+    assert all(card.memory_total_bytes >= card.memory_free_bytes for card in gpu.gpus())
