@@ -122,12 +122,12 @@ def test_clients_that_leave_free_their_places(server: RunningServer) -> None:
     with stream(server, **ENDLESS) as decoding:
         lines = decoding.iter_lines()
         next(lines)
-        with contextlib.ExitStack() as others:
-            for _ in range(2):  # one of them gets a slot, the other one waits
-                body = chat_body(LONG + str(random.random()), max_tokens=5)
-                others.enter_context(abandoned_request(server.url, body))
-            until(lambda: server.ready_state()["running"] == 2 and server.ready_state()["waiting"] == 1)
-        until(lambda: server.ready_state()["running"] == 1 and server.ready_state()["waiting"] == 0)
+        with abandoned_request(server.url, chat_body(LONG, max_tokens=5)):
+            until(lambda: server.ready_state()["running"] == 2)
+            with abandoned_request(server.url, chat_body(max_tokens=5)):
+                until(lambda: server.ready_state()["waiting"] == 1)
+            until(lambda: server.ready_state()["waiting"] == 0)
+        until(lambda: server.ready_state()["running"] == 1)
     until(lambda: is_idle(server))
     assert {phase: cancelled(server, phase) - count for phase, count in before.items()} == {
         "queue": 1.0,

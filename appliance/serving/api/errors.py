@@ -4,6 +4,7 @@
 Shape: https://platform.openai.com/docs/guides/error-codes.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -24,6 +25,8 @@ HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_lar
 HTTP_MESSAGES = {404: "This server has no such route.", 405: "This method is not allowed here."}
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 MAX_PROBLEMS = 8  # in one message
+MESSAGE_TAGS = ("system", "developer", "user", "assistant", "tool")
+FORMAT_FIELDS, FORMAT_TAGS = ("response_format", "format"), ("text", "json_object", "json_schema")
 MAX_NAME_CHARACTERS = 64
 
 
@@ -162,12 +165,17 @@ def _said(problem: Mapping[str, Any]) -> str:
 def _field_path(location: Sequence[str | int]) -> str | None:
     """`("body", "messages", 0, "content", "str")` as `messages[0].content`: pydantic adds names of union branches."""
     path = ""
-    for part in location[1:]:
+    for before, part in itertools.pairwise(location):
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part in _field_names():
+        elif part in _field_names() and not _is_tag(before, part):
             path += f".{part}" if path else part
     return path or None
+
+
+def _is_tag(before: str | int, part: str) -> bool:
+    """Whether `part` names a branch of a union here, although it is a field's name elsewhere."""
+    return part in (MESSAGE_TAGS if isinstance(before, int) else FORMAT_TAGS if before in FORMAT_FIELDS else ())
 
 
 @cache

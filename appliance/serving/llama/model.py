@@ -18,7 +18,10 @@ from appliance.serving.events import ModelKind
 from appliance.serving.llama import library
 
 # Control tokens that models use to mark parts of an answer: readers of the answer need to see them.
-SPOKEN_CONTROLS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+SPOKEN_CONTROLS = (  # control tokens that belong to the text: calls of tools, and thinking
+    *("<think>", "</think>", "[THINK]", "[/THINK]"),
+    *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+)
 
 
 class Model:

@@ -270,6 +270,8 @@ def test_several_answers(is_streamed: bool) -> None:
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": 7}}}, "response_format.json_schema.name"),
         ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0]"),
         ({"messages": [{"content": "x"}]}, "messages[0]"),
         ({"messages": [USER] * (MAX_MESSAGES + 1)}, "messages"),
