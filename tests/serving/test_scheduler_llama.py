@@ -95,6 +95,23 @@ def test_together_they_say_what_each_says_alone(engine: Engine) -> None:
         assert_same(one, other)
 
 
+@pytest.mark.parametrize("requests", [1, 3, 8])
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_any_number_of_requests_over_any_number_of_slots(folder: Path, slots: int, requests: int) -> None:
+    prompts = [SYSTEM[: 9 * number] + QUESTION + bytes_of(number) for number in range(requests)]
+    with Engine(folder / "tiny.gguf", slots=slots, cells=slots * 256 + 256) as engine:
+        alone = [engine.client(prompt, tenant="alone") for prompt in prompts[:1]]
+        for prompt in prompts[1:]:
+            alone[-1].end()
+            alone.append(engine.client(prompt, tenant="alone"))
+        alone[-1].end()
+        together = [engine.client(prompt) for prompt in prompts]
+        assert all(isinstance(client.end(), Finished) for client in together)
+        for one, other in zip(alone, together, strict=True):
+            assert_same(one, other)
+        assert engine.scheduler.load().kv_cells_running == 0
+
+
 def test_answers_to_one_prompt_are_those_of_their_seeds(engine: Engine) -> None:
     together = engine.client(QUESTION, n=4, seed=5)
     assert [end.cached_tokens for end in together.ends() if isinstance(end, Finished)][1:] == [len(QUESTION) - 1] * 3
