@@ -1,6 +1,7 @@
 """For every test: artifacts in a folder of its own, and no network. For those that ask: one trained tiny assistant."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests import tiny_recipe
 from tests.running import Trained, run
 
 config.apply_quiet_environment()  # before any test imports torch, whose threads read it once
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would our children
 
 # No test asserts a time, and the first example pays for imports.
 settings.register_profile("appliance", deadline=None)
