@@ -205,12 +205,14 @@ def _parsed(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _address(scope: ASGIScope) -> str:
-    """Where the request came from, as a name for its bucket: an IPv6 client has a whole /64 to choose from."""
-    client = (scope.get("client") or ("",))[0]
-    address = _parsed(client)
+    """Where the request came from, as a name for its bucket: an IPv6 client has a whole /64 to choose from.
+
+    A proxy on this machine says it in a header, and whoever is on this machine may write one: no other text is taken.
+    """
+    address = _parsed((scope.get("client") or ("",))[0])
     if isinstance(address, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address or client)
+    return str(address or "unknown")
 
 
 def _is_loopback(host: str) -> bool:

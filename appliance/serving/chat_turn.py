@@ -178,11 +178,18 @@ def _settled(turn: ChatTurn, template: str) -> ChatTurn:
         "reasoning_effort": turn.reasoning_effort,
     }
     known = {name: value for name, value in switches.items() if re.search(rf"\b{name}\b", template)}
+    if not known and turn.reasoning_effort == "none" and not _can_think(template):
+        return turn
     if not known:
         raise RequestError(
             "This model's chat template has no switch for reasoning; leave reasoning_effort out.", param="reasoning_effort"
         )
     return dataclasses.replace(turn, template_variables={**known, **turn.template_variables})
+
+
+def _can_think(template: str) -> bool:
+    markers = markers_of(template)
+    return markers.opening in template or markers.closing in template
 
 
 def _callable(turn: ChatTurn) -> Sequence[Mapping[str, Any]]:

@@ -104,7 +104,8 @@ class Decoder(Protocol):
     def forced(self, slot: int) -> Sequence[int]:
         """Tokens that the grammar leaves no choice about, next after the last sampled; they count as sampled from now on.
 
-        Empty without a grammar, and when log probabilities were asked for.
+        At most IDLE_CHUNK_TOKENS: those that follow are sampled as any other. Empty without a grammar, and when log
+        probabilities were asked for.
         """
 
     def copy(self, source: int, target: int, start: int, end: int) -> None:

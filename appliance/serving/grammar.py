@@ -6,7 +6,7 @@
 import concurrent.futures
 import re
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -112,7 +112,7 @@ class Gate:
         self._matcher = compiled.matcher() if self._marker is None else None
         self._tail = b""  # the end of the free text, where a marker may have begun
         self._is_marker_seen = self._is_ended = False
-        self._forced: list[int] = []  # decided and not yet accepted
+        self._forced: deque[int] = deque()  # decided and not yet accepted
 
     @property
     def is_end_forbidden(self) -> bool:
@@ -146,14 +146,15 @@ class Gate:
         """
         if not self._forced and self._matcher is not None and not self._matcher.is_error():
             if not self._is_complete():
-                self._forced = list(map(int, self._matcher.compute_ff_tokens()))
+                self._forced.extend(map(int, self._matcher.compute_ff_tokens()))
             elif not self._is_ended:
-                self._forced = [int(self._end_tokens[0])]
+                self._forced.append(int(self._end_tokens[0]))
         return self._forced[0] if self._forced else None
 
     def accept(self, token: int) -> None:
         """Moves on by a token that was sampled or forced."""
-        self._forced = self._forced[1:] if self._forced[:1] == [token] else []
+        if not self._forced or self._forced.popleft() != token:
+            self._forced.clear()
         if token in self._ends:
             self._is_ended = True
         elif self._matcher is None:

@@ -101,7 +101,7 @@ class IdleWork:
         match = self._prefixes.plan(job)
         assert match is not None, "nothing runs, so everything parked can make room"
         job.slot = self._running.free_slots.pop()
+        self._job = job
         self._decoder.start(job.slot, SamplingSettings(), None, None)
         self._prefixes.reserve(job, match)
-        self._job = job
         return job

@@ -32,7 +32,10 @@ class Running:
         self.free_slots = list(range(decoder.slots))
 
     def admit(self, answer: Answer, now: float) -> bool:
-        """Gives the answer a slot and its cells; False when it has to wait for either. Raises as `Decoder.start` does."""
+        """Gives the answer a slot and its cells; False when it has to wait for either.
+
+        Raises as `Decoder.start` does, and then has changed nothing; when the cells fail, the answer is among `answers`.
+        """
         if not self.free_slots or (match := self._prefixes.plan(answer.job)) is None:
             return False
         request, job = answer.ticket.request, answer.job
@@ -42,6 +45,7 @@ class Running:
         slot = self.free_slots[-1]
         self._decoder.start(slot, sampling, answer.ticket.grammar, request.top_logprobs)
         job.slot = self.free_slots.pop()
+        self.answers.append(answer)
         self._prefixes.reserve(job, match)
         if answer.index == 0:
             self._prefixes.see(job, answer.ticket.shared_tokens)
@@ -49,7 +53,6 @@ class Running:
         answer.started_at = now
         if self._gate is not None:
             answer.record = self._gate.record()
-        self.answers.append(answer)
         return True
 
     def has_to_wait(self, answer: Answer) -> bool:

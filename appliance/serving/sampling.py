@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 Logits = NDArray[np.float32]  # (vocabulary,)
 TokenIds = NDArray[np.int64]
 
+SMALLEST_REPEAT = 1e-6  # a logit that is divided by less may leave the range of float32
 FORBIDDEN_BIAS = -100.0  # OpenAI's: "values of -100 or 100 should result in a ban or exclusive selection"
 
 
@@ -53,7 +54,7 @@ class Penalties:
     """
 
     def __init__(self, *, repeat: float, frequency: float, presence: float) -> None:
-        self._repeat, self._frequency, self._presence = repeat, frequency, presence
+        self._repeat, self._frequency, self._presence = max(repeat, SMALLEST_REPEAT), frequency, presence
         self._counts: dict[int, int] = {}
 
     def add(self, token: int) -> None:

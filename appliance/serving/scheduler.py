@@ -34,6 +34,12 @@ def _no_flush() -> None:
     """For listeners that need no telling when a step is over."""
 
 
+def _unexpected() -> EngineFailed:
+    """For the exception that is being handled, which is logged."""
+    logger.exception("event=step_failed")
+    return EngineFailed("The engine met an unexpected error; the server's log has it.")
+
+
 class Scheduler:
     """Runs `decoder` in a thread of its own until `close`.
 
@@ -212,8 +218,7 @@ class Scheduler:
         except EngineFailed as error:
             self._fail_running(error)
         except Exception:
-            logger.exception("event=step_failed")
-            self._fail_running(EngineFailed("The engine met an unexpected error; the server's log has it."))
+            self._fail_running(_unexpected())
 
     def _restore(self) -> None:
         for prefix, payload in self._prefixes.restorable():
@@ -294,8 +299,10 @@ class Scheduler:
             try:
                 if not self._running.admit(answer, time.monotonic()):
                     return
-            except RequestError as error:
-                self._fail(answer.ticket, error)
+            except Exception as error:
+                if answer in self._running.answers:
+                    raise  # the memory cannot be trusted
+                self._fail(answer.ticket, error if isinstance(error, RequestError) else _unexpected())
             else:
                 self._backlog.remove(answer)
 

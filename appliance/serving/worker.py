@@ -84,6 +84,9 @@ def run(
         outbox.start(wire.Ready(model=host.model), host.load)
         try:
             while (message := wire.receive(sock, wire.TO_WORKER)) is not None:
+                if isinstance(message, wire.Ping) and host.load().state == "stopped":
+                    logger.critical("event=engine_thread_ended")
+                    return 1  # nothing would be answered any more; the server starts another
                 _obey(message, host, outbox)
         finally:
             _close_in_time(host)

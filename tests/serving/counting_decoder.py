@@ -79,6 +79,7 @@ class CountingDecoder:
     started: list[Sampler] = field(default_factory=list)
     failures: list[Exception] = field(default_factory=list)
     start_failures: list[Exception] = field(default_factory=list)
+    remove_failures: list[Exception] = field(default_factory=list)
     sample_failures: list[str] = field(default_factory=list)
     feeds: list[list[Feed]] = field(default_factory=list)
     adapters: list[Adapter | None] = field(default_factory=list)
@@ -155,6 +156,8 @@ class CountingDecoder:
 
     def remove(self, sequence: int, start: int, end: int) -> None:
         self._require(0 <= sequence < self.sequences and self.can_share, f"remove from {sequence}")
+        if self.remove_failures:
+            raise self.remove_failures.pop()
         cells = self.held.get(sequence, {})
         for position in [each for each in cells if each >= start and (end == -1 or each < end)]:
             del cells[position]

@@ -185,6 +185,19 @@ def test_rate_limit_without_keys_is_per_address() -> None:
     assert [ask(gate).status, ask(gate).status, ask(gate, client="10.0.0.10").status] == [200, 429, 200]
 
 
+def test_an_address_made_up_by_a_proxy_is_neither_a_bucket_nor_logged(
+    texts: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert texts
+    gate = gate_with_keys()
+    statuses = [
+        ask(gate, client=f"my text {n}", authorization="Bearer ak_g").status for n in range(WRONG_KEYS_PER_MINUTE + 1)
+    ]
+    assert statuses[-1] == 429
+    assert "my text" not in caplog.text
+    gate.close()
+
+
 @pytest.mark.parametrize(
     "host",
     [

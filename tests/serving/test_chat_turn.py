@@ -274,3 +274,10 @@ def test_reasoning_tokens_are_unknown_when_the_engine_has_gone() -> None:
 def test_arguments_are_json() -> None:
     ((_, arguments),) = told(ask(FakeEngine(says(CALL)), turn(tools=TOOLS)))[2]
     assert json.loads(arguments) == {"zone": "é"}
+
+
+def test_a_model_that_cannot_think_need_not_be_told_not_to() -> None:
+    assert request(turn(reasoning_effort="none"), model=MODEL).prompt.template_variables == {}  # type: ignore[union-attr]
+    always = msgspec.structs.replace(MODEL, chat_template="{{ messages }}<think>")
+    with pytest.raises(RequestError, match="no switch"):
+        request(turn(reasoning_effort="none"), model=always)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llama_cpp import llama_cpp as c
 
 from appliance.errors import EngineFailed, RequestError
-from appliance.serving.decoder import Feed
+from appliance.serving.decoder import IDLE_CHUNK_TOKENS, Feed
 from appliance.serving.llama import Context
 from appliance.serving.llama.sampler import Candidates, SlotSampler
 from appliance.serving.requests import Grammar, GrammarKind, SamplingSettings
@@ -47,6 +47,19 @@ def test_settings_reach_llama(context: Context) -> None:
         assert len(set(penalized)) == len(penalized), "with so much against it no token comes twice"
     assert len(set(greedy)) < len(greedy)
     assert len({tuple(tokens_of(context, SamplingSettings(temperature=1.0), tokens=8)) for _ in range(5)}) > 1
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-37, 1e-40, 1e-45, 1e-300])
+def test_almost_no_temperature_is_none(context: Context, temperature: float) -> None:
+    assert tokens_of(context, SamplingSettings(temperature=temperature, seed=1)) == tokens_of(context, GREEDY)
+
+
+@pytest.mark.parametrize("penalty", [1e-39, 1e-300])
+@pytest.mark.filterwarnings("error")
+def test_reward_for_repeating_stays_a_number(context: Context, penalty: float) -> None:
+    told = tokens_of(context, SamplingSettings(repeat_penalty=penalty))
+    assert len(told) == 24
+    assert told[-1] in told[:-1], "what has come once is likelier than all else"
 
 
 def test_slots_do_not_share_a_random_source(context: Context) -> None:
@@ -172,6 +185,15 @@ def test_decided_text_is_forced_and_not_sampled(context: Context) -> None:
     context.start(0, GREEDY, compiled, 1)
     assert context.forced(0) == []
     context.release(0)
+
+
+def test_long_decided_text_comes_in_parts(context: Context) -> None:
+    grammar = context.compile(Grammar(kind="regex", source="(ab){500}"))
+    context.start(0, GREEDY, grammar, None)
+    decode(context, [Feed(0, PROMPT, 0, is_sampled=True)])
+    assert len(context.forced(0)) == IDLE_CHUNK_TOKENS
+    context.release(0)
+    assert text_of(context, generate(context, grammar=grammar, tokens=2000)) == "ab" * 500
 
 
 schemas = st.recursive(

@@ -285,8 +285,7 @@ async def test_a_request_of_the_old_model_is_finished_by_it(files: Path) -> None
         await until(lambda: listener.unloads == ["main"])
 
 
-@pytest.mark.parametrize("room", [9, 1])
-@pytest.mark.parametrize("broken", ["crash", "refused", "changed file"])
+@pytest.mark.parametrize(("broken", "room"), [("crash", 1), ("refused", 9), ("changed file", 9)])
 def test_a_promoted_model_that_does_not_load_changes_nothing(files: Path, room: int, broken: str) -> None:
     @in_loop
     async def scenario() -> None:
@@ -301,6 +300,15 @@ def test_a_promoted_model_that_does_not_load_changes_nothing(files: Path, room: 
             assert set(await client) == {"main", "newer"}
 
     scenario()
+
+
+@in_loop
+async def test_an_old_model_that_had_to_go_first_is_loaded_again(files: Path) -> None:
+    promotion = Promoted()
+    async with pool_of(model(files, "main"), room=Room(1), promotion=promotion) as (pool, listener):
+        promotion.promote((model(files, "crash"), Serve()))
+        await until(lambda: listener.loads == ["main", "main"])
+        await until(lambda: pool.load().state == "ready")
 
 
 @in_loop

@@ -196,13 +196,23 @@ def test_failed_decode_fails_those_in_flight_and_no_others(bench: Bench, error: 
     assert bench.listener.requests[1].failure_code == "engine_failed"
 
 
-def test_sampler_that_cannot_be_made_fails_its_request_alone(bench: Bench) -> None:
-    bench.decoder.start_failures.append(RequestError("The grammar has no beginning."))
+@pytest.mark.parametrize("error", [RequestError("The grammar has no beginning."), ZeroDivisionError()])
+def test_sampler_that_cannot_be_made_fails_its_request_alone(bench: Bench, error: Exception) -> None:
+    bench.decoder.start_failures.append(error)
     bad = bench.client(1, n=2)
     good = bench.client(2)
-    assert bad.failed().message == "The grammar has no beginning."
+    assert bad.failed().message == str(error) or isinstance(error, ZeroDivisionError)
     assert good.reason() == "length"
     assert [stats.outcome for stats in bench.listener.requests] == ["failed", "length"]
+
+
+def test_slot_is_not_lost_with_cells_that_cannot_be_had() -> None:
+    with Bench(CountingDecoder(slots=1, context_tokens=80, cells=80)) as bench:
+        assert bench.client(*range(1, 41)).reason() == "length"  # what is parked has to make room for the next
+        bench.idle()
+        bench.decoder.remove_failures.append(EngineFailed("no part of it can be forgotten"))
+        assert bench.client(*range(100, 160)).failed().code == "engine_failed"
+        assert bench.client(1, 2, 3).reason() == "length"
 
 
 def test_grammar_that_cannot_go_on_fails_its_request_alone(bench: Bench) -> None:

@@ -166,6 +166,14 @@ def test_prefix_that_fails_while_read_ahead_is_not_tried_for_ever() -> None:
         assert bench.decoder.computed == len(SYSTEM) + 1 + 4
 
 
+def test_prefix_whose_reading_cannot_begin_is_not_tried_for_ever() -> None:
+    with bench_of() as bench:
+        bench.decoder.start_failures += [EngineFailed("no memory")] * 3
+        bench.scheduler.warm(SYSTEM)
+        bench.idle()
+        assert len(bench.decoder.start_failures) == 2
+
+
 def test_request_waits_for_cells_and_not_only_for_a_slot() -> None:
     with bench_of(cells=250, slots=4) as bench:
         bench.decoder.gate.clear()

@@ -1,7 +1,6 @@
 """`appliance serve` and `appliance chat` as a person runs them, with a real tiny model and no torch in sight."""
 
 import contextlib
-import json
 import re
 import signal
 import socket
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from click.testing import CliRunner
 
@@ -22,7 +20,7 @@ from appliance.commands.serve import serve
 from appliance.serving import sse
 from tests import tiny_gguf
 from tests.running import environment
-from tests.serving.serving_process import CHAT, RunningServer, chat_body, running_server, until
+from tests.serving.serving_process import CHAT, RunningServer, chat_body, running_server
 
 WAIT_SECONDS = 60.0
 # Runs the command line in a process where importing torch or transformers is an error.
@@ -115,21 +113,6 @@ def test_more_clients_than_places_all_finish(server: RunningServer) -> None:
     assert answers == {text: each["choices"][0]["message"]["content"] for text, each in zip(texts, alone, strict=True)}
 
 
-def test_departed_clients_leave_nothing_behind(server: RunningServer) -> None:
-    """Four clients fill slots and queue and go away; then the places are free again."""
-    before = server.metric("appliance_requests_total", outcome="cancelled")
-    long = body(max_tokens=900, temperature=1.0, stop=["no such text"])
-    with contextlib.ExitStack() as stack:
-        for _ in range(4):
-            client = stack.enter_context(httpx.Client(base_url=server.url, timeout=WAIT_SECONDS, trust_env=False))
-            response = client.send(client.build_request("POST", CHAT, json={**long, "stream": True}), stream=True)
-            stack.callback(response.close)
-            assert response.status_code == 200
-    until(lambda: server.metric("appliance_requests_running") + server.metric("appliance_requests_waiting") == 0)
-    assert server.metric("appliance_requests_total", outcome="cancelled") > before
-    assert server.http.post(CHAT, json=body(max_tokens=2)).status_code == 200
-
-
 def test_metrics_count_real_work(server: RunningServer) -> None:
     counted = ("appliance_prompt_tokens_total", "appliance_generated_tokens_total", "appliance_queue_seconds_count")
     before = [server.metric(name) for name in counted]
@@ -170,20 +153,6 @@ def test_chat_without_a_server(root: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_sigterm_lets_the_answer_finish(root: Path) -> None:
-    with serving(root) as server:
-        asked = body(max_tokens=400, temperature=1.0, seed=1, stream=True)
-        with server.http.stream("POST", CHAT, json=asked) as response:
-            lines = response.iter_lines()
-            first = next(lines)
-            server.process.send_signal(signal.SIGTERM)
-            rest = list(lines)
-        assert first.startswith("data: ")
-        assert rest[-2:] == ["data: [DONE]", ""]
-        assert json.loads(rest[-4].removeprefix("data: "))["choices"][0]["finish_reason"] in ("stop", "length")
-        assert server.wait() == 0
-
-
 def test_port_in_use_is_found_before_the_model_is_loaded(root: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -199,6 +168,8 @@ def refusals(root: Path, tmp_path: Path) -> Iterator[tuple[list[str], int, str]]
     current = (root / "current").resolve()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes((current / "model.gguf").read_bytes()[:20_000])
+    cut_adapter = tiny_gguf.write_adapter(tmp_path / "adapter.gguf")
+    cut_adapter.write_bytes(cut_adapter.read_bytes()[:-100])
     changed = artifacts.Plan(kind="gguf", name="changed", inputs={})
     with artifacts.create(changed, tmp_path) as draft:
         tiny_gguf.write(draft.path / "model.gguf")
@@ -210,6 +181,11 @@ def refusals(root: Path, tmp_path: Path) -> Iterator[tuple[list[str], int, str]]
     yield ["--model", "unheard-of"], 1, "there: tiny"
     yield ["--host", "0.0.0.0"], 2, "--insecure-no-key"
     yield ["--slots", "0"], 2, "serve.slots"
+    yield ["--kv-type", "q4"], 2, "serve.kv_type"
+    yield ["--adapter", f"formal={cut_adapter}"], 1, "truncated"
+    yield ["--adapter", "formal"], 2, "name=file.gguf"
+    yield ["--also", "tiny"], 2, "name of two models"
+    yield ["--memory-mib", "10"], 3, "does not fit"
 
 
 def test_what_cannot_be_served_is_said_in_words(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

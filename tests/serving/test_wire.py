@@ -69,9 +69,11 @@ def through_a_socket(frames: bytes, decoder: wire.Decoder[wire.ToWorker]) -> lis
         writer = threading.Thread(target=lambda: (ours.sendall(frames), ours.shutdown(socket.SHUT_WR)))
         writer.start()
         messages = []
-        while (message := wire.receive(theirs, decoder)) is not None:
-            messages.append(message)
-        writer.join()
+        try:
+            while (message := wire.receive(theirs, decoder)) is not None:
+                messages.append(message)
+        finally:
+            writer.join()
     return messages
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import re
+import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -101,6 +102,23 @@ async def test_places_and_cells_are_free_again_whenever_a_request_is_cancelled(f
         phases = [stats.cancelled_in for stats in listener.requests]
         assert phases[:2] == ["queue", "decode"]
         assert phases[2] in ("queue", "prefill")
+
+
+@in_loop
+async def test_a_request_that_is_cancelled_before_it_is_read_never_runs(folder: Path) -> None:
+    async with engine_of(of(folder / "chat.gguf")) as (engine, listener):
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGSTOP)
+        for _ in range(4):
+            task = asyncio.create_task(engine.submit(ask(ENDLESS, max_tokens=900, ignore_end=True)))
+            await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.sleep(0)
+        os.kill(engine.pid, signal.SIGCONT)
+        await until(lambda: len(listener.requests) == 4)
+        assert {stats.outcome for stats in listener.requests} == {"cancelled"}
+        await until(lambda: not (engine.load().running or engine.load().waiting or engine.load().kv_cells_running))
+        assert sum(step.generated_tokens for step in listener.steps) < 900
 
 
 async def reason_of(generation: Generation) -> str:

@@ -28,6 +28,7 @@ from appliance.serving.api.departure import CancelWhenGone
 from appliance.serving.api.json_body import JsonBody
 from appliance.serving.api.request_id import RequestId
 from appliance.serving.api.streaming import MAY_BE_EVENTS
+from appliance.serving.api.unexpected import AnswerUnexpected
 from appliance.serving.auth import Gate
 from appliance.serving.engine import Models
 from appliance.serving.metrics import Metrics
@@ -70,5 +71,6 @@ def create_app(served: Models, metrics: Metrics, *, serve: Serve, gate: Gate | N
     app.add_middleware(CancelWhenGone)
     if gate is not None:
         app.add_middleware(gate.middleware, on_refused=lambda error: errors.record_refusal(metrics, error))
+    app.add_middleware(AnswerUnexpected)
     app.add_middleware(RequestId)
     return app

@@ -5,7 +5,7 @@ import secrets
 import time
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from appliance.serving import chat_turn
 from appliance.serving.api import streaming
@@ -13,6 +13,7 @@ from appliance.serving.api.chat_bodies import ChatBodies, ChatCompletion
 from appliance.serving.api.chat_schema import ChatRequest
 from appliance.serving.api.context import ApiContext
 from appliance.serving.api.errors import REFUSALS
+from appliance.serving.api.json_answer import json_answer
 from appliance.serving.api.keep_alive import with_keep_alive
 
 
@@ -45,6 +46,6 @@ def router(context: ApiContext) -> APIRouter:
             if body.stream:
                 told = with_keep_alive(streaming.events(bodies.chunks(answer)))
                 return streaming.HoldingStream(told, held.pop_all(), streaming.EVENTS)
-            return JSONResponse(await bodies.whole(answer))
+            return await json_answer(await bodies.whole(answer))
 
     return routes

@@ -108,6 +108,7 @@ class ChatBodies:
         self._wants_logprobs = wants_logprobs
 
     async def whole(self, answer: AsyncIterable[Delta]) -> dict[str, Any]:
+        """For `json_answer`."""
         choices = [_Choice() for _ in range(self._n)]
         async for delta in answer:
             choices[delta.index].add(delta)
@@ -131,18 +132,18 @@ class ChatBodies:
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         assert choice.finished is not None, "an answer has not finished"
-        logprobs = _logprobs(choice.logprobs) if self._wants_logprobs else None
+        told = {"content": content_logprobs(choice.logprobs), "refusal": None}
         return {
             "index": index,
             "message": choice.message(),
-            "logprobs": logprobs,
+            "logprobs": told if self._wants_logprobs else None,
             "finish_reason": choice.finished.reason,
         }
 
     def _chunk(
         self, index: int, delta: dict[str, Any], *, reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()
     ) -> dict[str, Any]:
-        told = _logprobs(logprobs) if logprobs else None
+        told = {"content": list(content_logprobs(logprobs)), "refusal": None} if logprobs else None
         choice = {"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}
         body = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         return {**body, "usage": None} if self._wants_usage else body
@@ -165,7 +166,3 @@ def _usage(choices: Sequence[ChoiceFinished]) -> dict[str, Any]:
     counts = [choice.reasoning_tokens for choice in choices if choice.reasoning_tokens is not None]
     reasoning = sum(counts) if len(counts) == len(choices) else None
     return usage([choice.finished for choice in choices], reasoning).model_dump(exclude_none=True)
-
-
-def _logprobs(told: Sequence[TokenLogprob]) -> dict[str, Any]:
-    return {"content": content_logprobs(told), "refusal": None}

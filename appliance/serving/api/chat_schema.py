@@ -21,6 +21,7 @@ from appliance.serving.api.fields import (
     StreamOptions,
     Strict,
     TokenCount,
+    few,
     format_grammar,
     joined_parts,
     parts_schema,
@@ -36,6 +37,9 @@ MAX_TEMPLATE_VARIABLES = 32
 Content = Annotated[str, joined_parts("text"), parts_schema("text")]
 Name = Annotated[str, StringConstraints(max_length=64)]
 VariableName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,63}$")]
+TemplateVariables = Annotated[
+    dict[VariableName, Any], few(MAX_TEMPLATE_VARIABLES), Field(description="Reach the chat template by name.")
+]
 
 
 class SystemMessage(Strict):
@@ -65,7 +69,7 @@ class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: Content = ""
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[CalledTool], Field(max_length=MAX_CALLS)] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     name: Name | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -100,14 +104,15 @@ class ChatRequest(SamplingFields):
         "modalities": (["text"],),
         "service_tier": ("auto", "default"),
         "verbosity": ("medium",),
+        "prompt_cache_retention": ("in_memory", "24h"),  # of a cache that this server keeps in its own way
         "logit_bias": ({},),
         "functions": ([],),
         "function_call": ("none", "auto"),
     }
 
     model: ModelName | None = Field(None, description="May be left out: the default model.")
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
@@ -121,9 +126,7 @@ class ChatRequest(SamplingFields):
     stream: bool = False
     stream_options: StreamOptions | None = None
     reasoning_effort: Effort | None = Field(None, description="Refused when the model's template has no such switch.")
-    chat_template_kwargs: dict[VariableName, Any] = Field(
-        default_factory=dict, max_length=MAX_TEMPLATE_VARIABLES, description="Reach the chat template by name."
-    )
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict, max_length=MAX_TEMPLATE_VARIABLES)
     deadline_seconds: DeadlineSeconds | None = Field(None, description="Of this server: time for the whole request.")
     ignore_eos: bool = Field(False, description="For benchmarks: the answer goes on to max_tokens.")
     user: str | None = Field(None, description="Accepted and not used.")
@@ -141,7 +144,7 @@ class ChatRequest(SamplingFields):
             raise ValueError("stream_options is only allowed when stream is true.")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them.")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only allowed when logprobs is true.")
         if self.grammar is not None and format_grammar(self.response_format) is not None:
             raise ValueError("grammar and response_format both bind the answer; give one of them.")

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Field, model_validator
 
 from appliance.serving.api import streaming
@@ -27,6 +27,7 @@ from appliance.serving.api.fields import (
     TokenCount,
     stop_strings,
 )
+from appliance.serving.api.json_answer import json_answer
 from appliance.serving.api.keep_alive import with_keep_alive
 from appliance.serving.api.tokens import Text, require_known_tokens
 from appliance.serving.engine import EngineLease
@@ -45,9 +46,9 @@ class CompletionRequest(SamplingFields):
     model: ModelName | None = Field(None, description="May be left out: the default model.")
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: TokenCount | None = Field(None, description="An answer ends with the context at the latest.")
     n: int = Field(1, ge=1, le=MAX_CHOICES)
@@ -98,7 +99,7 @@ def router(context: ApiContext) -> APIRouter:
                 return streaming.HoldingStream(told, held.pop_all(), streaming.EVENTS)
             async for number, event in batch:
                 bodies.add(number, event)
-            return JSONResponse(bodies.whole())
+            return await json_answer(bodies.whole())
 
     return routes
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from appliance.errors import EngineFailed, RequestError
@@ -17,6 +17,7 @@ from appliance.serving.api.context import ApiContext
 from appliance.serving.api.deadline import deadline_at
 from appliance.serving.api.errors import REFUSALS
 from appliance.serving.api.fields import ModelName, Strict
+from appliance.serving.api.json_answer import json_answer
 from appliance.serving.api.tokens import MAX_TOKENS, Text, TokenId, require_known_tokens
 from appliance.serving.engine import Engine
 from appliance.serving.events import Pooled
@@ -24,7 +25,7 @@ from appliance.serving.requests import PoolingRequest
 
 MAX_INPUTS = 2048
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
 
 
 class EmbeddingRequest(Strict):
@@ -33,9 +34,9 @@ class EmbeddingRequest(Strict):
     model: ModelName | None = Field(None, description="May be left out: the server's embedding model.")
     input: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     )
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, description="Only the model's own width.")
@@ -68,7 +69,7 @@ def router(context: ApiContext) -> APIRouter:
     routes = APIRouter(responses=REFUSALS)
 
     @routes.post("/v1/embeddings", response_model=EmbeddingList)
-    async def embeddings(body: EmbeddingRequest) -> JSONResponse:
+    async def embeddings(body: EmbeddingRequest) -> Response:
         arrived_at = time.monotonic()
         async with context.models.lease(body.model, "embedding") as lease:
             require_width(lease.engine, body.dimensions)
@@ -76,12 +77,12 @@ def router(context: ApiContext) -> APIRouter:
                 lease.engine, body.inputs, arrived_at=arrived_at, deadline_at=deadline_at(context.serve, arrived_at)
             )
             encode = _floats if body.encoding_format == "float" else _base64
-            data = [
+            data = (
                 {"object": "embedding", "index": index, "embedding": encode(vector)}
                 for index, vector in enumerate(pooled.vectors)
-            ]
+            )
             usage = {"prompt_tokens": pooled.prompt_tokens, "total_tokens": pooled.prompt_tokens}
-            return JSONResponse({"object": "list", "model": lease.name, "data": data, "usage": usage})
+            return await json_answer({"object": "list", "model": lease.name, "data": data, "usage": usage})
 
     return routes
 

@@ -17,7 +17,6 @@ from starlette.exceptions import HTTPException
 
 from appliance.errors import ApplianceError, RequestError, TryAgain
 from appliance.serving.api.fields import Strict
-from appliance.serving.api.request_id import HEADER
 from appliance.serving.metrics import Metrics
 
 OLLAMA_PATHS = "/api/"
@@ -56,6 +55,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         (401, "No key, or none that is known."),
         (403, "The key may not do this, or the Host is not this server's."),
         (404, "No model of this name."),
+        (408, "The body took too long to arrive."),
         (413, "The body is too large."),
         (429, "Too many requests with this key; Retry-After says when to come back."),
         (500, "The engine failed."),
@@ -71,8 +71,8 @@ OLLAMA_REFUSALS: dict[int | str, dict[str, Any]] = {
 class RefusedBody(HTTPException):
     """A body that cannot be read. FastAPI lets this class through where it reads bodies, and no other."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(status, message)
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, message, headers)
         self.code = code
 
 
@@ -141,12 +141,10 @@ def add_handlers(app: FastAPI, metrics: Metrics) -> None:
         body = error_body(HTTP_MESSAGES.get(status, error.detail), status=status, code=code)
         return _response(body, status, request.url.path, error.headers or {})
 
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, _: Exception) -> JSONResponse:
-        message = "The server met an unexpected error; its log has the details."
-        body = error_body(message, status=500, code="internal_error")
-        # This answer is sent from outside of every middleware.
-        return _response(body, 500, request.url.path, {HEADER: request.state.request_id})
+
+def unexpected_error_response(path: str) -> JSONResponse:
+    message = "The server met an unexpected error; its log has the details."
+    return _response(error_body(message, status=500, code="internal_error"), 500, path, {})
 
 
 def _response(body: dict[str, Any], status: int, path: str, headers: Mapping[str, str]) -> JSONResponse:
@@ -156,9 +154,15 @@ def _response(body: dict[str, Any], status: int, path: str, headers: Mapping[str
 
 
 def _said(problem: Mapping[str, Any]) -> str:
-    """pydantic's own words for a wrong tag repeat the tag."""
-    if problem["type"] == "union_tag_invalid":
-        return f"{problem['ctx']['discriminator']} must be one of {problem['ctx']['expected_tags']}"
+    """pydantic's own words for a wrong tag repeat the tag, or name a function of this program."""
+    match problem["type"]:
+        case "union_tag_invalid":
+            field = "type" if "()" in problem["ctx"]["discriminator"] else problem["ctx"]["discriminator"].strip("'")
+            return f"{field} must be one of {problem['ctx']['expected_tags']}"
+        case "union_tag_not_found":
+            return "must be an object that says what it is"
+        case "value_error":
+            return str(problem["ctx"]["error"])
     return str(problem["msg"])
 
 

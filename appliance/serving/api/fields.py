@@ -28,18 +28,33 @@ MAX_LOGIT_BIASES = 1024
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_METADATA = 16
 MAX_NAME_CHARACTERS = 512
+MAX_FIELDS = 100  # of one object: each that is not known makes an error
 MAX_TOKENS = 2**31 - 1
 FORBIDDEN_BIAS = -100.0
 PART_FIELDS = frozenset(("type", "text", "annotations", "logprobs"))  # the last two come back from earlier answers
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARACTERS)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 DeadlineSeconds = Annotated[float, Field(gt=0.0, le=86400.0)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
-Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA)]
+Bias = Annotated[float, Field(ge=FORBIDDEN_BIAS, le=100.0)]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+def few(most: int) -> BeforeValidator:
+    """Refuses an object with more members before each of them can make an error of its own."""
+
+    def count(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"must have at most {most} members")
+        return value
+
+    return BeforeValidator(count)
+
+
+Metadata = Annotated[dict[str, str], few(MAX_METADATA), Field(max_length=MAX_METADATA)]
 
 
 def joined_parts(*types: str) -> BeforeValidator:
@@ -79,6 +94,8 @@ class Strict(BaseModel):
     def _drop_unset(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
+        if len(body) > MAX_FIELDS:
+            raise ValueError(f"an object has more than {MAX_FIELDS} fields")
         idle = cls.without_effect
         return {key: value for key, value in body.items() if value is not None and value not in idle.get(key, ())}
 
@@ -88,13 +105,13 @@ class SamplingFields(Strict):
 
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 takes the likeliest token.")
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=0, le=MAX_TOKENS, description="0 keeps all.")
+    top_k: int = Field(0, ge=-1, le=MAX_TOKENS, description="0 or less keeps all.")
     min_p: float = Field(0.0, ge=0.0, le=1.0)
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     repeat_penalty: float = Field(1.0, gt=0.0, le=10.0, description="As in llama.cpp and Ollama; 1 does nothing.")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=FORBIDDEN_BIAS, le=100.0)]] = Field(
+    logit_bias: Annotated[dict[TokenId, Bias], few(MAX_LOGIT_BIASES)] = Field(
         default_factory=dict, max_length=MAX_LOGIT_BIASES, description="By token id; -100 forbids a token."
     )
 
@@ -102,7 +119,7 @@ class SamplingFields(Strict):
         return SamplingSettings(
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=self.top_k,
+            top_k=max(self.top_k, 0),
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,

@@ -34,11 +34,13 @@ def router(models: Models, metrics: Metrics) -> APIRouter:
         """Clients of Ollama ask here whether anybody is there."""
         return GREETING
 
+    @routes.head("/healthz", include_in_schema=False)
     @routes.get("/healthz")
     async def healthz() -> Health:
         """The process answers, whatever its engines do."""
         return Health(status="ok")
 
+    @routes.head("/readyz", include_in_schema=False)
     @routes.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
     async def readyz() -> JSONResponse:
         """Whether new requests are taken."""
@@ -46,6 +48,7 @@ def router(models: Models, metrics: Metrics) -> APIRouter:
         state: dict[str, Any] = {"status": load.state, "running": load.running, "waiting": load.waiting}
         return JSONResponse({**state, "slots": load.slots}, 200 if load.is_accepting else 503)
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", response_model=Health, responses={503: {"model": ErrorBody}})
     async def health() -> JSONResponse:
         """The same as llama-server says it."""

@@ -1,6 +1,6 @@
 """Log probabilities of tokens as OpenAI's chat completions and responses tell them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -18,11 +18,11 @@ class ContentLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-def content_logprobs(told: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-    return [
-        {**_token(each.piece, each.logprob), "top_logprobs": [_token(piece, logprob) for piece, logprob in each.top]}
-        for each in told
-    ]
+def content_logprobs(told: Sequence[TokenLogprob]) -> Iterator[dict[str, Any]]:
+    """One at a time: as objects they take twenty times the room."""
+    for each in told:
+        top = [_token(piece, logprob) for piece, logprob in each.top]
+        yield {**_token(each.piece, each.logprob), "top_logprobs": top}
 
 
 def _token(piece: bytes, logprob: float) -> dict[str, Any]:

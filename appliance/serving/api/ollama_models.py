@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
 from appliance import __version__
 from appliance.serving.api.context import ApiContext
 from appliance.serving.api.deadline import deadline_at
 from appliance.serving.api.embeddings import floats, pool, require_width
+from appliance.serving.api.json_answer import json_answer
 from appliance.serving.api.models import find_card
 from appliance.serving.api.ollama_bodies import NANOSECONDS, instant
 from appliance.serving.api.ollama_schema import OllamaEmbeddingsRequest, OllamaEmbedRequest, OllamaShowRequest
@@ -94,7 +95,7 @@ def router(context: ApiContext) -> APIRouter:
         return await _info(models, card)
 
     @routes.post("/api/embed", response_model=OllamaEmbeddings)
-    async def embed(body: OllamaEmbedRequest) -> JSONResponse:
+    async def embed(body: OllamaEmbedRequest) -> Response:
         arrived_at = time.monotonic()
         async with models.lease(known_name(models, body.model), "embedding") as lease:
             loaded_at = time.monotonic()
@@ -105,10 +106,10 @@ def router(context: ApiContext) -> APIRouter:
             pooled = await pool(
                 lease.engine, inputs, arrived_at=arrived_at, deadline_at=deadline_at(context.serve, arrived_at)
             )
-            return JSONResponse(
+            return await json_answer(
                 {
                     "model": lease.name,
-                    "embeddings": [list(floats(vector)) for vector in pooled.vectors],
+                    "embeddings": map(floats, pooled.vectors),
                     "total_duration": int((time.monotonic() - arrived_at) * NANOSECONDS),
                     "load_duration": int((loaded_at - arrived_at) * NANOSECONDS),
                     "prompt_eval_count": pooled.prompt_tokens,

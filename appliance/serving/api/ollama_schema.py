@@ -110,7 +110,7 @@ class OllamaMessage(Strict):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
     thinking: str | None = Field(None, description="What an earlier answer said here; shown to the template.")
-    tool_calls: Annotated[list[OllamaCalledTool], Field(max_length=MAX_CALLS)] | None = None
+    tool_calls: Annotated[list[OllamaCalledTool], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
@@ -176,8 +176,8 @@ class _Asking(Strict):
 class OllamaChatRequest(_Asking):
     """The body of POST /api/chat. Without messages it only loads the model."""
 
-    messages: list[OllamaMessage] = Field(default_factory=list, max_length=MAX_MESSAGES)
-    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    messages: list[OllamaMessage] = Field(default_factory=list, max_length=MAX_MESSAGES, fail_fast=True)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -215,7 +215,7 @@ class OllamaEmbedRequest(Strict):
     """The body of POST /api/embed."""
 
     model: ModelName
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     truncate: bool = Field(False, description="Cut what is longer than the context; otherwise it is refused.")
     dimensions: int | None = Field(None, ge=1, description="Only the model's own width.")
     options: OllamaOptions = NO_OPTIONS

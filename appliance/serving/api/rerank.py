@@ -28,7 +28,7 @@ class RerankRequest(Strict):
 
     model: ModelName | None = Field(None, description="May be left out: the server's reranking model.")
     query: Text
-    documents: Annotated[list[Text | TextDocument], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    documents: Annotated[list[Text | TextDocument], Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)]
     top_n: int | None = Field(None, ge=1, description="So many of the best; by default all.")
     return_documents: bool = False
 

@@ -6,12 +6,13 @@ import secrets
 import time
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from appliance.serving import chat_turn
 from appliance.serving.api import streaming
 from appliance.serving.api.context import ApiContext
 from appliance.serving.api.errors import REFUSALS
+from appliance.serving.api.json_answer import json_answer
 from appliance.serving.api.keep_alive import with_keep_alive
 from appliance.serving.api.responses_bodies import ModelResponse, ResponseBodies
 from appliance.serving.api.responses_schema import ResponsesRequest
@@ -38,6 +39,6 @@ def router(context: ApiContext) -> APIRouter:
             bodies = ResponseBodies(response_id, int(time.time()), lease, body)
             if body.stream:
                 return streaming.HoldingStream(with_keep_alive(bodies.told(answer)), held.pop_all(), streaming.EVENTS)
-            return JSONResponse(await bodies.whole(answer))
+            return await json_answer(await bodies.whole(answer))
 
     return routes

@@ -102,7 +102,7 @@ class _Item:
             return {"type": "response.function_call_arguments.delta", **self._place, "delta": text}
         if self.kind == "reasoning":
             return {"type": "response.reasoning_text.delta", **self._place_of_part, "delta": text}
-        told = content_logprobs(logprobs)
+        told = list(content_logprobs(logprobs))
         self.logprobs += told
         return {"type": "response.output_text.delta", **self._place_of_part, "delta": text, "logprobs": told}
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, StringConstraints, Tag, field_validator, model_validator
 
-from appliance.serving.api.chat_schema import MAX_MESSAGES, MAX_TEMPLATE_VARIABLES, MAX_TEXT_CHARACTERS, VariableName
+from appliance.serving.api.chat_schema import MAX_MESSAGES, MAX_TEMPLATE_VARIABLES, MAX_TEXT_CHARACTERS, TemplateVariables
 from appliance.serving.api.fields import (
     MAX_TOP_LOGPROBS,
     DeadlineSeconds,
@@ -125,14 +125,15 @@ class ResponsesRequest(SamplingFields):
         "background": (False,),
         "truncation": ("disabled",),
         "service_tier": ("auto", "default"),
+        "prompt_cache_retention": ("in_memory", "24h"),
         "logit_bias": ({},),
         "stream_options": ({}, {"include_obfuscation": False}),
     }
 
     model: ModelName | None = Field(None, description="May be left out: the default model.")
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     instructions: str | None = None
-    tools: list[FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool = "auto"
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
@@ -143,9 +144,7 @@ class ResponsesRequest(SamplingFields):
     include: list[Literal["message.output_text.logprobs"]] = Field(default_factory=list, max_length=1)
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     stream: bool = False
-    chat_template_kwargs: dict[VariableName, Any] = Field(
-        default_factory=dict, max_length=MAX_TEMPLATE_VARIABLES, description="Reach the chat template by name."
-    )
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict, max_length=MAX_TEMPLATE_VARIABLES)
     deadline_seconds: DeadlineSeconds | None = Field(None, description="Of this server: time for the whole request.")
     user: str | None = Field(None, description="Accepted and not used.")
     metadata: Metadata | None = Field(None, description="Comes back with the answer.")
@@ -171,7 +170,7 @@ class ResponsesRequest(SamplingFields):
             raise ValueError(f"input is longer than the limit of {MAX_TEXT_CHARACTERS} characters.")
         if self.grammar is not None and self.text.grammar() is not None:
             raise ValueError("grammar and text.format both bind the answer; give one of them.")
-        if self.top_logprobs is not None and not self.include:
+        if self.top_logprobs and not self.include:
             raise ValueError(f"top_logprobs is only allowed when include has {LOGPROBS}.")
         self.plain_tools()
         return self

@@ -1,12 +1,13 @@
 """A streamed response that gives back what it holds, however it ends, and bodies whose failure is a body too."""
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from appliance.errors import ApplianceError
 from appliance.serving import sse
@@ -15,6 +16,7 @@ from appliance.serving.api.errors import appliance_error_body
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second keeps nginx from collecting
 EVENTS = "text/event-stream"
 LINES = "application/x-ndjson"
+UNREAD_SECONDS = 60.0  # a client that takes nothing for so long is gone: what it holds may keep a model from being replaced
 
 # What the OpenAPI document says about an answer that may be streamed.
 MAY_BE_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
@@ -26,13 +28,32 @@ Bodies = AsyncIterator[Mapping[str, Any]]
 class HoldingStream(StreamingResponse):
     """Closes `held` at the end. A generator's own `finally` does not run when the client left before its first step."""
 
-    def __init__(self, content: AsyncIterator[bytes], held: contextlib.AsyncExitStack, media_type: str) -> None:
+    def __init__(
+        self,
+        content: AsyncIterator[bytes],
+        held: contextlib.AsyncExitStack,
+        media_type: str,
+        unread_seconds: float = UNREAD_SECONDS,
+    ) -> None:
         super().__init__(content, media_type=media_type, headers=HEADERS)
         self._held = held
+        self._unread_seconds = unread_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._unread_seconds):
+                    await send(message)
+            except TimeoutError:
+                raise _NotRead from None
+
         async with self._held:
-            await super().__call__(scope, receive, send)
+            with contextlib.suppress(_NotRead):
+                await super().__call__(scope, receive, sent)
+
+
+class _NotRead(Exception):
+    """The client takes nothing any more."""
 
 
 async def events(bodies: Bodies) -> AsyncIterator[bytes]:

@@ -4,21 +4,30 @@ Shapes: https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from fastapi import APIRouter
+from fastapi.responses import Response
 from pydantic import BaseModel, Field, model_validator
 
 from appliance.errors import RequestError
-from appliance.serving.api.chat_schema import MAX_MESSAGES, MAX_TEMPLATE_VARIABLES, Message, VariableName
+from appliance.serving.api.chat_schema import (
+    MAX_MESSAGES,
+    MAX_TEMPLATE_VARIABLES,
+    MAX_TEXT_CHARACTERS,
+    Message,
+    TemplateVariables,
+)
 from appliance.serving.api.context import ApiContext
 from appliance.serving.api.errors import REFUSALS
 from appliance.serving.api.fields import ModelName, Strict
+from appliance.serving.api.json_answer import json_answer
 from appliance.serving.api.tools import MAX_TOOLS, Tool, plain_tools
 from appliance.serving.engine import Engine
 from appliance.serving.requests import ChatPrompt
 
 MAX_TOKENS = 1 << 18
+MAX_PIECES_CHARACTERS = 1 << 14  # an object for each token: forty times the size of the text
 
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -30,7 +39,14 @@ class TokenizeBody(Strict):
     model: ModelName | None = None
     content: str
     parse_special: bool = Field(True, description="Texts of control tokens become those tokens.")
-    with_pieces: bool = Field(False, description="Tell the text of each token too.")
+    with_pieces: bool = Field(False, description="Tell each token's text too; only of a short content.")
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> Self:
+        limit = MAX_PIECES_CHARACTERS if self.with_pieces else MAX_TEXT_CHARACTERS
+        if len(self.content) > limit:
+            raise ValueError(f"content is longer than the limit of {limit} characters.")
+        return self
 
 
 class Piece(BaseModel):
@@ -48,7 +64,7 @@ class DetokenizeBody(Strict):
     """The body of POST /detokenize."""
 
     model: ModelName | None = None
-    tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
+    tokens: list[TokenId] = Field(max_length=MAX_TOKENS, fail_fast=True)
 
 
 class Content(BaseModel):
@@ -59,9 +75,9 @@ class TemplateBody(Strict):
     """The body of POST /apply-template."""
 
     model: ModelName | None = None
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
-    chat_template_kwargs: dict[VariableName, Any] = Field(default_factory=dict, max_length=MAX_TEMPLATE_VARIABLES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict, max_length=MAX_TEMPLATE_VARIABLES)
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -83,14 +99,14 @@ class RenderedPrompt(BaseModel):
 def router(context: ApiContext) -> APIRouter:
     routes = APIRouter(responses=REFUSALS)
 
-    @routes.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> TokenList:
+    @routes.post("/tokenize", response_model=TokenList)
+    async def tokenize(body: TokenizeBody) -> Response:
         async with context.models.lease(body.model) as lease:
             found = await lease.engine.tokenize(body.content, is_special_parsed=body.parse_special)
         if not body.with_pieces:
-            return TokenList(tokens=list(found.tokens))
+            return await json_answer({"tokens": found.tokens})
         pieces = zip(found.tokens, found.pieces, strict=True)
-        return TokenList(tokens=[Piece(id=token, piece=_piece(piece)) for token, piece in pieces])
+        return await json_answer({"tokens": ({"id": token, "piece": _piece(piece)} for token, piece in pieces)})
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> Content:

@@ -10,12 +10,13 @@ import numpy as np
 from llama_cpp import llama_cpp as c
 
 from appliance.errors import EngineFailed, RequestError
-from appliance.serving.decoder import Sampled
+from appliance.serving.decoder import IDLE_CHUNK_TOKENS, Sampled
 from appliance.serving.grammar import Gate, GrammarStuck
 from appliance.serving.requests import SamplingSettings
 from appliance.serving.sampling import Bias, Logits, LogProbabilities, Penalties, TokenIds, forbid, likeliest
 
 SEEDS = 0xFFFFFFFF  # llama.cpp takes this very number for "any seed"
+LOWEST_TEMPERATURE = 1e-3  # below, only the likeliest token is ever drawn; much below, quotients are no numbers any more
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 _log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class SlotSampler:
             if is_penalized
             else None
         )
-        self._chain = None if sampling.temperature == 0.0 else _chain(sampling)
+        self._chain = None if sampling.temperature < LOWEST_TEMPERATURE else _chain(sampling)
 
     def sample(self, logits: Logits) -> Sampled:
         """Draws the next token; changes `logits`. Raises `EngineFailed` when they are no numbers.
@@ -97,8 +98,9 @@ class SlotSampler:
         return Sampled(token, probabilities.of(token), probabilities.likeliest())
 
     def forced(self) -> Sequence[int]:
-        tokens = []
-        while (token := self._next_forced()) is not None:
+        """No more than one batch takes: a grammar may decide 100,000 tokens of an answer that may have 10."""
+        tokens: list[int] = []
+        while len(tokens) < IDLE_CHUNK_TOKENS and (token := self._next_forced()) is not None:
             self._accept(token)
             tokens.append(token)
         return tokens
