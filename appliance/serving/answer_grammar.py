@@ -8,12 +8,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
+
 from appliance.errors import RequestError
 from appliance.serving.grammar_check import BINDING, OPTIONS, SCHEMAS, SCHEMAS_BY_NAME
 from appliance.serving.requests import Grammar
 from appliance.text.reasoning import Markers
 from appliance.text.tool_calls import MISTRAL, ToolFormat
 
+RESPONSE, TOOLS = "response_format", "tools"  # fields that errors name
 MAX_CALLS = 16  # in one answer
 # JSON as training data and chat templates spell it: free white space would let a small model write nothing else.
 SPACING: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -27,12 +30,12 @@ def reply(grammar: Grammar) -> Grammar:
     """The answer is what `grammar` says. A schema becomes a grammar of its own, with the spacing that models are used to."""
     if grammar.kind != "json_schema":
         return grammar
-    return _bound("reply", [_reply(grammar)])
+    return _bound("reply", [_reply(grammar)], grammar.field or RESPONSE)
 
 
 def required_calls(form: ToolFormat, tools: Sequence[Mapping[str, Any]], *, is_parallel: bool) -> Grammar:
     """The answer is one of these calls, or several."""
-    return _bound("calls", _calls(form, tools, is_parallel))
+    return _bound("calls", _calls(form, tools, is_parallel), TOOLS)
 
 
 def calls_or(grammar: Grammar, form: ToolFormat, tools: Sequence[Mapping[str, Any]], *, is_parallel: bool) -> Grammar:
@@ -43,7 +46,9 @@ def calls_or(grammar: Grammar, form: ToolFormat, tools: Sequence[Mapping[str, An
             "or use a JSON schema.",
             param="tools",
         )
-    return _bound("reply | calls", [_reply(grammar), *_calls(form, tools, is_parallel)])
+    return _bound(
+        "reply | calls", [_reply(grammar), *_calls(form, tools, is_parallel)], f"{grammar.field or RESPONSE}, {TOOLS}"
+    )
 
 
 def lazy_calls(form: ToolFormat, tools: Sequence[Mapping[str, Any]], *, is_parallel: bool) -> Grammar:
@@ -59,7 +64,7 @@ def lazy_calls(form: ToolFormat, tools: Sequence[Mapping[str, Any]], *, is_paral
         case "json":
             start = f"SPACE? body SPACE?{closing}" if closing else "SPACE? body"
     rules = [f"start: {start}", r"SPACE: /[ \n]{1,2}/", *_bodies(form, tools)]
-    return Grammar(kind="lark", source="\n".join(rules), after=form.marker, is_last=not is_parallel)
+    return Grammar(kind="lark", source="\n".join(rules), field=TOOLS, after=form.marker, is_last=not is_parallel)
 
 
 def after_thinking(grammar: Grammar, markers: Markers) -> Grammar:
@@ -67,11 +72,11 @@ def after_thinking(grammar: Grammar, markers: Markers) -> Grammar:
     source = grammar.source
     if source.startswith(_START):
         source = f"start: THINKING_GAP? answer\nTHINKING_GAP: /[ \\n]{{1,4}}/\n{source.removeprefix(_START)}"
-    return Grammar(kind=grammar.kind, source=source, after=markers.closing, is_required=True, is_last=True)
+    return msgspec.structs.replace(grammar, source=source, after=markers.closing, is_required=True, is_last=True)
 
 
-def _bound(answer: str, rules: Sequence[str]) -> Grammar:
-    return Grammar(kind="lark", source="\n".join([f"{_START}answer: {answer}", *rules]))
+def _bound(answer: str, rules: Sequence[str], field: str) -> Grammar:
+    return Grammar(kind="lark", source="\n".join([f"{_START}answer: {answer}", *rules]), field=field)
 
 
 def _reply(grammar: Grammar) -> str:

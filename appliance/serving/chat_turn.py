@@ -46,6 +46,7 @@ class ChatTurn:
     n: int = 1
     top_logprobs: int | None = None
     deadline_seconds: float | None = None
+    adapter_scale: float = 1.0
     ignore_end: bool = False
 
 
@@ -157,6 +158,7 @@ async def start(
         grammar=await _grammar(lease.engine, turn, prompt),
         top_logprobs=turn.top_logprobs,
         adapter=lease.adapter,
+        adapter_scale=lease.scaled(turn.adapter_scale),
         tenant=tenant,
         ignore_end=turn.ignore_end,
     )

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
+from appliance.errors import RequestError
 from appliance.serving.events import (
     Accepted,
     Event,
@@ -145,6 +146,15 @@ class EngineLease(Struct, frozen=True, kw_only=True):
     engine: Engine
     name: str
     adapter: str | None = None
+
+    def scaled(self, scale: float) -> float:
+        """How strongly the adapter acts. Raises `RequestError` for a scale without an adapter."""
+        if self.adapter is None and scale != 1.0:
+            raise RequestError(
+                f"adapter_scale: {self.name!r} is no adapter; ask for one by model:adapter, or leave the scale out.",
+                param="adapter_scale",
+            )
+        return scale
 
 
 class Models(Protocol):

@@ -27,6 +27,10 @@ MESSAGE_CHARACTERS = 300
 _GBNF_CODE_POINT = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 
+_EXCERPT = re.compile(r"(?m)^\s*\d+ \| ")  # the first numbered line of the source
+_PLACE_OF_SCHEMA = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
+
+
 class GrammarStuck(Exception):
     """The grammar leaves no token, or became too complex for its limits on the way."""
 
@@ -63,7 +67,7 @@ class GrammarCompiler:
             if (matcher := self._matchers.get(key)) is not None:
                 self._matchers.move_to_end(key)
         if matcher is None:
-            grammar_check.check(grammar)
+            _check(grammar)
             matcher = self._compiled(grammar)
             with self._lock:
                 self._matchers[key] = matcher
@@ -92,11 +96,12 @@ class GrammarCompiler:
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise RequestError(
-                f"The {grammar.kind} grammar was not compiled within {COMPILE_SECONDS:g} seconds; give a simpler one, "
-                "or try again when the server is less busy."
+                f"{_named(grammar)} was not compiled within {COMPILE_SECONDS:g} seconds; give a simpler one, "
+                "or try again when the server is less busy.",
+                param=grammar.field,
             ) from None
         if problem:
-            raise RequestError(f"The {grammar.kind} grammar is refused: {_shortened(problem)}")
+            raise RequestError(f"{_named(grammar)} is refused: {_told(problem)}", param=grammar.field)
         return matcher
 
 
@@ -247,6 +252,22 @@ def _thread_with_a_large_stack() -> concurrent.futures.ThreadPoolExecutor:
     finally:
         threading.stack_size(usual)
     return executor
+
+
+def _check(grammar: Grammar) -> None:
+    try:
+        grammar_check.check(grammar)
+    except RequestError as error:
+        raise RequestError(str(error), param=grammar.field) from None
+
+
+def _named(grammar: Grammar) -> str:
+    return f"The {grammar.kind} grammar" if grammar.field is None else grammar.field
+
+
+def _told(problem: str) -> str:
+    """llguidance's words without its excerpt of the source: the client knows it, and not what was wrapped around it."""
+    return _shortened(_PLACE_OF_SCHEMA.sub("", _EXCERPT.split(problem, maxsplit=1)[0]))
 
 
 def _shortened(message: str) -> str:

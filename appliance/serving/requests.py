@@ -62,6 +62,7 @@ class Grammar(Struct, frozen=True, kw_only=True):
     kind: GrammarKind
     source: str
     after: str | None = None
+    field: str | None = None  # of the client's request, for errors to name
     is_required: bool = False
     is_last: bool = False
 

@@ -4,6 +4,7 @@ SIGTERM or SIGINT starts a drain: the server still answers, refuses new requests
 idle or the grace time is over. A second signal leaves at once.
 """
 
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from appliance.errors import ServerError
+from appliance.serving.api.connection import Connection
 from appliance.serving.engine import Models
 
 OVERTIME_SECONDS = 2.0
@@ -48,8 +50,15 @@ async def run(
     except OSError as error:
         raise _unavailable(host, port, error) from error
     url = f"http://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"http://{host}:{port}"
+    _allow_connections()
     config = uvicorn.Config(
-        app, lifespan="off", access_log=False, log_level="warning", timeout_graceful_shutdown=LAST_BYTES_SECONDS
+        app,
+        http=Connection,
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        proxy_headers=False,  # anybody on this machine could claim any address, and dodge the limits per address
+        timeout_graceful_shutdown=LAST_BYTES_SECONDS,
     )
     server = _DrainingServer(config, models, lambda: on_ready(url), grace_seconds)
     await server.serve(sockets=[sock])
@@ -86,6 +95,12 @@ class _DrainingServer(uvicorn.Server):
             if load.running == load.waiting == 0 or time.monotonic() > self._leave_at:
                 self.should_exit = True
         return await super().on_tick(counter)
+
+
+def _allow_connections() -> None:
+    """As many files as the machine lets this process open: 1,024 connections are easily held by one person."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _unavailable(host: str, port: int, error: OSError) -> ServerError:

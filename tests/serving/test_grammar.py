@@ -109,6 +109,13 @@ def test_every_keyword_that_is_not_enforced_is_named(compiler: GrammarCompiler) 
     assert said.count(" has ") == 4
 
 
+def test_a_mistake_is_told_by_the_name_of_the_field(compiler: GrammarCompiler) -> None:
+    source = 'start: answer\nanswer: %json {"type": "string", "pattern": "(a"}'
+    with pytest.raises(RequestError, match=r"^response_format is refused: regex parse error[^%]*$") as caught:
+        compiler.compile(Grammar(kind="lark", source=source, field="response_format"))
+    assert caught.value.param == "response_format"
+
+
 @pytest.mark.parametrize("name", ["lenient", "coerce_one_of", "json_allowed_escapes"])
 def test_checks_cannot_be_switched_off(compiler: GrammarCompiler, name: str) -> None:
     for schema in ({"x-guidance": {name: True}}, {"items": {"x-guidance": {"whitespace_flexible": False}}}):

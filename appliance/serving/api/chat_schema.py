@@ -11,6 +11,7 @@ from pydantic import Field, StringConstraints, model_validator
 from appliance.serving.api.fields import (
     MAX_CHOICES,
     MAX_TOP_LOGPROBS,
+    AdapterScale,
     DeadlineSeconds,
     GrammarFormat,
     Metadata,
@@ -128,6 +129,7 @@ class ChatRequest(SamplingFields):
     reasoning_effort: Effort | None = Field(None, description="Refused when the model's template has no such switch.")
     chat_template_kwargs: TemplateVariables = Field(default_factory=dict, max_length=MAX_TEMPLATE_VARIABLES)
     deadline_seconds: DeadlineSeconds | None = Field(None, description="Of this server: time for the whole request.")
+    adapter_scale: AdapterScale = 1.0
     ignore_eos: bool = Field(False, description="For benchmarks: the answer goes on to max_tokens.")
     user: str | None = Field(None, description="Accepted and not used.")
     metadata: Metadata | None = Field(None, description="Accepted and not used.")
@@ -172,6 +174,7 @@ class ChatRequest(SamplingFields):
             n=self.n,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             deadline_seconds=self.deadline_seconds,
+            adapter_scale=self.adapter_scale,
             ignore_end=self.ignore_eos,
         )
 

@@ -19,6 +19,7 @@ from appliance.serving.api.errors import REFUSALS
 from appliance.serving.api.fields import (
     MAX_CHOICES,
     MAX_TOP_LOGPROBS,
+    AdapterScale,
     DeadlineSeconds,
     ModelName,
     SamplingFields,
@@ -59,6 +60,7 @@ class CompletionRequest(SamplingFields):
     stream: bool = False
     stream_options: StreamOptions | None = None
     deadline_seconds: DeadlineSeconds | None = Field(None, description="Of this server: time for the whole request.")
+    adapter_scale: AdapterScale = 1.0
     user: str | None = Field(None, description="Accepted and not used.")
 
     @model_validator(mode="after")
@@ -130,6 +132,7 @@ def _requests(
                 sampling=body.sampling(),
                 top_logprobs=body.logprobs,
                 adapter=lease.adapter,
+                adapter_scale=lease.scaled(body.adapter_scale),
                 tenant=context.tenant(request),
             )
         )

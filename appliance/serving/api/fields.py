@@ -129,6 +129,9 @@ class SamplingFields(Strict):
         )
 
 
+AdapterScale = Annotated[float, Field(ge=-4.0, le=4.0, description="Of this server: how strongly model:adapter acts.")]
+
+
 class StreamOptions(Strict):
     without_effect: ClassVar[Mapping[str, Sequence[Any]]] = {"include_obfuscation": (False,)}
 
@@ -184,7 +187,7 @@ class GrammarFormat(Strict):
     def grammar(self) -> Grammar:
         if isinstance(self.value, dict):
             return schema_grammar(self.value)
-        return Grammar(kind=self.type, source=self.value)
+        return Grammar(kind=self.type, source=self.value, field="grammar")
 
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
