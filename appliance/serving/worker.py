@@ -6,7 +6,6 @@ server (Ctrl-C, a service manager's SIGTERM to every process) are ignored, so th
 llama.cpp.
 """
 
-import contextlib
 import ctypes
 import faulthandler
 import logging
@@ -29,7 +28,6 @@ from appliance.serving.outbox import Outbox
 from appliance.serving.requests import Request
 
 PR_SET_PDEATHSIG = 1
-OOM_SCORE = "500"  # the kernel, when it must end something, ends the engine rather than the server
 CLOSE_SECONDS = 5.0
 
 logger = logging.getLogger("appliance.serving")
@@ -100,8 +98,6 @@ def behave() -> None:
     os.umask(0o077)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError):  # not in every container
-        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     faulthandler.enable()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from appliance.serving.engine import RestartReason
 from appliance.serving.engine_settings import EngineSettings
 
 COMMAND = (sys.executable, "-m", "appliance.serving.worker")
+OOM_SCORE, FIRST_TO_GO = Path("/proc/self/oom_score_adj"), "500"
 END_SECONDS = 6.0  # a worker whose socket has closed ends by itself, a little sooner
 
 logger = logging.getLogger("appliance.serving")
@@ -151,15 +152,34 @@ class WorkerProcess:
 
 
 def _spawn(command: Sequence[str], descriptor: int) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        command,
-        pass_fds=[descriptor],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=config.quiet_environment(),
-    )
+    with _first_to_go():
+        return subprocess.Popen(
+            command,
+            pass_fds=[descriptor],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=config.quiet_environment(),
+        )
+
+
+@contextlib.contextmanager
+def _first_to_go() -> Iterator[None]:
+    """A process that is started here is what the kernel ends when memory runs out, from its first moment on.
+
+    It inherits the score: while it is still small, the kernel would take this one.
+    """
+    try:
+        before = OOM_SCORE.read_text()
+        OOM_SCORE.write_text(FIRST_TO_GO)
+    except OSError:  # not in every container; then the larger one goes, which is the engine once it has loaded
+        yield
+        return
+    try:
+        yield
+    finally:
+        OOM_SCORE.write_text(before)
 
 
 def _story(code: int, *, has_oom_kill: bool) -> Death:
