@@ -27,6 +27,7 @@ class GgufModel:
         self._model = c.llama_model_load_from_file(str(path).encode(), c.llama_model_default_params())
         if not self._model:
             reason = next((line for line in self._lines if "error" in line.lower()), "llama.cpp gave no reason")
+            self._forget_log()
             raise ModelFileError(f"{path} cannot be loaded: {reason}")
         self._vocab = c.llama_model_get_vocab(self._model)
         self.token_count: int = c.llama_vocab_n_tokens(self._vocab)
@@ -35,6 +36,8 @@ class GgufModel:
         settings.n_threads = settings.n_threads_batch = device.usable_cores()
         self._context = c.llama_init_from_model(self._model, settings)
         if not self._context:
+            c.llama_model_free(self._model)
+            self._forget_log()
             raise ModelFileError(f"{path}: no memory for a context of {context_tokens} tokens.")
 
     def __enter__(self) -> Self:
@@ -43,6 +46,10 @@ class GgufModel:
     def __exit__(self, *_: object) -> None:
         self._c.llama_free(self._context)
         self._c.llama_model_free(self._model)
+        self._forget_log()
+
+    def _forget_log(self) -> None:
+        """llama.cpp must not call what goes with this object."""
         self._c.llama_log_set(self._c.llama_log_callback(), ctypes.c_void_p(0))
 
     def metadata(self, key: str) -> str | None:

@@ -74,8 +74,11 @@ def quantize_file(source: Path, target: Path, quantization: str) -> None:
     # In a thread of its own, because a signal is handled only between Python instructions of the main thread.
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    finally:
+        c.llama_log_set(c.llama_log_callback(), ctypes.c_void_p(0))  # `keep` goes with this function
     if status != [0] or not target.is_file():
         reason = next((line for line in reversed(lines) if line), "llama.cpp gave no reason")
         raise ModelFileError(f"{source} was not quantized to {quantization}: {reason}")
