@@ -42,7 +42,7 @@ def usable_cores(cgroup: Path = CGROUP, proc: Path = PROC) -> int:
 
 def physical_cores(cgroup: Path = CGROUP, cpus: Path = CPUS, proc: Path = PROC) -> int:
     """The same, where hardware threads of one core count once: they share what decoding needs."""
-    siblings = {_read(cpus / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in os.sched_getaffinity(0)}
+    siblings = {read_text(cpus / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in os.sched_getaffinity(0)}
     return _within_quota(len(siblings), cgroup, proc)
 
 
@@ -58,7 +58,7 @@ def memory_available_bytes(cgroup: Path = CGROUP, proc: Path = PROC) -> int:
     File pages that can be dropped count as available, in both.
     """
     available = memory_total_bytes(cgroup, proc)
-    for line in (_read(proc / "meminfo") or "").splitlines():
+    for line in (read_text(proc / "meminfo") or "").splitlines():
         if line.startswith("MemAvailable:"):
             available = min(available, int(line.split()[1]) * 1024)
     for limit, used in _memory_limits(cgroup, proc):
@@ -69,7 +69,7 @@ def memory_available_bytes(cgroup: Path = CGROUP, proc: Path = PROC) -> int:
 def cpu_features(proc: Path = PROC) -> frozenset[str]:
     """What the kernel says that every core can do: `flags` on x86, `Features` on ARM; empty elsewhere."""
     found: frozenset[str] | None = None
-    for line in (_read(proc / "cpuinfo") or "").splitlines():
+    for line in (read_text(proc / "cpuinfo") or "").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):
             found = frozenset(value.split()) if found is None else found & frozenset(value.split())
@@ -81,7 +81,7 @@ def cgroup_folders(controller: str, cgroup: Path = CGROUP, proc: Path = PROC) ->
 
     Both versions: one tree for all controllers (2), or one per controller (1).
     """
-    for line in (_read(proc / "self/cgroup") or "0::/").splitlines():
+    for line in (read_text(proc / "self/cgroup") or "0::/").splitlines():
         _, names, path = line.split(":", 2)
         if names and controller not in names.split(","):
             continue
@@ -106,10 +106,10 @@ def _cpu_folders(cgroup: Path, proc: Path) -> Iterator[Path]:
 
 def _cgroup_quota(folder: Path) -> float | None:
     """Cores allowed by cgroup v2 `cpu.max` or v1 `cpu.cfs_quota_us`; None when unlimited."""
-    if (text := _read(folder / "cpu.max")) is not None:
+    if (text := read_text(folder / "cpu.max")) is not None:
         quota, period = text.split()
         return None if quota == "max" else int(quota) / int(period)
-    quota_us, period_us = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+    quota_us, period_us = read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")
     if quota_us is None or period_us is None or int(quota_us) <= 0:
         return None
     return int(quota_us) / int(period_us)
@@ -122,20 +122,29 @@ def _memory_limits(cgroup: Path, proc: Path) -> Iterator[tuple[int, int]]:
             ("memory.max", "memory.current", ""),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ):
-            limit = _read(folder / limit_name)
+            limit = read_text(folder / limit_name)
             if limit is not None and limit.isdigit():
-                used = int(_read(folder / usage_name) or 0) - _droppable_bytes(folder, prefix)
+                used = int(read_text(folder / usage_name) or 0) - _droppable_bytes(folder, prefix)
                 yield int(limit), max(0, used)
 
 
 def _droppable_bytes(folder: Path, prefix: str) -> int:
     names = (f"{prefix}inactive_file", f"{prefix}active_file")
-    lines = (line.split() for line in (_read(folder / "memory.stat") or "").splitlines())
+    lines = (line.split() for line in (read_text(folder / "memory.stat") or "").splitlines())
     return sum(int(fields[1]) for fields in lines if len(fields) == 2 and fields[0] in names)
 
 
-def _read(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
+    """A small file of /proc or /sys; None when the kernel does not say.
+
+    They fail in many ways: sensors that sleep, cards that vanish, processes that have ended, features that are missing.
+    """
     try:
-        return path.read_text().strip()
-    except (FileNotFoundError, PermissionError, NotADirectoryError, ProcessLookupError):
+        return path.read_text(errors="replace").strip()
+    except OSError:
         return None
+
+
+def read_number(path: Path) -> int | None:
+    text = read_text(path)
+    return int(text) if text is not None and text.lstrip("-").isdigit() else None

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from appliance import device
 from appliance.config import cache_root
 from appliance.errors import EnvironmentIncomplete
 
@@ -142,17 +143,17 @@ def _amd(drm: Path) -> Iterator[Gpu]:
     """Cards of AMD by the files of the kernel's amdgpu driver; one without memory of its own reports a carve-out."""
     cards = (path for path in drm.glob("card[0-9]*") if path.name.removeprefix("card").isdigit())
     folders = [path / "device" for path in sorted(cards, key=lambda path: int(path.name.removeprefix("card")))]
-    described = (folder for folder in folders if _text(folder / "vendor") == AMD_VENDOR)
-    with_memory = (folder for folder in described if _number(folder / "mem_info_vram_total") is not None)
+    described = (folder for folder in folders if device.read_text(folder / "vendor") == AMD_VENDOR)
+    with_memory = (folder for folder in described if device.read_number(folder / "mem_info_vram_total") is not None)
     for index, folder in enumerate(with_memory):
-        busy = _number(folder / "gpu_busy_percent")
-        millidegrees = next((_number(path) for path in sorted(folder.glob("hwmon/hwmon*/temp*_input"))), None)
+        busy = device.read_number(folder / "gpu_busy_percent")
+        millidegrees = next((device.read_number(path) for path in sorted(folder.glob("hwmon/hwmon*/temp*_input"))), None)
         yield Gpu(
             index=index,
             vendor="amd",
-            name=_text(folder / "product_name") or _pci_name(folder),
-            memory_total_bytes=_number(folder / "mem_info_vram_total") or 0,
-            memory_used_bytes=_number(folder / "mem_info_vram_used") or 0,
+            name=device.read_text(folder / "product_name") or _pci_name(folder),
+            memory_total_bytes=device.read_number(folder / "mem_info_vram_total") or 0,
+            memory_used_bytes=device.read_number(folder / "mem_info_vram_used") or 0,
             utilisation_ratio=None if busy is None else busy / 100,
             temperature_celsius=None if millidegrees is None else millidegrees / 1000,
         )
@@ -160,17 +161,5 @@ def _amd(drm: Path) -> Iterator[Gpu]:
 
 def _pci_name(folder: Path) -> str:
     """`AMD 1002:73BF`, from the lines of uevent."""
-    lines = dict(line.partition("=")[::2] for line in (_text(folder / "uevent") or "").splitlines())
+    lines = dict(line.partition("=")[::2] for line in (device.read_text(folder / "uevent") or "").splitlines())
     return f"AMD {lines.get('PCI_ID', 'GPU')}"
-
-
-def _number(path: Path) -> int | None:
-    text = _text(path)
-    return int(text) if text is not None and text.lstrip("-").isdigit() else None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:  # sysfs files of a sleeping or vanishing card fail in many ways; it then does not say
-        return None

@@ -10,10 +10,19 @@ from typing import Protocol
 
 from appliance.serving.requests import Grammar, SamplingSettings
 
-# A batch has at most slots x (1 + MAX_DRAFT_TOKENS) + IDLE_CHUNK_TOKENS tokens.
 MAX_DRAFT_TOKENS = 8  # guesses after one token of an answer
-MAX_BATCH_DRAFTS = 4 * MAX_DRAFT_TOKENS  # of all answers in one batch: each costs a row of logits
+MAX_BATCH_DRAFTS = 4 * MAX_DRAFT_TOKENS  # of all answers in one batch: each costs a row of logits, twice
 IDLE_CHUNK_TOKENS = 256  # tokens of prompts in one batch
+
+
+def batch_tokens(slots: int) -> int:
+    """The most tokens of one batch."""
+    return slots * (1 + MAX_DRAFT_TOKENS) + IDLE_CHUNK_TOKENS
+
+
+def batch_drafts(slots: int) -> int:
+    """The most guesses in one batch."""
+    return min(slots * MAX_DRAFT_TOKENS, MAX_BATCH_DRAFTS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -6,6 +6,9 @@ from msgspec import Struct
 
 from appliance.serving.events import ModelKind
 
+KV_VALUE_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # q8_0: blocks of 32 values, each with a scale of two bytes
+CAUSAL_POOLING_TOKENS = 128  # computed at once: causal models compute logits for every token, 4 bytes x vocabulary each
+
 
 class EngineSettings(Struct, frozen=True, kw_only=True):
     """Everything decided, nothing left to "auto"; paths are absolute."""

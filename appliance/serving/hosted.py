@@ -6,7 +6,6 @@ the answers that are running nor the process's ear. Knows nothing of sockets and
 
 import concurrent.futures
 import functools
-import hashlib
 import importlib.metadata
 import logging
 import threading
@@ -15,6 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from appliance import artifacts
 from appliance.errors import EngineFailed, ModelFileError, RecipeError, RequestError
 from appliance.serving.decoder import CompiledGrammar
 from appliance.serving.engine_settings import EngineSettings
@@ -52,7 +52,7 @@ class Hosted:
         self._model = Model(
             path, is_mapped=settings.is_mapped, is_repacked=settings.is_repacked, gpu_layers=settings.gpu_layers
         )
-        adapters = {name: _digest(Path(file)) for name, file in settings.adapters.items()}
+        adapters = {name: artifacts.digest_file(Path(file)) for name, file in settings.adapters.items()}
         self._encoder = PromptEncoder(self._model, _template(path, self._model), settings.context_tokens)
         self._context: Context | None = None
         self._pooling: PoolingContext | None = None
@@ -251,8 +251,3 @@ def _template(path: Path, model: Model) -> ChatTemplate:
         return ChatTemplate(model.chat_template or NO_TEMPLATE, model.special_tokens)
     except TemplateFailed as error:
         raise ModelFileError(f"{path}: {error}") from error
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -57,7 +57,7 @@ class MachineCollector:
             for key, kind in MEMORY_KINDS.items():
                 _add(memory, _bytes(status.get(key)), name, kind)
             _add(swap, _bytes(status.get("VmSwap")), name)
-            stat = _words((_text(self._proc / str(pid) / "stat") or "").rpartition(")")[2])
+            stat = _words((device.read_text(self._proc / str(pid) / "stat") or "").rpartition(")")[2])
             if len(stat) > STAT_THREADS:
                 _add(threads, stat[STAT_THREADS], name)
                 _add(faults, stat[STAT_MAJOR_FAULTS], name)
@@ -86,7 +86,7 @@ class MachineCollector:
         """https://docs.kernel.org/accounting/psi.html: `some`: at least one task waited; `full`: all did."""
         waited = _counter("pressure_seconds", "Time in which tasks waited for a resource.", "resource", "share")
         for resource in ("cpu", "memory", "io"):
-            for line in (_text(self._proc / "pressure" / resource) or "").splitlines():
+            for line in (device.read_text(self._proc / "pressure" / resource) or "").splitlines():
                 share, *fields = line.split()
                 total = next((field.removeprefix("total=") for field in fields if field.startswith("total=")), "")
                 if total.isdigit():
@@ -99,7 +99,7 @@ class MachineCollector:
         throttled = _counter("cgroup_cpu_throttled_periods", "Periods in which the quota was used up.")
         seconds = _counter("cgroup_cpu_throttled_seconds", "Time for which the quota stopped the cgroup.")
         for folder in device.cgroup_folders("cpu", self._sys / "fs/cgroup", self._proc):
-            lines = (line.split() for line in (_text(folder / "cpu.stat") or "").splitlines())
+            lines = (line.split() for line in (device.read_text(folder / "cpu.stat") or "").splitlines())
             stat = {fields[0]: int(fields[1]) for fields in lines if len(fields) == 2 and fields[1].isdigit()}
             if "nr_throttled" not in stat:
                 continue
@@ -115,16 +115,16 @@ class MachineCollector:
         throttles = _counter("cpu_thermal_throttles", "Times that heat slowed a CPU's package down.", "cpu")
         for folder in sorted((self._sys / "devices/system/cpu").glob("cpu[0-9]*")):
             cpu = folder.name.removeprefix("cpu")
-            kilohertz = _number(folder / "cpufreq/scaling_cur_freq")
+            kilohertz = device.read_number(folder / "cpufreq/scaling_cur_freq")
             _add(frequency, None if kilohertz is None else kilohertz * 1000, cpu)
-            _add(throttles, _number(folder / "thermal_throttle/package_throttle_count"), cpu)
+            _add(throttles, device.read_number(folder / "thermal_throttle/package_throttle_count"), cpu)
         if not frequency.samples:
             self._add_frequencies_of_cpuinfo(frequency)
         return frequency, throttles
 
     def _add_frequencies_of_cpuinfo(self, frequency: GaugeMetricFamily) -> None:
         cpu = ""
-        for line in (_text(self._proc / "cpuinfo") or "").splitlines():
+        for line in (device.read_text(self._proc / "cpuinfo") or "").splitlines():
             name, _, value = (part.strip() for part in line.partition(":"))
             if name == "processor":
                 cpu = value
@@ -134,7 +134,7 @@ class MachineCollector:
     def _temperatures(self) -> Iterable[Metric]:
         temperature = _gauge("temperature_celsius", "Temperature of a thermal zone.", "zone", "type")
         for folder in sorted((self._sys / "class/thermal").glob("thermal_zone*")):
-            millidegrees, kind = _number(folder / "temp"), _text(folder / "type") or "unknown"
+            millidegrees, kind = device.read_number(folder / "temp"), device.read_text(folder / "type") or "unknown"
             zone = folder.name.removeprefix("thermal_zone")
             _add(temperature, None if millidegrees is None else millidegrees / 1000, zone, kind)
         return (temperature,)
@@ -170,7 +170,10 @@ def _add(family: GaugeMetricFamily | CounterMetricFamily, value: float | None, *
 
 def _table(path: Path) -> Mapping[str, str]:
     """Lines of `name: value`."""
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in (_text(path) or "").splitlines())}
+    return {
+        name: value.strip()
+        for name, _, value in (line.partition(":") for line in (device.read_text(path) or "").splitlines())
+    }
 
 
 def _bytes(value: str | None) -> int | None:
@@ -183,20 +186,8 @@ def _words(text: str) -> list[int]:
     return [int(word) if word.lstrip("-").isdigit() else 0 for word in text.split()]
 
 
-def _number(path: Path) -> int | None:
-    text = _text(path)
-    return int(text) if text is not None and text.lstrip("-").isdigit() else None
-
-
 def _entries(folder: Path) -> int | None:
     try:
         return sum(1 for _ in folder.iterdir())
     except OSError:  # the process has ended, or belongs to somebody else
-        return None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:  # sensors that sleep, processes that have ended, kernels without the feature: it does not say
         return None

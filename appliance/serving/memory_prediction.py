@@ -9,17 +9,14 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Literal
 
+from appliance.serving.decoder import batch_drafts, batch_tokens
+from appliance.serving.engine_settings import CAUSAL_POOLING_TOKENS, KV_VALUE_BYTES
 from appliance.serving.gguf_file import GgufHeader, Tensor
 
 MIB = 1 << 20
-COMPUTE_TOKENS = 256  # computed at once
-POOLING_COMPUTE_TOKENS = 128  # the same, by a causal model that embeds or ranks
-DRAFT_TOKENS = 8  # guessed for one answer at once
-DRAFTING_SLOTS = 4  # that may do so at the same time
 PROCESS_BYTES = 40 * MIB  # Python with its libraries
 VOCABULARY_TOKEN_BYTES = 700  # llama.cpp's tables and those of grammars
 SAMPLER_TOKEN_BYTES = 16  # candidates, per slot
-KV_VALUE_BYTES: Mapping[str, float] = {"f16": 2.0, "q8_0": 34 / 32}
 Q8_0_VALUES = 32  # in a block: heads must be a multiple of it
 BUFFER_SLACK = 1.15  # ggml's allocator does not fill its buffers
 CELL_ALIGNMENT = 256
@@ -139,13 +136,13 @@ def padded_cells(cells: int) -> int:
 def compute_tokens(header: GgufHeader, choice: Choice, *, is_pooling: bool = False) -> int:
     """Tokens computed at once. A text must be read in one go where a token sees the later ones or all tokens are pooled."""
     if is_pooling and is_causal(header) and header.pooling_type in ("last", "rank"):
-        return POOLING_COMPUTE_TOKENS
-    return choice.context_tokens if is_pooling or not is_causal(header) else COMPUTE_TOKENS
+        return CAUSAL_POOLING_TOKENS
+    return choice.context_tokens if is_pooling or not is_causal(header) else batch_tokens(choice.slots)
 
 
 def output_rows(choice: Choice) -> int:
     """Rows of logits: one for each slot and one more for saving, and those of drafts."""
-    return choice.slots + 1 + min(choice.slots, DRAFTING_SLOTS) * DRAFT_TOKENS
+    return choice.slots + 1 + batch_drafts(choice.slots)
 
 
 def compute_bytes(header: GgufHeader, choice: Choice, tokens: int, rows: int) -> int:

@@ -12,12 +12,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from appliance.errors import DeadlineExceeded, EngineFailed, QueueFull, RequestError, ShuttingDown
+from appliance.errors import DeadlineExceeded, EngineFailed, QueueFull, RequestError
 from appliance.serving.engine import StatsListener
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import Event, Failed, Load, Outcome, Phase, Pooled, RequestStats, StepStats
+from appliance.serving.intake import Intake
 from appliance.serving.pace import retry_after
 from appliance.serving.requests import PoolingRequest
+
+STOPPED = "The engine stopped before this was answered; ask again."
 
 logger = logging.getLogger("appliance.serving")
 
@@ -66,8 +69,7 @@ class PoolingQueue:
         self._running: _Job | None = None
         self._step_started_at: float | None = None
         self._token_seconds = 0.001  # measured from the first step on
-        self._drain_deadline: float | None = None
-        self._is_closed = False
+        self._intake = Intake()
         self._thread = threading.Thread(target=self._run, name="pooling", daemon=True)
         self._thread.start()
 
@@ -92,9 +94,8 @@ class PoolingQueue:
 
     def load(self) -> Load:
         with self._changed:
-            is_draining = self._drain_deadline is not None
             return Load(
-                state="stopped" if self._is_closed else "draining" if is_draining else "ready",
+                state=self._intake.state,
                 running=int(self._running is not None),
                 waiting=len(self._waiting),
                 slots=self._settings.slots,
@@ -104,22 +105,18 @@ class PoolingQueue:
 
     def drain(self, grace_seconds: float) -> None:
         with self._changed:
-            self._drain_deadline = time.monotonic() + grace_seconds
+            self._intake.drain(grace_seconds)
             self._changed.notify()
 
     def close(self) -> None:
         with self._changed:
-            self._is_closed = True
+            self._intake.close()
             self._pooler.abort()
             self._changed.notify()
         self._thread.join()
 
     def _require_place(self) -> None:
-        if self._is_closed:
-            raise EngineFailed("The engine is not running; restart the server.")
-        if self._drain_deadline is not None:
-            left = retry_after(self._drain_deadline - time.monotonic())
-            raise ShuttingDown("The server is shutting down and takes no new requests.", retry_after_seconds=left)
+        self._intake.require_open()
         waiting, limit = len(self._waiting), self._settings.queue_requests
         tokens = sum(job.tokens for job in self._waiting)
         is_free = self._running is None and not waiting
@@ -132,32 +129,42 @@ class PoolingQueue:
             )
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
-            try:
-                pooled = self._compute(job)
-            except RequestError as error:
-                self._finish(job, Failed.of(error))
-            except Exception:
-                logger.exception("event=pooling_failed")
-                unexpected = EngineFailed("The engine met an unexpected error; the server's log has it.")
-                self._finish(job, Failed.of(unexpected))
-            else:
-                self._finish(job, pooled)
-        self._pooler.close()
+        try:
+            while (job := self._next()) is not None:
+                self._answer(job)
+        finally:
+            self._end_all()
+            self._pooler.close()
 
     def _next(self) -> _Job | None:
-        """Waits for a request; None after `close`, when those that wait have been told."""
+        """Waits for a request; None after `close`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closed)
-            if not self._is_closed:
-                self._running = self._waiting.popleft()
-                self._running.started_at = time.monotonic()
-                return self._running
-            for job in self._waiting:
-                self._end(job, Failed.of(EngineFailed("The engine stopped before this was answered; ask again.")))
-            self._waiting.clear()
+            self._changed.wait_for(lambda: self._waiting or self._intake.is_closed)
+            if self._intake.is_closed:
+                return None
+            self._running = self._waiting.popleft()
+            self._running.started_at = time.monotonic()
+            return self._running
+
+    def _answer(self, job: _Job) -> None:
+        try:
+            pooled = self._compute(job)
+        except RequestError as error:
+            self._finish(job, Failed.of(error))
+        except Exception:
+            logger.exception("event=pooling_failed")
+            unexpected = EngineFailed("The engine met an unexpected error; the server's log has it.")
+            self._finish(job, Failed.of(unexpected))
+        else:
+            self._finish(job, pooled)
+
+    def _end_all(self) -> None:
+        """Tells those that wait, also when this thread ends for a reason that nothing has foreseen."""
+        with self._changed:
+            self._intake.close()
+            while self._waiting:
+                self._end(self._waiting.popleft(), Failed.of(EngineFailed(STOPPED)))
         self._flush()
-        return None
 
     def _compute(self, job: _Job) -> Pooled | None:
         """None when it was cancelled. Raises `RequestError`."""
@@ -191,7 +198,7 @@ class PoolingQueue:
 
     def _require_time(self, job: _Job) -> None:
         now, deadline = time.monotonic(), job.request.deadline_at
-        if self._drain_deadline is not None and now >= self._drain_deadline:
+        if self._intake.is_grace_over:
             raise EngineFailed("The server shut down before this was computed; ask again.")
         if deadline is not None and now >= deadline:
             allowed = deadline - job.request.arrived_at
@@ -200,8 +207,8 @@ class PoolingQueue:
     def _finish(self, job: _Job, event: Pooled | Failed | None) -> None:
         with self._changed:
             self._running = None
-            if self._is_closed and event is None:
-                event = Failed.of(EngineFailed("The engine stopped before this was answered; ask again."))
+            if self._intake.is_closed and event is None:
+                event = Failed.of(EngineFailed(STOPPED))
             self._end(job, event)
         self._flush()
 

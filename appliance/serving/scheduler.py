@@ -11,15 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from appliance.errors import DeadlineExceeded, EngineFailed, PromptTooLong, RequestError, ShuttingDown
+from appliance.errors import DeadlineExceeded, EngineFailed, PromptTooLong, RequestError
 from appliance.serving.backlog import Backlog
 from appliance.serving.decoder import Adapter, CompiledGrammar, Decoder, Feed, Sampled
 from appliance.serving.engine import StatsListener
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import Accepted, Event, Failed, FinishReason, Load
 from appliance.serving.idle import IdleWork
+from appliance.serving.intake import Intake
 from appliance.serving.job import Answer, Job, Ticket
-from appliance.serving.pace import Pace, Work, retry_after
+from appliance.serving.pace import Pace, Work
 from appliance.serving.prefixes import Prefixes
 from appliance.serving.requests import GenerationRequest
 from appliance.serving.running import Running
@@ -70,8 +71,7 @@ class Scheduler:
         self._tickets: dict[str, Ticket] = {}
         self._in_flight: Sequence[Answer] = ()  # answers of the decode call now running
         self._step_started_at: float | None = None
-        self._drain_deadline: float | None = None
-        self._is_closed = False
+        self._intake = Intake()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -133,9 +133,8 @@ class Scheduler:
 
     def load(self) -> Load:
         with self._changed:
-            is_draining = self._drain_deadline is not None
             return Load(
-                state="stopped" if self._is_closed else "draining" if is_draining else "ready",
+                state=self._intake.state,
                 running=len(self._running.answers),
                 waiting=self._backlog.requests,
                 slots=self._decoder.slots,
@@ -150,13 +149,13 @@ class Scheduler:
     def drain(self, grace_seconds: float) -> None:
         """Refuses new requests; fails those that are not finished after the grace time."""
         with self._changed:
-            self._drain_deadline = time.monotonic() + grace_seconds
+            self._intake.drain(grace_seconds)
             self._changed.notify()
 
     def close(self) -> None:
         """Fails what is left, ends the thread and closes the decoder."""
         with self._changed:
-            self._is_closed = True
+            self._intake.close()
             self._decoder.abort()
             self._changed.notify()
         self._thread.join()
@@ -170,14 +169,8 @@ class Scheduler:
 
     def _require_place(self, ticket: Ticket) -> None:
         """Raises when the request has to be refused."""
-        if self._is_closed:
-            raise EngineFailed("The engine is not running; restart the server.")
+        self._intake.require_open()
         now = time.monotonic()
-        if self._drain_deadline is not None:
-            left = retry_after(self._drain_deadline - now)
-            raise ShuttingDown(
-                f"The server is shutting down and takes no new requests. Try again in {left} s.", retry_after_seconds=left
-            )
         if ticket.request.id in self._tickets:
             raise RequestError(f"A request with the id {ticket.request.id!r} is being answered; choose another id.")
         running = [self._work(answer) for answer in self._running.answers]
@@ -204,7 +197,7 @@ class Scheduler:
     def _run(self) -> None:
         try:
             self._guarded(self._restore)
-            while not self._is_closed:
+            while not self._intake.is_closed:
                 self._guarded(self._step)
         finally:
             self._end_all()
@@ -230,7 +223,7 @@ class Scheduler:
         with self._changed:
             self._retire()
             self._admit()
-            batch = self._running.compose() if self._running.answers and not self._is_closed else None
+            batch = self._running.compose() if self._running.answers and not self._intake.is_closed else None
             self._in_flight = [answer for answer, _ in batch.parts] if batch is not None else ()
         self._flush()
         if batch is None:
@@ -265,7 +258,7 @@ class Scheduler:
     def _retire(self) -> None:
         """Ends cancelled requests, late ones, and all that are left once the grace time of a drain is over."""
         now = time.monotonic()
-        if self._drain_deadline is not None and now >= self._drain_deadline:
+        if self._intake.is_grace_over:
             for ticket in list(self._tickets.values()):
                 self._fail(ticket, EngineFailed("The server shut down before the answer was complete; ask again."))
         for ticket in list(self._tickets.values()):
@@ -308,7 +301,7 @@ class Scheduler:
 
     def _work_idly(self) -> None:
         with self._changed:
-            if self._backlog or self._is_closed:
+            if self._backlog or self._intake.is_closed:
                 return
             if (chunk := self._idle.next_feed()) is None:
                 if not self._idle.save_one(self._notify):
@@ -375,7 +368,7 @@ class Scheduler:
 
     def _end_all(self) -> None:
         with self._changed:
-            self._is_closed = True
+            self._intake.close()
             for ticket in list(self._tickets.values()):
                 self._fail(ticket, EngineFailed("The engine stopped before the answer was complete; ask again."))
         self._flush()

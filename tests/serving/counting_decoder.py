@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from appliance.serving.decoder import (
-    IDLE_CHUNK_TOKENS,
     MAX_BATCH_DRAFTS,
-    MAX_DRAFT_TOKENS,
     Adapter,
     CompiledGrammar,
     Feed,
     Sampled,
     SnapshotRefused,
+    batch_tokens,
 )
 from appliance.serving.events import RequestStats, StepStats
 from appliance.serving.requests import Grammar, SamplingSettings
@@ -132,7 +131,7 @@ class CountingDecoder:
             return None
         self._require(len({feed.slot for feed in feeds}) == len(feeds) <= self.slots, "a slot is fed twice")
         tokens = sum(len(feed.tokens) for feed in feeds)
-        self._require(0 < tokens <= self.slots * (1 + MAX_DRAFT_TOKENS) + IDLE_CHUNK_TOKENS, f"batch of {tokens} tokens")
+        self._require(0 < tokens <= batch_tokens(self.slots), f"batch of {tokens} tokens")
         self._require(sum(feed.drafted for feed in feeds) <= MAX_BATCH_DRAFTS, "too many drafts")
         self.feeds.append(list(feeds))
         self.adapters.append(adapter)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from appliance.errors import EngineFailed, PromptTooLong, QueueFull, ShuttingDown
-from appliance.serving.events import Event, Failed, Pooled
+from appliance.serving.events import Event, Failed, Pooled, RequestStats
 from appliance.serving.pooling_queue import PoolingQueue
 from appliance.serving.requests import PoolingRequest
 from tests.serving.test_supervisor import NUMBERS, Listener, settings
@@ -178,3 +178,22 @@ def test_close_fails_what_is_left(queue: PoolingQueue, pooler: Pooler) -> None:
     assert isinstance(waiting.event(), Failed)
     with pytest.raises(EngineFailed):
         Asked(queue, 1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_is_noticed_and_tells_those_who_wait(
+    queue: PoolingQueue, pooler: Pooler, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = held(queue, pooler)
+    waiting = Asked(queue, 3)
+    record = listener.record_request
+
+    def record_badly(_: RequestStats) -> None:
+        monkeypatch.setattr(listener, "record_request", record)
+        raise RuntimeError
+
+    monkeypatch.setattr(listener, "record_request", record_badly)
+    pooler.gate.set()
+    assert isinstance(running.event(), Pooled)
+    assert isinstance(waiting.event(), Failed)
+    assert queue.load().state == "stopped"

@@ -16,15 +16,16 @@ from llama_cpp import llama_cpp as c
 from appliance.errors import EngineFailed, EnvironmentIncomplete, ModelFileError
 from appliance.serving import gguf_file
 from appliance.serving.decoder import (
-    IDLE_CHUNK_TOKENS,
     MAX_DRAFT_TOKENS,
     Adapter,
     CompiledGrammar,
     Feed,
     Sampled,
     SnapshotRefused,
+    batch_drafts,
+    batch_tokens,
 )
-from appliance.serving.engine_settings import EngineSettings
+from appliance.serving.engine_settings import KV_VALUE_BYTES, EngineSettings
 from appliance.serving.grammar import CompiledGrammar as LlguidanceGrammar
 from appliance.serving.grammar import GrammarCompiler
 from appliance.serving.llama import library, sampler
@@ -34,7 +35,6 @@ from appliance.serving.llama.sampler import Candidates, SlotSampler
 from appliance.serving.requests import Grammar, SamplingSettings
 from appliance.serving.sampling import Logits
 
-DRAFTING_SLOTS = 4  # which may draft in the same batch: a row of logits takes 4 bytes x vocabulary, twice
 PARKED_SEQUENCES = 64
 
 
@@ -47,7 +47,7 @@ class Context:
         self.can_share = model.can_share
         self.sequences = self.slots + PARKED_SEQUENCES if self.can_share else self.slots
         is_drafting = self.can_share and settings.is_speculating
-        self._drafts = min(self.slots, DRAFTING_SLOTS) * MAX_DRAFT_TOKENS if is_drafting else 0
+        self._drafts = batch_drafts(self.slots) if is_drafting else 0
         self._threads = (settings.threads_decode, settings.threads_prefill)
         self._context = c.llama_init_from_model(model.handle, self._params(settings))
         if not self._context:
@@ -72,7 +72,7 @@ class Context:
 
     @property
     def cell_bytes(self) -> int:
-        values = library.KV_VALUE_BYTES
+        values = KV_VALUE_BYTES
         return int(self._model.kv_bytes_per_token * values[self._kv_type] / values["f16"])
 
     @property
@@ -172,7 +172,7 @@ class Context:
     def _params(self, settings: EngineSettings) -> Any:
         params = c.llama_context_default_params()
         params.n_ctx = settings.cells
-        params.n_batch = params.n_ubatch = self.slots * (1 + MAX_DRAFT_TOKENS) + IDLE_CHUNK_TOKENS
+        params.n_batch = params.n_ubatch = batch_tokens(self.slots)
         params.n_seq_max = self.slots + 1  # one more to save parked sequences through
         params.n_outputs_max = params.n_seq_max + self._drafts  # rows of logits, not one for each token of a batch
         params.n_threads, params.n_threads_batch = self._threads

@@ -11,7 +11,6 @@ from llama_cpp import llama_cpp as c
 LOG_WARNING, LOG_ERROR = 3, 4  # ggml.h; llama_cpp's own `_logger.py` has them wrong
 DECODE_ABORTED = 2
 KV_TYPES = {"f16": c.GGML_TYPE_F16, "q8_0": c.GGML_TYPE_Q8_0}
-KV_VALUE_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # q8_0: blocks of 32 values, each with a scale of two bytes
 
 _log_tail: deque[str] = deque(maxlen=4)
 

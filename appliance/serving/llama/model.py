@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from appliance.errors import EngineFailed, ModelFileError, RequestError
 from appliance.serving import gguf_file
+from appliance.serving.engine_settings import KV_VALUE_BYTES
 from appliance.serving.events import ModelKind
 from appliance.serving.llama import library
 
@@ -111,7 +112,7 @@ class Model:
         """With f16 values."""
         header = self._header
         values = sum(header.kv_head_counts) * (header.key_length + header.value_length)
-        return int(values * library.KV_VALUE_BYTES["f16"])
+        return int(values * KV_VALUE_BYTES["f16"])
 
     @functools.cached_property
     def weight_bytes(self) -> int:

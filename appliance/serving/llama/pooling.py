@@ -7,12 +7,10 @@ import numpy as np
 from llama_cpp import llama_cpp as c
 
 from appliance.errors import EngineFailed, EnvironmentIncomplete, PromptTooLong
-from appliance.serving.engine_settings import EngineSettings
+from appliance.serving.engine_settings import CAUSAL_POOLING_TOKENS, EngineSettings
 from appliance.serving.llama import library
 from appliance.serving.llama.batch import Batch
 from appliance.serving.llama.model import Model
-
-CAUSAL_COMPUTE_TOKENS = 128  # such models compute logits for every token, which take 4 bytes x vocabulary each
 
 
 class PoolingContext:
@@ -23,7 +21,7 @@ class PoolingContext:
         self._slots = settings.slots
         self.context_tokens = min(settings.context_tokens, model.trained_context_tokens)
         params = c.llama_context_default_params()
-        computed = CAUSAL_COMPUTE_TOKENS if self._is_divisible else self.context_tokens
+        computed = CAUSAL_POOLING_TOKENS if self._is_divisible else self.context_tokens
         computed += -computed % self._slots  # llama.cpp ends the process over a mean of batches that do not divide evenly
         params.n_ctx = max(settings.cells, computed)
         params.n_batch = params.n_ubatch = computed
