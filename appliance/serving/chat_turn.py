@@ -12,6 +12,7 @@ from typing import Any, Literal
 from appliance.errors import RequestError
 from appliance.recipe import Serve
 from appliance.serving import answer_grammar
+from appliance.serving.deadline import deadline_at
 from appliance.serving.engine import Engine, EngineLease, Generation
 from appliance.serving.events import Accepted, Finished, TextPiece, TokenLogprob
 from appliance.serving.requests import ChatPrompt, GenerationRequest, Grammar, SamplingSettings
@@ -145,13 +146,12 @@ async def start(
     """Returns once the engine has accepted the turn; raises what `Engine.submit` raises."""
     turn = _settled(turn, lease.engine.model.chat_template)
     prompt = ChatPrompt(messages=turn.messages, tools=turn.tools, template_variables=dict(turn.template_variables))
-    seconds = min(turn.deadline_seconds or serve.deadline_seconds, serve.deadline_seconds)
     request = GenerationRequest(
         id=request_id,
         prompt=prompt,
         arrived_at=arrived_at,
         max_tokens=turn.max_tokens or serve.max_tokens,
-        deadline_at=arrived_at + seconds,
+        deadline_at=deadline_at(serve, arrived_at, turn.deadline_seconds),
         n=turn.n,
         stop=turn.stop,
         sampling=turn.sampling,

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
-from appliance.errors import RequestError
+from appliance.errors import ModelNotFound, RequestError
 from appliance.serving.events import (
     Accepted,
     Event,
@@ -155,6 +155,11 @@ class EngineLease(Struct, frozen=True, kw_only=True):
                 param="adapter_scale",
             )
         return scale
+
+
+def no_such_model(cards: Sequence[ModelCard]) -> ModelNotFound:
+    known = ", ".join(repr(card.id) for card in cards)
+    return ModelNotFound(f"This server has no model of that name; it serves {known}.", param="model")
 
 
 class Models(Protocol):

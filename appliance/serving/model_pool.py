@@ -24,13 +24,12 @@ from appliance.errors import (
     EngineFailed,
     EngineRestarting,
     EnvironmentIncomplete,
-    ModelNotFound,
     NoMemoryForModel,
     ShuttingDown,
 )
 from appliance.recipe import Serve
 from appliance.serving import probe
-from appliance.serving.engine import EngineLease, EngineListener, ModelCard
+from appliance.serving.engine import EngineLease, EngineListener, ModelCard, no_such_model
 from appliance.serving.events import EngineState, Load, ModelKind
 from appliance.serving.memory_plan import Plan
 from appliance.serving.memory_prediction import MemoryPrediction
@@ -174,8 +173,7 @@ class ModelPool:
                 return place, None
             if base in names and adapter in place.model.adapters:
                 return place, adapter
-        known = ", ".join(repr(card.id) for card in self.cards())
-        raise ModelNotFound(f"This server has no model of that name; it serves {known}.", param="model")
+        raise no_such_model(self.cards())
 
     async def _ready_place(self, name: str | None, kind: ModelKind) -> tuple[Place, str | None]:
         """A place whose model is loaded and stays so until the caller's next `await`."""

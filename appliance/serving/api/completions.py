@@ -1,7 +1,6 @@
 """POST /v1/completions: text to continue as it stands. Shape: https://platform.openai.com/docs/api-reference/completions."""
 
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
@@ -13,7 +12,6 @@ from pydantic import Field, model_validator
 from appliance.serving.api import streaming
 from appliance.serving.api.completion_bodies import Completion, CompletionBodies
 from appliance.serving.api.context import ApiContext
-from appliance.serving.api.deadline import deadline_at
 from appliance.serving.api.embeddings import TokenIds, several_inputs
 from appliance.serving.api.errors import REFUSALS
 from appliance.serving.api.fields import (
@@ -31,6 +29,8 @@ from appliance.serving.api.fields import (
 from appliance.serving.api.json_answer import json_answer
 from appliance.serving.api.keep_alive import with_keep_alive
 from appliance.serving.api.tokens import Text, require_known_tokens
+from appliance.serving.api.visit import Visit
+from appliance.serving.deadline import deadline_at
 from appliance.serving.engine import EngineLease
 from appliance.serving.events import Finished
 from appliance.serving.prompt_batch import PromptBatch
@@ -87,15 +87,14 @@ def router(context: ApiContext) -> APIRouter:
 
     @routes.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        arrived_at = time.monotonic()
-        answer_id = f"cmpl-{secrets.token_hex(12)}"
         async with contextlib.AsyncExitStack() as held:
-            lease = await held.enter_async_context(context.models.lease(body.model))
+            visit = await Visit.begin(context, request, held, body.model, prefix="cmpl-")
+            lease = visit.lease
             echoes = [await _echo(lease, prompt) if body.echo else "" for prompt in body.prompts]
-            batch = PromptBatch(lease.engine, _requests(context, request, lease, body, answer_id, arrived_at))
+            batch = PromptBatch(lease.engine, _requests(visit, body))
             held.push_async_callback(batch.close)
             await batch.start()
-            bodies = CompletionBodies(answer_id, int(time.time()), lease, echoes, n=body.n, wants_usage=body.wants_usage)
+            bodies = CompletionBodies(visit.id, int(time.time()), lease, echoes, n=body.n, wants_usage=body.wants_usage)
             if body.stream:
                 told = with_keep_alive(streaming.events(_chunks(batch, bodies)))
                 return streaming.HoldingStream(told, held.pop_all(), streaming.EVENTS)
@@ -113,27 +112,26 @@ async def _echo(lease: EngineLease, prompt: str | tuple[int, ...]) -> str:
     return await lease.engine.detokenize(prompt)
 
 
-def _requests(
-    context: ApiContext, request: Request, lease: EngineLease, body: CompletionRequest, answer_id: str, arrived_at: float
-) -> list[GenerationRequest]:
+def _requests(visit: Visit, body: CompletionRequest) -> list[GenerationRequest]:
+    lease, serve = visit.lease, visit.context.serve
     made = []
     for number, prompt in enumerate(body.prompts):
         if not isinstance(prompt, str):
             require_known_tokens(lease.engine, prompt, param="prompt")
         made.append(
             GenerationRequest(
-                id=f"{answer_id}-{number}",
+                id=f"{visit.id}-{number}",
                 prompt=TextPrompt(text=prompt) if isinstance(prompt, str) else TokenPrompt(tokens=prompt),
-                arrived_at=arrived_at,
-                max_tokens=body.max_tokens or context.serve.max_tokens,
-                deadline_at=deadline_at(context.serve, arrived_at, body.deadline_seconds),
+                arrived_at=visit.arrived_at,
+                max_tokens=body.max_tokens or serve.max_tokens,
+                deadline_at=deadline_at(serve, visit.arrived_at, body.deadline_seconds),
                 n=body.n,
                 stop=stop_strings(body.stop),
                 sampling=body.sampling(),
                 top_logprobs=body.logprobs,
                 adapter=lease.adapter,
                 adapter_scale=lease.scaled(body.adapter_scale),
-                tenant=context.tenant(request),
+                tenant=visit.tenant,
             )
         )
     return made

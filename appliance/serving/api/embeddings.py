@@ -14,11 +14,11 @@ from pydantic import BaseModel, Field
 
 from appliance.errors import EngineFailed, RequestError
 from appliance.serving.api.context import ApiContext
-from appliance.serving.api.deadline import deadline_at
 from appliance.serving.api.errors import REFUSALS
 from appliance.serving.api.fields import ModelName, Strict
 from appliance.serving.api.json_answer import json_answer
 from appliance.serving.api.tokens import MAX_TOKENS, Text, TokenId, require_known_tokens
+from appliance.serving.deadline import deadline_at
 from appliance.serving.engine import Engine
 from appliance.serving.events import Pooled
 from appliance.serving.requests import PoolingRequest

@@ -3,9 +3,8 @@
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from appliance.errors import ModelNotFound
 from appliance.serving.api.errors import REFUSALS
-from appliance.serving.engine import ModelCard, Models
+from appliance.serving.engine import ModelCard, Models, no_such_model
 
 
 class ModelEntry(BaseModel):
@@ -48,8 +47,7 @@ def find_card(models: Models, name: str) -> ModelCard:
     for card in cards:
         if card.id == name:
             return card
-    known = ", ".join(repr(card.id) for card in cards)
-    raise ModelNotFound(f"This server has no model of that name; it serves {known}.", param="model")
+    raise no_such_model(cards)
 
 
 def _entry(card: ModelCard) -> ModelEntry:

@@ -10,12 +10,12 @@ from pydantic import BaseModel
 
 from appliance import __version__
 from appliance.serving.api.context import ApiContext
-from appliance.serving.api.deadline import deadline_at
 from appliance.serving.api.embeddings import floats, pool, require_width
 from appliance.serving.api.json_answer import json_answer
 from appliance.serving.api.models import find_card
 from appliance.serving.api.ollama_bodies import NANOSECONDS, instant
 from appliance.serving.api.ollama_schema import OllamaEmbeddingsRequest, OllamaEmbedRequest, OllamaShowRequest
+from appliance.serving.deadline import deadline_at
 from appliance.serving.engine import Engine, EngineLease, ModelCard, Models
 
 LATEST = ":latest"  # what clients of Ollama append to a name without a tag

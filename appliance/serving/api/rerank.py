@@ -10,11 +10,11 @@ from pydantic import BaseModel, Field
 
 from appliance.errors import EngineFailed
 from appliance.serving.api.context import ApiContext
-from appliance.serving.api.deadline import deadline_at
 from appliance.serving.api.embeddings import EmbeddingUsage, pool
 from appliance.serving.api.errors import REFUSALS
 from appliance.serving.api.fields import ModelName, Strict
 from appliance.serving.api.tokens import Text
+from appliance.serving.deadline import deadline_at
 
 MAX_DOCUMENTS = 1024
 
