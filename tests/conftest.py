@@ -26,6 +26,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(name, value)
     folder = tmp_path / "artifacts"
     monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(folder))
+    monkeypatch.setenv("APPLIANCE_KEY_FILE", str(tmp_path / "store.key"))  # never the one of whoever runs the tests
     return folder
 
 

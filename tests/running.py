@@ -44,7 +44,7 @@ class Trained:
 
 def environment(root: Path) -> dict[str, str]:
     kept = {key: value for key, value in config.quiet_environment().items() if not key.startswith("APPLIANCE_")}
-    return {**kept, "APPLIANCE_ARTIFACTS": str(root)}
+    return {**kept, "APPLIANCE_ARTIFACTS": str(root), "APPLIANCE_KEY_FILE": str(root.parent / "store.key")}
 
 
 def start(root: Path, *arguments: str | Path, **options: Any) -> "subprocess.Popen[str]":

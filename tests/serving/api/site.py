@@ -14,6 +14,10 @@ from appliance.serving.auth import Gate
 from appliance.serving.metrics import Metrics
 from tests.serving.fakes import FakeEngine, FakeModels
 
+CHAT = "/v1/chat/completions"
+USER = {"role": "user", "content": "hello"}
+TOOL = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}
+
 
 class Site:
     def __init__(self, *engines: FakeEngine, serve: Serve | None = None, gate: Gate | None = None) -> None:
@@ -67,3 +71,7 @@ class Site:
                 if sample.name == "appliance_rejections_total" and sample.labels.get("reason") == reason:
                     return sample.value
         return 0.0
+
+
+def ask_chat(site: Site, **fields: Any) -> httpx.Response:
+    return site.post(CHAT, {"model": "fake", "messages": [USER], **fields})

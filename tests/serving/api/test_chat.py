@@ -1,9 +1,9 @@
-"""POST /v1/chat/completions over a fake engine: what is asked of it, bodies, streams, refusals, and the `openai` client."""
+"""POST /v1/chat/completions over a fake engine: what is asked of it, bodies, streams, and the `openai` client."""
 
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -12,26 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.errors import EngineFailed, QueueFull
+from appliance.errors import QueueFull
 from appliance.serving import sse
-from appliance.serving.api import keep_alive
-from appliance.serving.api.chat_schema import MAX_MESSAGES, MAX_TEXT_CHARACTERS
-from appliance.serving.api.fields import MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_STOPS
-from appliance.serving.api.tools import MAX_TOOLS
 from appliance.serving.events import Event, TextPiece, TokenLogprob
 from appliance.serving.requests import ChatPrompt
-from tests.serving.api.site import Site
+from tests.serving.api.site import CHAT, TOOL, USER, Site
+from tests.serving.api.site import ask_chat as ask
 from tests.serving.fakes import THINKING_MODEL, FakeEngine, breaks, ends, says
 
-CHAT = "/v1/chat/completions"
-USER = {"role": "user", "content": "hello"}
-TOOL = {"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}
 TOOL_CALL = {"id": "c1", "type": "function", "function": {"name": "time", "arguments": "{}"}}
 CALLED = '<tool_call>\n{"name": "time", "arguments": {"zone": "é"}}\n</tool_call>'
-
-
-def ask(site: Site, **fields: Any) -> httpx.Response:
-    return site.post(CHAT, {"model": "fake", "messages": [USER], **fields})
 
 
 def chunks(response: httpx.Response) -> list[dict[str, Any]]:
@@ -265,86 +255,6 @@ def test_several_answers(is_streamed: bool) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": 7}}}, "response_format.json_schema.name"),
-        ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0]"),
-        ({"messages": [{"content": "x"}]}, "messages[0]"),
-        ({"messages": [USER] * (MAX_MESSAGES + 1)}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": "5"}, "max_tokens"),
-        ({"temperature": 2.5}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"seed": 2**63}, "seed"),
-        ({"logit_bias": {"1": 101}}, "logit_bias"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"stop": ""}, "stop"),
-        ({"stop": ["a"] * (MAX_STOPS + 1)}, "stop"),
-        ({"n": MAX_CHOICES + 1}, "n"),
-        ({"stream": "yes"}, "stream"),
-        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"tools": [TOOL] * (MAX_TOOLS + 1)}, "tools"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-        (
-            {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]},
-            "tools[0].function.parameters",
-        ),
-        ({"tool_choice": "maybe"}, "tool_choice"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"grammar": {"type": "regex", "value": {}}}, "grammar"),
-        ({"grammar": {"type": "regex", "value": "a" * (MAX_GRAMMAR_BYTES + 1)}}, "grammar.value"),
-        ({"reasoning_effort": "extreme"}, "reasoning_effort"),
-        ({"chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs"),
-        ({"deadline_seconds": 0}, "deadline_seconds"),
-        ({"store": True}, "store"),
-        ({"functions": [{}]}, "functions"),
-        ({"whatever": 1}, "whatever"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"reasoning_effort": "low"}, "reasoning_effort"),
-    ],
-)  # fmt: skip
-def test_wrong_values_are_named(fields: dict[str, Any], param: str) -> None:
-    site = Site(FakeEngine(says("x")))
-    response = ask(site, **fields)
-    assert response.status_code == 400
-    named = response.json()["error"]["param"]
-    assert named.startswith(param.partition("]")[0].partition(".")[0])
-    assert named.endswith(param.rpartition("]")[2]) or named.startswith(param)
-    assert site.engine.requests == []
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"messages": [USER, {"role": "assistant", "content": "x"}]}, "last message"),
-        ({"messages": [{"role": "user", "content": "x" * (MAX_TEXT_CHARACTERS + 1)}]}, str(MAX_TEXT_CHARACTERS)),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "no images"),
-        ({"stream_options": {"include_usage": True}}, "stream is true"),
-        ({"max_tokens": 1, "max_completion_tokens": 2}, "differ"),
-        ({"top_logprobs": 1}, "logprobs is true"),
-        ({"tools": [TOOL, TOOL]}, "same name"),
-        ({"grammar": {"type": "regex", "value": "a"}, "response_format": {"type": "json_object"}}, "both bind"),
-    ],
-)
-def test_contradictions_are_explained(fields: dict[str, Any], said: str) -> None:
-    response = ask(Site(FakeEngine(says("x"))), **fields)
-    assert response.status_code == 400
-    assert said in response.json()["error"]["message"]
-
-
-def test_no_value_is_repeated_in_an_error() -> None:
-    message = {"role": "secret", "content": [{"type": "secret"}]}
-    assert "secret" not in ask(Site(FakeEngine()), messages=[message], stop={"secret": 1}, tool_choice="secret").text
-
-
 def test_failure_before_and_during_a_stream() -> None:
     site = Site(FakeEngine(breaks("Hel")))
     assert ask(site).status_code == 500
@@ -389,38 +299,6 @@ def test_adapters_are_asked_for_by_name() -> None:
     assert ask(site, model="fake:polite").json()["model"] == "fake:polite"
     assert site.engine.requests[0].adapter == "polite"
     assert ask(site, model=None).json()["model"] == "fake"
-
-
-def test_silence_is_filled_with_comments() -> None:
-    async def events() -> AsyncIterator[bytes]:
-        yield b"one"
-        await spoken.wait()
-        yield b"two"
-
-    async def go() -> list[bytes]:
-        told = []
-        async for part in keep_alive.with_keep_alive(events(), seconds=0.001):
-            told.append(part)
-            if told.count(keep_alive.KEEP_ALIVE) == 3:
-                spoken.set()
-        return told
-
-    spoken = asyncio.Event()
-    told = asyncio.run(asyncio.wait_for(go(), timeout=20))
-    assert [part for part in told if part != keep_alive.KEEP_ALIVE] == [b"one", b"two"]
-    assert list(sse.decode((keep_alive.KEEP_ALIVE + sse.encode({"a": 1})).decode().split("\n"))) == [{"a": 1}]
-
-
-def test_failures_pass_through_the_comments() -> None:
-    async def events() -> AsyncIterator[bytes]:
-        yield b"one"
-        raise EngineFailed("It broke.")
-
-    async def go() -> list[bytes]:
-        return [part async for part in keep_alive.with_keep_alive(events())]
-
-    with pytest.raises(EngineFailed):
-        asyncio.run(go())
 
 
 def test_openai_client() -> None:
