@@ -20,6 +20,7 @@ from appliance.serving.events import (
     TokenLogprob,
 )
 from appliance.serving.requests import GenerationRequest
+from appliance.serving.snapshots import Prefix
 from appliance.serving.speculation import Lookup, Record
 from appliance.serving.text_stream import TextStream
 
@@ -70,6 +71,8 @@ class Answer:
     generated: int = 0
     awaited: "Answer | None" = None  # reads a prefix that this answer needs too
     has_awaited: bool = False
+    recalled: Prefix | None = None  # is being read from disk for this answer
+    has_recalled: bool = False
     lookup: Lookup | None = None
     record: Record | None = None
     reason: FinishReason | None = None

@@ -13,6 +13,7 @@ from appliance.serving.job import Job
 from appliance.serving.snapshots import Prefix, SnapshotStore
 
 SNAPSHOT_TOKENS = 32  # a shorter prefix is read as fast as it is loaded
+RECALL_TOKENS = 64  # what loading a file must save before a request waits for it
 SIGHTINGS = 2  # of a shared prefix, before it is written to disk
 REMEMBERED = 64  # shared prefixes whose sightings are counted
 
@@ -46,6 +47,11 @@ class Prefixes:
     def cached_tokens(self, job: Job) -> int:
         """How much of the prompt need not be computed now; the last token always is."""
         return self._match(job).length
+
+    def known_tokens(self, job: Job) -> int:
+        """As `cached_tokens`, with what would be loaded from disk."""
+        on_disk = self.worth_recalling(job)
+        return self.cached_tokens(job) if on_disk is None else len(on_disk.tokens)
 
     def has(self, prefix: Prefix) -> bool:
         """Whether all of it is cached."""
@@ -161,9 +167,25 @@ class Prefixes:
             ):
                 yield prefix, payload
 
+    def worth_recalling(self, job: Job) -> Prefix | None:
+        """The longest beginning of the job's prompt that is on disk, if it saves enough and would find room now."""
+        if self._store is None:
+            return None
+        found = self._store.longest(job.adapter, job.owner, job.tokens[: job.prompt_tokens - 1])
+        if found is None or len(found.tokens) < self.cached_tokens(job) + RECALL_TOKENS:
+            return None
+        return found if len(found.tokens) <= self._free + self._cache.free_cells else None
+
+    def read(self, prefix: Prefix) -> bytes | None:
+        """Its cells from disk, or None when the file does not hold. Any thread."""
+        return None if self._store is None else self._store.read(prefix)
+
     def restore(self, prefix: Prefix, payload: bytes, scratch: int) -> None:
-        """Caches a prefix from its cells, through the empty sequence `scratch`."""
+        """Caches a prefix from its cells, through the empty sequence `scratch`, if others can make room for it."""
         assert self._store is not None
+        self._cache.make_room(len(prefix.tokens) - self._free)
+        if len(prefix.tokens) > self._free:
+            return
         try:
             self._decoder.restore(scratch, payload)
             self._cache.insert(prefix.adapter, prefix.owner, prefix.tokens, scratch)

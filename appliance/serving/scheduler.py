@@ -2,8 +2,9 @@
 
 Each step computes the running answers first and fills what room is left with prompts, so that a long prompt never freezes
 an answer. `Scheduler` is used from any thread. Its parts: `job.py` (a request's state), `backlog.py` (who waits),
-`running.py` (who has a slot), `batch.py` (what a step computes), `prefixes.py` (who holds which cells), `idle.py` (what is
-done while nobody asks). Knows nothing of llama.cpp (a `Decoder` does the computing), of HTTP or of templates.
+`running.py` (who has a slot), `batch.py` (what a step computes), `prefixes.py` (who holds which cells), `recall.py` (what
+comes back from disk), `idle.py` (what is done while nobody asks). Knows nothing of llama.cpp (a `Decoder` does the
+computing), of HTTP or of templates.
 """
 
 import logging
@@ -22,6 +23,7 @@ from appliance.serving.intake import Intake
 from appliance.serving.job import Answer, Job, Ticket
 from appliance.serving.pace import Pace, Work
 from appliance.serving.prefixes import Prefixes
+from appliance.serving.recall import Recall
 from appliance.serving.requests import GenerationRequest
 from appliance.serving.running import Running
 from appliance.serving.snapshots import Prefix, SnapshotStore
@@ -68,6 +70,7 @@ class Scheduler:
         self._backlog = Backlog(decoder.slots, settings.queue_requests, settings.queue_tokens)
         self._running = Running(decoder, self._prefixes, self._pace, self._gate, weight_bytes)
         self._idle = IdleWork(decoder, self._prefixes, self._running, self._pace, snapshots)
+        self._recall = Recall(self._prefixes, self._notify)
         self._tickets: dict[str, Ticket] = {}
         self._in_flight: Sequence[Answer] = ()  # answers of the decode call now running
         self._step_started_at: float | None = None
@@ -175,7 +178,7 @@ class Scheduler:
             raise RequestError(f"A request with the id {ticket.request.id!r} is being answered; choose another id.")
         running = [self._work(answer) for answer in self._running.answers]
         self._backlog.require_place(len(ticket.prompt), running, self._work, self._pace)
-        cached = self._prefixes.cached_tokens(ticket.answers[0].job)
+        cached = self._prefixes.known_tokens(ticket.answers[0].job)
         for answer in ticket.answers:
             answer.expected_cached = cached if answer.index == 0 else len(ticket.prompt) - 1
         deadline = ticket.request.deadline_at
@@ -202,6 +205,7 @@ class Scheduler:
         finally:
             self._end_all()
             self._idle.close()
+            self._recall.close()
             self._decoder.close()
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -281,13 +285,15 @@ class Scheduler:
         self._fail(ticket, DeadlineExceeded(f"The time allowed, {allowed:.1f} s, was over while {where}; allow more time."))
 
     def _admit(self) -> None:
-        """Gives slots to those that wait, in order; only those that wait for another's reading are overtaken."""
+        """Gives slots to those that wait, in order; those are overtaken that wait for another's reading, or for a file."""
         if self._backlog:
             self._idle.pause()
+        if self._running.free_slots:
+            self._recall.settle(self._running.free_slots[-1])
         for answer in list(self._backlog):
             if not self._running.free_slots:
                 return
-            if answer.is_over or self._running.has_to_wait(answer):
+            if answer.is_over or self._running.has_to_wait(answer) or self._recall.has_to_wait(answer):
                 continue
             try:
                 if not self._running.admit(answer, time.monotonic()):
@@ -301,7 +307,11 @@ class Scheduler:
 
     def _work_idly(self) -> None:
         with self._changed:
-            if self._backlog or self._intake.is_closed:
+            if self._intake.is_closed:
+                return
+            if self._backlog:
+                if self._recall.is_reading:
+                    self._changed.wait()
                 return
             if (chunk := self._idle.next_feed()) is None:
                 if not self._idle.save_one(self._notify):

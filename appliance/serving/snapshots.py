@@ -17,7 +17,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -106,28 +106,39 @@ class SnapshotStore:
         with self._lock:
             return prefix in self._paths
 
-    def read(self, prefix: Prefix) -> bytes | None:
-        """The checked payload; None, and the file is gone, when it does not hold."""
+    def longest(self, adapter: Adapter | None, owner: str | None, tokens: Sequence[int]) -> Prefix | None:
+        """The longest one with which `tokens` begin and that `owner` may use."""
+        begun = tuple(tokens)
         with self._lock:
-            path = self._paths[prefix]
-            try:
-                with _open(path) as file:
-                    header = self._header(file)
-                    if header.prefix != prefix:
-                        raise _Refused("it holds another prefix than at start")
-                    payload = file.read(header.payload_bytes + 1)
-                if len(payload) != header.payload_bytes or _sha256(payload) != header.payload_sha256:
-                    raise _Refused("its content does not match its checksum")
-            except (OSError, _Refused, _OfAnother) as error:
-                del self._paths[prefix]
-                _discard(path, str(error))
-                return None
-            _touch(path)
-            return payload
+            usable = [each for each in self._paths if each.adapter == adapter and each.owner in (None, owner)]
+        fitting = (each for each in usable if begun[: len(each.tokens)] == each.tokens)
+        return max(fitting, key=lambda each: len(each.tokens), default=None)
+
+    def read(self, prefix: Prefix) -> bytes | None:
+        """The checked payload; None, and the file is gone, when it does not hold. Takes a while, and holds nobody up."""
+        with self._lock:
+            path = self._paths.get(prefix)
+        if path is None:
+            return None
+        try:
+            with _open(path) as file:
+                header = self._header(file)
+                if header.prefix != prefix:
+                    raise _Refused("it holds another prefix than at start")
+                payload = file.read(header.payload_bytes + 1)
+            if len(payload) != header.payload_bytes or _sha256(payload) != header.payload_sha256:
+                raise _Refused("its content does not match its checksum")
+        except (OSError, _Refused, _OfAnother) as error:
+            self._forget(prefix, path, str(error))
+            return None
+        _touch(path)
+        return payload
 
     def discard(self, prefix: Prefix, reason: str) -> None:
         with self._lock:
-            _discard(self._paths.pop(prefix), reason)
+            path = self._paths.get(prefix)
+        if path is not None:
+            self._forget(prefix, path, reason)
 
     def touch(self, prefix: Prefix) -> None:
         """Notes that the prefix was used."""
@@ -163,6 +174,12 @@ class SnapshotStore:
                 return False
             self._paths[prefix] = path
             return True
+
+    def _forget(self, prefix: Prefix, path: Path, reason: str) -> None:
+        with self._lock:
+            if self._paths.get(prefix) == path:
+                del self._paths[prefix]
+        _discard(path, reason)
 
     def _scan(self) -> dict[Prefix, Path]:
         """The usable files, by what they hold; deletes those that are broken or half written."""

@@ -1,6 +1,7 @@
 """What answers share: prefixes, the KV memory, adapters' turns, idle time; and what tenants never share."""
 
 import itertools
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,70 @@ def test_visitors_text_is_never_written(tmp_path: Path) -> None:
         until(lambda: len(list(tmp_path.glob("*.prefix"))) == 1)
         bench.idle()
     assert b"7000" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+
+LONG_SYSTEM = tuple(range(1000, 1100))
+
+
+def pushed_out(bench: Bench) -> None:
+    """Two requests under one system prompt, whose cells then make room for others'."""
+    for last in (1, 2):
+        bench.client(*LONG_SYSTEM, last, shared=len(LONG_SYSTEM), tenant="a").end()
+        bench.idle()
+    for first in (2000, 3000, 4000):
+        bench.client(*range(first, first + 150)).end()
+        bench.idle()
+    assert bench.scheduler._prefixes.has(Prefix(LONG_SYSTEM, None, "a")) is False
+
+
+def test_prefix_that_memory_has_lost_comes_back_from_disk(tmp_path: Path) -> None:
+    with bench_of(cells=400, snapshots=store_in(tmp_path)) as bench:
+        pushed_out(bench)
+        before = bench.decoder.computed
+        again = bench.client(*LONG_SYSTEM, 5, tenant="a")
+        assert (cached(again), again.text) == (len(LONG_SYSTEM), numbers(6, 5))
+        assert bench.decoder.computed - before == 1 + 4
+        assert cached(bench.client(*LONG_SYSTEM, 5, tenant="b")) == 0, "what another's key has written"
+
+
+def test_others_are_answered_while_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bench_of(cells=400, snapshots=store_in(tmp_path)) as bench:
+        pushed_out(bench)
+        is_read = threading.Event()
+        read = SnapshotStore.read
+
+        def slow_read(store: SnapshotStore, prefix: Prefix) -> bytes | None:
+            assert is_read.wait(10)
+            return read(store, prefix)
+
+        monkeypatch.setattr(SnapshotStore, "read", slow_read)
+        waiting, gone = (bench.client(*LONG_SYSTEM, last, tenant="a") for last in (5, 6))
+        assert bench.client(7).reason() == "length"
+        gone.cancel()
+        assert gone.reason() == "cancelled"
+        is_read.set()
+        assert (cached(waiting), waiting.text) == (len(LONG_SYSTEM), numbers(6, 5))
+
+
+def test_broken_file_is_deleted_and_the_prefix_read(tmp_path: Path) -> None:
+    with bench_of(cells=400, snapshots=store_in(tmp_path)) as bench:
+        pushed_out(bench)
+        (path,) = tmp_path.glob("*.prefix")
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        again = bench.client(*LONG_SYSTEM, 5, tenant="a")
+        assert (cached(again), again.text) == (0, numbers(6, 5))
+        assert not path.exists()
+
+
+def test_file_that_finds_no_room_is_not_waited_for(tmp_path: Path) -> None:
+    with bench_of(cells=400, snapshots=store_in(tmp_path)) as bench:
+        pushed_out(bench)
+        bench.decoder.gate.clear()
+        big = bench.client(*range(5000, 5150), max_tokens=40)
+        again = bench.client(*LONG_SYSTEM, 5, tenant="a", max_tokens=90)
+        bench.decoder.gate.set()
+        assert big.reason() == again.reason() == "length"
 
 
 def test_refused_snapshot_is_deleted_and_the_prefix_read(tmp_path: Path) -> None:

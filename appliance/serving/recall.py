@@ -1,0 +1,53 @@
+"""Brings back prefixes from disk for requests that begin like one that the KV memory no longer holds.
+
+Files are read in a thread of its own, beside the answers that run; the request waits for its file, and others overtake it.
+"""
+
+import concurrent.futures
+import logging
+from collections.abc import Callable
+
+from appliance.serving.job import Answer
+from appliance.serving.prefixes import Prefixes
+from appliance.serving.snapshots import Prefix
+
+logger = logging.getLogger("appliance.serving")
+
+
+class Recall:
+    """Used from the scheduler's thread, with its lock; `notify` is called from another when a file has been read."""
+
+    def __init__(self, prefixes: Prefixes, notify: Callable[[], None]) -> None:
+        self._prefixes = prefixes
+        self._notify = notify
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, "recall")
+        self._files: dict[Prefix, concurrent.futures.Future[bytes | None]] = {}
+
+    @property
+    def is_reading(self) -> bool:
+        return any(not file.done() for file in self._files.values())
+
+    def has_to_wait(self, answer: Answer) -> bool:
+        """Whether a file with the beginning of the prompt is being read. Each answer waits for one file only."""
+        if answer.recalled is None and not answer.has_recalled:
+            answer.has_recalled = True
+            if (prefix := self._prefixes.worth_recalling(answer.job)) is not None:
+                answer.recalled = prefix
+                if prefix not in self._files:
+                    self._files[prefix] = file = self._reader.submit(self._prefixes.read, prefix)
+                    file.add_done_callback(lambda _: self._notify())
+        if answer.recalled in self._files:
+            return True
+        answer.recalled = None
+        return False
+
+    def settle(self, scratch: int) -> None:
+        """Caches what has been read, through the empty sequence `scratch`."""
+        for prefix in [prefix for prefix, file in self._files.items() if file.done()]:
+            payload = self._files.pop(prefix).result()
+            if payload is not None and not self._prefixes.has(prefix):
+                self._prefixes.restore(prefix, payload, scratch)
+
+    def close(self) -> None:
+        """Waits for the file being read."""
+        self._reader.shutdown(cancel_futures=True)
