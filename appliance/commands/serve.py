@@ -1,5 +1,6 @@
 """`appliance serve`: models behind OpenAI's HTTP API, the promoted one first."""
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from appliance.serving.memory_plan import Plan
     from appliance.serving.model_pool import ModelPool
     from appliance.serving.served_model import ServedModel
+    from appliance.serving.worker_process import Workers
 
 DEFAULTS = Serve()
 
@@ -46,21 +48,28 @@ def serve(model: str | None, verify: bool, insecure_no_key: bool, **flags: Any) 
     config.apply_quiet_environment()
     import asyncio
 
-    from appliance.serving import auth, server
+    from appliance.serving.worker_process import Workers
 
-    given = {name: value for name, value in flags.items() if value not in (None, ())}
-    catalog = _Catalog(model, given, verify)
-    served = catalog.find_all()
-    settings = served[0][1]
-    gate = auth.gate_for(settings, settings.host, settings.port, is_keyless_allowed=insecure_no_key)
-    try:
-        with server.bind(settings.host, settings.port) as sock:
-            asyncio.run(_serve(catalog, served, gate, sock))
-    finally:
-        gate.close()
+    with contextlib.closing(Workers()) as workers:
+        workers.prepare()  # before this process imports what it needs itself
+        from appliance.serving import auth, server
+
+        given = {name: value for name, value in flags.items() if value not in (None, ())}
+        catalog = _Catalog(model, given, verify)
+        served = catalog.find_all()
+        settings = served[0][1]
+        with (
+            contextlib.closing(
+                auth.gate_for(settings, settings.host, settings.port, is_keyless_allowed=insecure_no_key)
+            ) as gate,
+            server.bind(settings.host, settings.port) as sock,
+        ):
+            asyncio.run(_serve(catalog, served, gate, sock, workers))
 
 
-async def _serve(catalog: "_Catalog", served: "list[tuple[ServedModel, Serve]]", gate: "Gate", sock: "socket") -> None:
+async def _serve(
+    catalog: "_Catalog", served: "list[tuple[ServedModel, Serve]]", gate: "Gate", sock: "socket", workers: "Workers"
+) -> None:
     """Loads the default model and answers until a signal comes."""
     from prometheus_client import CollectorRegistry
 
@@ -73,8 +82,9 @@ async def _serve(catalog: "_Catalog", served: "list[tuple[ServedModel, Serve]]",
     settings = served[0][1]
     registry = CollectorRegistry()
     metrics = Metrics(registry)
-    metrics.record_peak_bandwidth(bandwidth.measure(settings.threads or device.physical_cores()))
-    pool = catalog.pool(served, metrics)
+    threads = settings.threads or device.physical_cores()
+    metrics.record_peak_bandwidth(bandwidth.remembered(threads, catalog.folder))
+    pool = catalog.pool(served, metrics, workers)
     registry.register(MachineCollector(pool.processes))
     try:
         await pool.start()
@@ -98,8 +108,9 @@ class _Catalog:
         self._model = model
         self._flags = flags
         self._root = config.artifacts_root()
-        self._folder = self._root if self._root.is_dir() else config.cache_root()
-        self._digests = Digests(self._folder, is_trusted=not is_verifying)
+        self.folder = self._root if self._root.is_dir() else config.cache_root()
+        self._digests = Digests(self.folder, is_trusted=not is_verifying)
+        self._is_verifying = is_verifying
 
     def find_all(self) -> "list[tuple[ServedModel, Serve]]":
         """The default model and the others, with their settings; every file's header and sha256 is checked."""
@@ -123,17 +134,26 @@ class _Catalog:
 
         return served_model.promotion_mark(self._root)
 
-    def pool(self, served: "list[tuple[ServedModel, Serve]]", metrics: Any) -> "ModelPool":
+    def pool(self, served: "list[tuple[ServedModel, Serve]]", metrics: Any, workers: "Workers") -> "ModelPool":
         from appliance.serving.model_pool import ModelPool
         from appliance.serving.planning import Planner
+        from appliance.serving.tried import Tried
 
         for model, _ in served:
             if model.is_foreign:
                 note(f"warning: {model.path} has no manifest; nothing says where it came from or what it was tested for")
         explicit = {*self._flags, *config.environment_table(Recipe).get("serve", {})}
         promotion = self if self._model is None else None
-        plans = Planner(explicit=explicit, folder=self._folder)
-        return ModelPool(served, plans=plans, listener=metrics, promotion=promotion, on_planned=_tell_plan)
+        tried = Tried(self.folder, self._digests, is_trusted=not self._is_verifying)
+        return ModelPool(
+            served,
+            plans=Planner(explicit=explicit, folder=self.folder),
+            listener=metrics,
+            promotion=promotion,
+            on_planned=_tell_plan,
+            probe=tried.check,
+            workers=workers,
+        )
 
     def _find_other(self, model: str, settings: Serve) -> "tuple[ServedModel, Serve]":
         from appliance.serving import served_model

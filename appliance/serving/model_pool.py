@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -36,7 +37,7 @@ from appliance.serving.memory_prediction import MemoryPrediction
 from appliance.serving.place import Place
 from appliance.serving.served_model import ServedModel
 from appliance.serving.supervisor import Patience, Supervisor
-from appliance.serving.worker_process import COMMAND
+from appliance.serving.worker_process import Workers
 
 TICK_SECONDS = 1.0  # between looks at what is promoted and what is idle
 BUSY_RETRY_SECONDS = 10
@@ -71,7 +72,8 @@ class ModelPool:
         listener: EngineListener,
         promotion: Promotion | None = None,
         on_planned: Callable[[Plan], None] = lambda plan: None,  # noqa: ARG005
-        command: Sequence[str] = COMMAND,
+        probe: Callable[[Path, Path | None], object] = probe.check,
+        workers: Workers | None = None,
         tick_seconds: float = TICK_SECONDS,
     ) -> None:
         """Without a `promotion` the default model stays what it is."""
@@ -84,7 +86,8 @@ class ModelPool:
         self._promotion = promotion
         self._mark = promotion.mark() if promotion is not None else None
         self._on_planned = on_planned
-        self._command = command
+        self._probe = probe
+        self._workers = workers or Workers()
         self._tick_seconds = tick_seconds
         self._lock = asyncio.Lock()  # one model is loaded or unloaded at a time
         self._changed = asyncio.Event()  # replaced by a new one at each change
@@ -228,7 +231,7 @@ class ModelPool:
     async def _load(self, place: Place) -> None:
         """Makes room if need be and loads the model of a place; the caller holds the lock."""
         if not place.is_probed:
-            await asyncio.to_thread(_probe, place.model)
+            await asyncio.to_thread(self._probe_all, place.model)
             place.is_probed = True
         while True:
             try:
@@ -258,7 +261,7 @@ class ModelPool:
         self._on_planned(plan)
         seconds = place.serve.watchdog_seconds
         patience = Patience(step_seconds=seconds, silence_seconds=seconds)
-        engine = Supervisor(plan.settings, listener=self._listener, patience=patience, command=self._command)
+        engine = Supervisor(plan.settings, listener=self._listener, patience=patience, workers=self._workers)
         await engine.start()
         place.engine, place.memory, place.used_at = engine, plan.memory, time.monotonic()
         self._tell()
@@ -365,6 +368,13 @@ class ModelPool:
         while not condition():
             await self._changed.wait()
 
+    def _probe_all(self, model: ServedModel) -> None:
+        """Tries what nobody vouches for in a process that may crash. Raises `ModelFileError`."""
+        if model.is_foreign:
+            self._probe(model.path, None)
+        for path in model.foreign_adapters:
+            self._probe(path, model.path)
+
     def _tell(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
@@ -379,11 +389,3 @@ class ModelPool:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, ApplianceError):
             logger.error("event=task_failed", exc_info=error)
-
-
-def _probe(model: ServedModel) -> None:
-    """Tries what nobody vouches for in a process that may crash. Raises `ModelFileError`."""
-    if model.is_foreign:
-        probe.check(model.path)
-    for path in model.foreign_adapters:
-        probe.check(path, base=model.path)

@@ -41,7 +41,7 @@ class Verdict(Struct, frozen=True, kw_only=True):
     sandbox: SandboxReport
 
 
-def check(path: Path, *, base: Path | None = None, timeout_seconds: float = TIMEOUT_SECONDS) -> SandboxReport:
+def check(path: Path, base: Path | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> SandboxReport:
     """Raises `ModelFileError` unless the file can be loaded and computes one token. An adapter needs its `base`, a model.
 
     Returns what held the child back while it tried.

@@ -34,7 +34,7 @@ from appliance.serving.requests import (
     TemplateRequest,
     TokenizeRequest,
 )
-from appliance.serving.worker_process import COMMAND, Death, WorkerDied, WorkerProcess
+from appliance.serving.worker_process import Death, WorkerDied, WorkerProcess, Workers
 
 STABLE_SECONDS = 60.0  # a process that lived so long is started again at once when it dies
 LONGEST_PAUSE_SECONDS = 60.0
@@ -62,13 +62,13 @@ class Supervisor:
         *,
         listener: EngineListener,
         patience: Patience | None = None,
-        command: Sequence[str] = COMMAND,
+        workers: Workers | None = None,
     ) -> None:
         self._settings = settings
         self._listener = listener
         self._stats = listener.of_model(settings.name)
         self._patience = patience or Patience()
-        self._command = command
+        self._workers = workers or Workers()
         self._in_hand = InHand()
         self._ids = itertools.count()
         self._worker: WorkerProcess | None = None
@@ -272,7 +272,7 @@ class Supervisor:
     async def _start_worker(self) -> None:
         """Starts a process and waits until it has loaded the model. Raises `WorkerDied`, or what it says is wrong."""
         self._loading_since = time.monotonic()
-        worker = self._worker = await WorkerProcess.start(self._settings, self._command)
+        worker = self._worker = await self._workers.start(self._settings)
         try:
             async with asyncio.timeout(self._patience.load_seconds):
                 first = await worker.message()

@@ -1,9 +1,9 @@
 """The engine's own process: `python -m appliance.serving.worker FD`, where FD is its end of a socket pair.
 
-Reads `EngineSettings`, locks itself in, loads the model, answers `Ready` or `LoadRefused`, and then does what the server
-asks until the socket closes: a server that ends in whatever way leaves no engine behind. Signals that are meant for the
-server (Ctrl-C, a service manager's SIGTERM to every process) are ignored, so that a drain can finish. Knows nothing of
-llama.cpp.
+Loads its libraries, reads `EngineSettings`, locks itself in, loads the model, answers `Ready` or `LoadRefused`, and then
+does what the server asks until the socket closes: a server that ends in whatever way leaves no engine behind. Signals that
+are meant for the server (Ctrl-C, a service manager's SIGTERM to every process) are ignored, so that a drain can finish.
+Knows nothing of llama.cpp.
 """
 
 import ctypes
@@ -56,7 +56,10 @@ class Host(Protocol):
 
 def main() -> None:
     behave()
-    code = run(int(sys.argv[1]), _make_hosted, confine)
+    # Before the settings come, since it takes a while: the server starts this process ahead of them. It starts no thread.
+    from appliance.serving.hosted import Hosted
+
+    code = run(int(sys.argv[1]), Hosted, confine)
     logging.shutdown()
     os._exit(code)  # a thread that hangs in a template would hold up an ordinary exit
 
@@ -104,6 +107,9 @@ def behave() -> None:
 
 def confine(settings: EngineSettings) -> None:
     """From here on the process can read the model's files, write its snapshots, compute, and nothing else."""
+    if len(threads := list(Path("/proc/self/task").iterdir())) > 1:
+        message = f"The engine cannot be confined: a library has started {len(threads) - 1} threads, which would stay free."
+        raise EnvironmentIncomplete(message)
     snapshots = [Path(settings.snapshot_folder)] if settings.snapshot_folder is not None else []
     files = [Path(settings.model_path), *map(Path, settings.adapters.values())]
     try:
@@ -113,12 +119,6 @@ def confine(settings: EngineSettings) -> None:
         raise EnvironmentIncomplete(message) from error
     if not report.is_complete:
         logger.warning("event=sandbox_incomplete report=%r", str(report))
-
-
-def _make_hosted(settings: EngineSettings, outbox: Outbox) -> Host:
-    from appliance.serving.hosted import Hosted
-
-    return Hosted(settings, outbox)
 
 
 def _obey(message: wire.ToWorker, host: Host, outbox: Outbox) -> None:

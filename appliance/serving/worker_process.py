@@ -22,6 +22,7 @@ from appliance.serving import wire
 from appliance.serving.engine import RestartReason
 from appliance.serving.engine_settings import EngineSettings
 
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's, which would be there before the process is confined
 COMMAND = (sys.executable, "-m", "appliance.serving.worker")
 OOM_SCORE, FIRST_TO_GO = Path("/proc/self/oom_score_adj"), "500"
 END_SECONDS = 6.0  # a worker whose socket has closed ends by itself, a little sooner
@@ -53,8 +54,61 @@ class WorkerDied(Exception):
         return ModelFileError(f"{said} Copy the file again or name another model.")
 
 
+class Workers:
+    """Starts workers. Called in the main thread: a worker dies with the thread that started it."""
+
+    def __init__(self, command: Sequence[str] = COMMAND) -> None:
+        self._command = command
+        self._waiting: _Waiting | None = None
+
+    def prepare(self) -> None:
+        """Starts a process ahead of its settings, so that it loads its libraries while this one still loads its own."""
+        self._waiting = _Waiting.start(self._command)
+
+    async def start(self, settings: EngineSettings) -> "WorkerProcess":
+        """A process with these settings, which begins to load the model. Raises `EnvironmentIncomplete`."""
+        if self._waiting is not None and self._waiting.process.poll() is not None:
+            self.close()
+        waiting, self._waiting = self._waiting or _Waiting.start(self._command), None
+        try:
+            return await WorkerProcess.take(waiting, settings)
+        except BaseException:
+            waiting.end()
+            raise
+
+    def close(self) -> None:
+        """Ends a process that nobody had use for."""
+        if self._waiting is not None:
+            self._waiting.end()
+            self._waiting = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A worker without settings, and our end of its socket."""
+
+    process: "subprocess.Popen[bytes]"
+    sock: socket.socket
+
+    @classmethod
+    def start(cls, command: Sequence[str]) -> "_Waiting":
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                return cls(_spawn([*command, str(theirs.fileno())], theirs.fileno()), ours)
+            except OSError as error:
+                ours.close()
+                message = f"No process can be started for the engine ({error.strerror}); end others, or raise the limit."
+                raise EnvironmentIncomplete(message) from error
+
+    def end(self) -> None:
+        self.sock.close()
+        self.process.kill()
+        self.process.communicate()
+
+
 class WorkerProcess:
-    """A running worker. Made by `start`; ended by `kill` or `end`, and `death` waits until it is gone."""
+    """A running worker. Made by `Workers.start`; ended by `kill` or `end`, and `death` waits until it is gone."""
 
     def __init__(
         self, process: "subprocess.Popen[bytes]", reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -68,18 +122,10 @@ class WorkerProcess:
         self._log: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, settings: EngineSettings, command: Sequence[str] = COMMAND) -> "WorkerProcess":
-        """Starts the process and hands it its settings. Called in the main thread: the worker dies with its thread."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            reader, writer = await asyncio.open_unix_connection(sock=ours)
-            try:
-                process = _spawn([*command, str(theirs.fileno())], theirs.fileno())
-            except OSError as error:
-                writer.transport.abort()
-                message = f"No process can be started for the engine ({error.strerror}); end others, or raise the limit."
-                raise EnvironmentIncomplete(message) from error
-        worker = cls(process, reader, writer)
+    async def take(cls, waiting: "_Waiting", settings: EngineSettings) -> "WorkerProcess":
+        """Hands a process that waits for them its settings."""
+        reader, writer = await asyncio.open_unix_connection(sock=waiting.sock)
+        worker = cls(waiting.process, reader, writer)
         worker._log = asyncio.create_task(worker._pass_on_log(settings.name))
         worker.send(settings)
         return worker
@@ -160,7 +206,7 @@ def _spawn(command: Sequence[str], descriptor: int) -> "subprocess.Popen[bytes]"
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            env=config.quiet_environment(),
+            env={**config.quiet_environment(), **ONE_THREAD},
         )
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from appliance.gpu import Gpu
@@ -128,3 +129,19 @@ def test_the_peak_bandwidth_is_measured(tmp_path: Path) -> None:
     write(tmp_path, {"index0/size": "32K\n", "index3/size": "8192K\n"})
     assert bandwidth.last_level_cache_bytes(tmp_path) == 8 << 20
     assert bandwidth.last_level_cache_bytes(tmp_path / "none") == 0
+
+
+def test_the_peak_bandwidth_is_measured_once_a_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = [3e9, 2e9, 1e9]
+    monkeypatch.setattr(bandwidth, "measure", lambda threads: measured.pop())  # noqa: ARG005
+    assert [bandwidth.remembered(2, tmp_path) for _ in range(2)] == [1e9, 1e9]
+    assert bandwidth.remembered(1, tmp_path) == 2e9, "with other threads"
+    monkeypatch.setattr(bandwidth, "BOOT_ID", tmp_path / "boot")
+    (tmp_path / "boot").write_text("another")
+    assert bandwidth.remembered(1, tmp_path) == 3e9, "after a boot"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"bytes_per_second": NaN}', '{"bytes_per_second": "1"}'])
+def test_a_damaged_memory_of_the_bandwidth_is_made_again(content: str, tmp_path: Path) -> None:
+    (tmp_path / bandwidth.NAME).write_text(content)
+    assert 1e8 < bandwidth.remembered(1, tmp_path) < 1e13

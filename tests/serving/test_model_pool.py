@@ -26,6 +26,7 @@ from appliance.serving.memory_plan import Plan
 from appliance.serving.memory_prediction import MemoryPrediction
 from appliance.serving.model_pool import ModelPool
 from appliance.serving.served_model import ServedModel
+from appliance.serving.worker_process import Workers
 from tests import tiny_gguf
 from tests.serving.test_supervisor import COMMAND, Listener, ask, in_loop, settings, text_of, until
 
@@ -124,7 +125,7 @@ async def pool_of(
         plans=room or Room(),
         listener=listener,
         promotion=promotion,
-        command=COMMAND,
+        workers=Workers(COMMAND),
         tick_seconds=0.02,
     )
     await pool.start()

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,11 +23,13 @@ from appliance.errors import (
     RequestError,
     ShuttingDown,
 )
+from appliance.serving import wire, worker_process
 from appliance.serving.engine import Generation
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import Finished, Load, ModelInfo, RequestStats, StepStats, TextPiece
 from appliance.serving.requests import ChatPrompt, GenerationRequest, PoolingRequest, TextPrompt
 from appliance.serving.supervisor import Patience, Supervisor
+from appliance.serving.worker_process import Workers
 
 COMMAND = (sys.executable, "-m", "tests.serving.stand_in_worker")
 QUICK = Patience(step_seconds=0.2, silence_seconds=0.4, encode_seconds=0.2, ping_seconds=0.05)
@@ -92,7 +95,7 @@ async def supervised(
     name: str = "tiny", patience: Patience = QUICK, **fields: Any
 ) -> AsyncIterator[tuple[Supervisor, Listener]]:
     listener = Listener()
-    engine = Supervisor(settings(name, **fields), listener=listener, patience=patience, command=COMMAND)
+    engine = Supervisor(settings(name, **fields), listener=listener, patience=patience, workers=Workers(COMMAND))
     await engine.start()
     try:
         yield engine, listener
@@ -336,9 +339,65 @@ async def test_close_fails_what_is_left_and_ends_the_process() -> None:
 def test_a_model_that_does_not_load_is_an_error_in_words(name: str, error: type[Exception], said: str) -> None:
     @in_loop
     async def scenario() -> None:
-        engine = Supervisor(settings(name), listener=Listener(), patience=Patience(load_seconds=1.0), command=COMMAND)
+        patience = Patience(load_seconds=1.0)
+        engine = Supervisor(settings(name), listener=Listener(), patience=patience, workers=Workers(COMMAND))
         with pytest.raises(error, match=said):
             await engine.start()
         await engine.close()
 
     scenario()
+
+
+@in_loop
+async def test_a_process_that_was_prepared_gets_the_settings() -> None:
+    workers = Workers(COMMAND)
+    workers.prepare()
+    prepared = workers._waiting
+    assert prepared is not None
+    for is_prepared in (True, False):
+        worker = await workers.start(settings("fake"))
+        assert isinstance(await worker.message(), wire.Ready)
+        assert (worker.pid == prepared.process.pid) == is_prepared
+        await worker.end()
+    workers.close()
+
+
+@in_loop
+async def test_a_prepared_process_that_died_is_replaced() -> None:
+    workers = Workers(COMMAND)
+    workers.prepare()
+    prepared = workers._waiting
+    assert prepared is not None
+    prepared.process.kill()
+    prepared.process.wait()
+    worker = await workers.start(settings("fake"))
+    assert isinstance(await worker.message(), wire.Ready)
+    await worker.end()
+
+
+def test_a_prepared_process_that_nobody_needs_is_ended() -> None:
+    workers = Workers(COMMAND)
+    workers.prepare()
+    prepared = workers._waiting
+    assert prepared is not None
+    workers.close()
+    assert prepared.process.returncode is not None
+    workers.close()
+
+
+@in_loop
+async def test_a_start_that_is_not_wanted_any_more_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    spawn = worker_process._spawn
+
+    def noted(*arguments: Any) -> "subprocess.Popen[bytes]":
+        started.append(spawn(*arguments))
+        return started[-1]
+
+    monkeypatch.setattr(worker_process, "_spawn", noted)
+    task = asyncio.create_task(Workers(COMMAND).start(settings("fake")))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
