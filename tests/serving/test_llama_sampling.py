@@ -14,10 +14,10 @@ from llama_cpp import llama_cpp as c
 
 from appliance.errors import EngineFailed, RequestError
 from appliance.serving.decoder import IDLE_CHUNK_TOKENS, Feed
-from appliance.serving.llama import Context
+from appliance.serving.llama import Context, sampler
 from appliance.serving.llama.sampler import Candidates, SlotSampler
 from appliance.serving.requests import Grammar, GrammarKind, SamplingSettings
-from appliance.serving.sampling import Penalties
+from appliance.serving.sampling import Penalties, without_hopeless
 from tests import tiny_gguf
 from tests.serving.llama_decoding import ALL, GREEDY, PROMPT, decode, generate, logprobs, open_context, text_of
 
@@ -107,6 +107,32 @@ def test_drawn_tokens_have_the_distribution_of_the_temperature() -> None:
     drawn = np.bincount([sampler.sample(logits.copy()).token for _ in range(3000)]) / 3000
     sampler.close()
     np.testing.assert_allclose(drawn, [0.5, 0.3, 0.2], atol=0.04)
+
+
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.9}, {"top_p": 0.5, "temperature": 0.9}])
+def test_leaving_out_hopeless_tokens_changes_no_draw(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(3)
+    rows = random.normal(0.0, 2.5, (40, 20_000)).astype(np.float32)
+    rows += (random.random(rows.shape) < 1e-3) * random.uniform(0.0, 30.0, rows.shape).astype(np.float32)
+    sampling = SamplingSettings(**({"temperature": 0.7} | more), seed=5)
+    sizes: list[int] = []
+
+    def drawn() -> list[int]:
+        slot = SlotSampler(sampling, candidates=Candidates(20_000), end_tokens=ALL, gate=None, top_logprobs=None)
+        tokens = [slot.sample(row.copy()).token for row in rows]
+        slot.close()
+        return tokens
+
+    def noted(ids: Any, values: Any, temperature: float) -> Any:
+        left = without_hopeless(ids, values, temperature)
+        sizes.append(len(left[0]))
+        return left
+
+    monkeypatch.setattr(sampler, "without_hopeless", noted)
+    trimmed = drawn()
+    assert sum(sizes) < 0.5 * rows.size, "nothing was left out, so nothing is shown"
+    monkeypatch.setattr(sampler, "without_hopeless", lambda ids, values, temperature: (ids, values))  # noqa: ARG005
+    assert trimmed == drawn()
 
 
 def test_log_probabilities_are_of_the_model_and_not_of_the_settings(context: Context) -> None:

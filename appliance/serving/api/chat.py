@@ -12,7 +12,6 @@ from appliance.serving.api.chat_schema import ChatRequest
 from appliance.serving.api.context import ApiContext
 from appliance.serving.api.errors import REFUSALS
 from appliance.serving.api.json_answer import json_answer
-from appliance.serving.api.keep_alive import with_keep_alive
 from appliance.serving.api.visit import Visit
 
 
@@ -33,7 +32,7 @@ def router(context: ApiContext) -> APIRouter:
                 wants_logprobs=body.logprobs,
             )
             if body.stream:
-                told = with_keep_alive(streaming.events(bodies.chunks(answer)))
+                told = streaming.events(bodies.chunks(answer))
                 return streaming.HoldingStream(told, held.pop_all(), streaming.EVENTS)
             return await json_answer(await bodies.whole(answer))
 

@@ -27,7 +27,6 @@ from appliance.serving.api.fields import (
     stop_strings,
 )
 from appliance.serving.api.json_answer import json_answer
-from appliance.serving.api.keep_alive import with_keep_alive
 from appliance.serving.api.tokens import Text, require_known_tokens
 from appliance.serving.api.visit import Visit
 from appliance.serving.deadline import deadline_at
@@ -96,7 +95,7 @@ def router(context: ApiContext) -> APIRouter:
             await batch.start()
             bodies = CompletionBodies(visit.id, int(time.time()), lease, echoes, n=body.n, wants_usage=body.wants_usage)
             if body.stream:
-                told = with_keep_alive(streaming.events(_chunks(batch, bodies)))
+                told = streaming.events(_chunks(batch, bodies))
                 return streaming.HoldingStream(told, held.pop_all(), streaming.EVENTS)
             async for number, event in batch:
                 bodies.add(number, event)

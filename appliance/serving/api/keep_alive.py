@@ -4,28 +4,48 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.types import Message, Send
 
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 10.0
 
 
-async def with_keep_alive(events: AsyncIterator[bytes], seconds: float = KEEP_ALIVE_SECONDS) -> AsyncIterator[bytes]:
-    """The same events, and a comment whenever none has come for `seconds`."""
-    following: asyncio.Task[bytes | None] | None = None
-    try:
+@asynccontextmanager
+async def filled(send: Send, seconds: float = KEEP_ALIVE_SECONDS) -> AsyncIterator[Send]:
+    """An ASGI `send` beside which a comment is sent whenever nothing was for `seconds`, until the answer is whole.
+
+    One task waits beside the whole stream, so that an event costs no more than noting when it was sent.
+    """
+    turn = asyncio.Lock()
+    is_open, said_at = False, time.monotonic()
+
+    async def say(message: Message) -> None:
+        nonlocal is_open, said_at
+        async with turn:
+            is_open = message["type"] == "http.response.start" or bool(message.get("more_body"))
+            await send(message)
+            said_at = time.monotonic()
+
+    async def fill() -> None:
+        nonlocal said_at
         while True:
-            following = asyncio.create_task(_following(events))
-            while not (await asyncio.wait({following}, timeout=seconds))[0]:
-                yield KEEP_ALIVE
-            event = following.result()
-            if event is None:
-                return
-            yield event
+            await asyncio.sleep(max(0.0, said_at + seconds - time.monotonic()))
+            async with turn:
+                if is_open and time.monotonic() - said_at >= seconds:
+                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                    said_at = time.monotonic()
+                elif not is_open:
+                    said_at = time.monotonic()
+
+    filler = asyncio.create_task(fill())
+    try:
+        yield say
     finally:
-        if following is not None:
-            following.cancel()
-
-
-async def _following(events: AsyncIterator[bytes]) -> bytes | None:
-    return await anext(events, None)
+        filler.cancel()
+        await asyncio.wait({filler})
+        if not filler.cancelled():
+            filler.exception()  # the client that it failed to reach is found gone by the next event, too

@@ -11,7 +11,6 @@ from appliance.serving.api import streaming
 from appliance.serving.api.context import ApiContext
 from appliance.serving.api.errors import REFUSALS
 from appliance.serving.api.json_answer import json_answer
-from appliance.serving.api.keep_alive import with_keep_alive
 from appliance.serving.api.responses_bodies import ModelResponse, ResponseBodies
 from appliance.serving.api.responses_schema import ResponsesRequest
 from appliance.serving.api.visit import Visit
@@ -27,7 +26,7 @@ def router(context: ApiContext) -> APIRouter:
             answer = await visit.start(body.turn())
             bodies = ResponseBodies(visit.id, int(time.time()), visit.lease, body)
             if body.stream:
-                return streaming.HoldingStream(with_keep_alive(bodies.told(answer)), held.pop_all(), streaming.EVENTS)
+                return streaming.HoldingStream(bodies.told(answer), held.pop_all(), streaming.EVENTS)
             return await json_answer(await bodies.whole(answer))
 
     return routes

@@ -11,6 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from appliance.errors import ApplianceError
 from appliance.serving import sse
+from appliance.serving.api import keep_alive
 from appliance.serving.api.errors import appliance_error_body
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second keeps nginx from collecting
@@ -49,7 +50,11 @@ class HoldingStream(StreamingResponse):
 
         async with self._held:
             with contextlib.suppress(_NotRead):
-                await super().__call__(scope, receive, sent)
+                if self.media_type != EVENTS:
+                    await super().__call__(scope, receive, sent)
+                    return
+                async with keep_alive.filled(sent) as said:
+                    await super().__call__(scope, receive, said)
 
 
 class _NotRead(Exception):

@@ -13,7 +13,16 @@ from appliance.errors import EngineFailed, RequestError
 from appliance.serving.decoder import IDLE_CHUNK_TOKENS, Sampled
 from appliance.serving.grammar import Gate, GrammarStuck
 from appliance.serving.requests import SamplingSettings
-from appliance.serving.sampling import Bias, Logits, LogProbabilities, Penalties, TokenIds, forbid, likeliest
+from appliance.serving.sampling import (
+    Bias,
+    Logits,
+    LogProbabilities,
+    Penalties,
+    TokenIds,
+    forbid,
+    likeliest,
+    without_hopeless,
+)
 
 SEEDS = 0xFFFFFFFF  # llama.cpp takes this very number for "any seed"
 LOWEST_TEMPERATURE = 1e-3  # below, only the likeliest token is ever drawn; much below, quotients are no numbers any more
@@ -38,8 +47,11 @@ class Candidates:
         self._records = np.zeros(token_count, dtype=CANDIDATE)
         self._all = np.arange(token_count, dtype=np.int32)
 
-    def draw(self, chain: Any, logits: Logits, allowed: TokenIds | None) -> int:
+    def draw(self, chain: Any, logits: Logits, allowed: TokenIds | None, trimmed_at: float | None) -> int:
+        """A token by the chain; `trimmed_at` is its temperature when nothing in it cuts the many unlikely ones off early."""
         ids, values = (self._all, logits) if allowed is None else (allowed, logits[allowed])
+        if trimmed_at is not None:
+            ids, values = without_hopeless(ids, values, trimmed_at)
         records = self._records[: len(ids)]
         records["id"], records["logit"] = ids, values
         pointer = records.ctypes.data_as(ctypes.POINTER(c.llama_token_data))
@@ -72,6 +84,8 @@ class SlotSampler:
             if is_penalized
             else None
         )
+        is_cut_early = sampling.top_k > 0 or sampling.min_p > 0.0
+        self._trimmed_at = None if is_cut_early else sampling.temperature
         self._chain = None if sampling.temperature < LOWEST_TEMPERATURE else _chain(sampling)
 
     def sample(self, logits: Logits) -> Sampled:
@@ -82,7 +96,7 @@ class SlotSampler:
         if (decided := self._next_forced()) is not None:
             self._accept(decided)
             return Sampled(decided)
-        if not np.isfinite(logits.max()):
+        if not np.isfinite(logits[logits.argmax()]):  # which is the first that is no number, if there is one
             raise EngineFailed("The model computed values that are no numbers; its file may be damaged: verify its sha256.")
         probabilities = None if self._top is None else LogProbabilities(logits, self._top)
         if self._bias is not None:
@@ -123,7 +137,7 @@ class SlotSampler:
             if token is None:  # biases of -100 may forbid all that the grammar allows
                 raise GrammarStuck("the logit biases forbid every token that fits")
             if self._chain is not None:
-                token = self._candidates.draw(self._chain, logits, allowed)
+                token = self._candidates.draw(self._chain, logits, allowed, self._trimmed_at)
             if self._gate is None or self._gate.permits(token):
                 return token
             logits[token] = -np.inf
