@@ -47,11 +47,11 @@ lint: setup ## ruff
 type: setup ## mypy
 	$(BIN)/mypy
 
-bench-peers: setup ## (planned) other servers, built and measured on this machine
-	@echo "error: make bench-peers is not built yet; this version only reserves its name" >&2; exit 3
+bench-peers: setup ## build llama-server and llama-bench, from the same source as the engine, to be measured beside
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
-bench-serve: setup ## (planned) how fast this machine serves
-	$(BIN)/appliance bench serve
+bench-serve: setup ## this server beside llama-server and others on this machine, 20 minutes (ARGS="--quick")
+	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 bench-train: setup ## (planned) how fast this machine trains
 	$(BIN)/appliance bench train
@@ -71,4 +71,4 @@ image-test: ## (planned) builds the images and probes them
 clean: ## remove the caches of tools and interrupted steps (which then start over); trained models stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	rm -rf "$${APPLIANCE_ARTIFACTS:-artifacts}"/*/*.partial
-	find appliance convert tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find appliance benchmarks convert tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -68,7 +68,7 @@ COMMANDS: Mapping[str, str | Mapping[str, str]] = {
         "truth": f"{PLANNED} Measure truthfulness.",
     },
     "select": f"{PLANNED} Choose a model by measurement.",
-    "bench": {"serve": f"{PLANNED} How fast this machine serves.", "train": f"{PLANNED} How fast it trains."},
+    "bench": {"serve": "appliance.commands.bench:bench_serve", "train": f"{PLANNED} How fast it trains."},
     "keys": {
         "create": "appliance.commands.keys:create",
         "list": "appliance.commands.keys:list_keys",

@@ -26,7 +26,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from appliance import device
@@ -78,7 +78,7 @@ def wheel_key(cmake_args: str | None = None, cpu: str | None = None) -> str:
     if cmake_args is None:
         cmake_args = quiet_environment().get("CMAKE_ARGS", "")
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    parts = [VERSION, SOURCE_SHA256, BASE_FLAGS, NO_COMMON, cmake_args.split(), cpu or _cpu(), python]
+    parts = [VERSION, SOURCE_SHA256, BASE_FLAGS, NO_COMMON, cmake_args.split(), cpu or cpu_identity(), python]
     return f"{VERSION}-{python}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
@@ -95,7 +95,7 @@ def ensure_source(python: str = sys.executable) -> Path:
     partial = source.parent / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _say(f"downloading llama-cpp-python {VERSION} (77 MB)")
+    say(f"downloading llama-cpp-python {VERSION} (77 MB)")
     command = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
     command += ["--dest", str(partial), f"llama-cpp-python=={VERSION}"]
     try:
@@ -118,6 +118,23 @@ def check_hash(source: Path) -> None:
             f"{source.name} is not the pinned one (SHA-256 {found}, expected {SOURCE_SHA256}); it was not used. "
             "Check which package index pip is configured with, then repeat."
         )
+
+
+def read_source(*names: str) -> dict[str, bytes]:
+    """Files of llama.cpp out of the source distribution, by their names below `VENDOR`."""
+    with locked(cache_root()):
+        source = ensure_source()
+    contents = {}
+    with tarfile.open(source) as archive:
+        for member in archive:
+            _, found, name = member.name.partition(f"/{VENDOR}")
+            content = archive.extractfile(member) if found and name in names else None
+            if content is not None:
+                contents[name] = content.read()
+            if len(contents) == len(names):
+                return contents
+    missing = ", ".join(sorted(set(names) - set(contents)))
+    raise EnvironmentIncomplete(f"{SOURCE_NAME} has no {missing} in {VENDOR}; the pin needs a new layout.")
 
 
 def ensure_converter(python: str = sys.executable) -> Path:
@@ -158,7 +175,7 @@ def ensure_wheel(python: str = sys.executable) -> Path:
         with contextlib.suppress(EnvironmentIncomplete):
             return wheel_path()
         build = cache_root() / f"build-{key}"
-        _unpack(ensure_source(python), build)
+        unpack(ensure_source(python), build)
         wheel = _compile(python, build, cache_root() / "logs" / f"{key}.log", lock)
         folder = cache_root() / "wheels" / key
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,14 +208,14 @@ def locked(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"another setup works in {folder}; waiting for it")
+            say(f"another setup works in {folder}; waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _unpack(source: Path, build: Path) -> None:
+def unpack(source: Path, build: Path) -> None:
     """The source in a folder of its own: pip would unpack to a new one each time and could not continue a compile."""
     if (build / "source").exists():
         return
@@ -217,28 +234,42 @@ def _compile(python: str, build: Path, log: Path, lock: int) -> Path:
     (build / "no-common.cmake").write_text(NO_COMMON)
     output = build / "wheel"
     shutil.rmtree(output, ignore_errors=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = ["nice", "-n", "10"] if shutil.which("nice") else []
-    command += [python, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", str(output)]
+    command = [python, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", str(output)]
     command += [f"--config-settings=build-dir={build / 'objects'}", str(build / "source")]
     environment = _build_environment()
     flags = [*BASE_FLAGS, f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={shlex.quote(str(build / 'no-common.cmake'))}"]
     environment["CMAKE_ARGS"] = " ".join([*flags, environment.get("CMAKE_ARGS", "")])
-    environment["CMAKE_BUILD_PARALLEL_LEVEL"] = str(_jobs())
-    _say(f"compiling llama.cpp for this CPU, {_jobs()} at a time; once, some minutes; log: {log}")
-    with log.open("wb") as stream:
-        # The compiler inherits the lock, so a run that follows a killed one waits instead of writing the same files.
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, pass_fds=[lock]
-        )
-        code = _watch(process, log)
+    environment["CMAKE_BUILD_PARALLEL_LEVEL"] = str(compile_jobs())
+    say(f"compiling llama.cpp for this CPU, {compile_jobs()} at a time; once, some minutes; log: {log}")
+    code = run_compiler(command, environment, log, lock)
     wheels = sorted(output.glob("*.whl"))
     if code or not wheels:
-        # An object file cut short by a power failure would make every later run fail in the same place.
-        shutil.rmtree(build / "objects", ignore_errors=True)
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
-        raise EnvironmentIncomplete(f"Compiling llama.cpp failed (exit {code}); the end of {log}:\n{tail}")
+        raise compile_failed(code, log, build / "objects")
     return wheels[0]
+
+
+def run_compiler(command: Sequence[str], environment: Mapping[str, str], log: Path, lock: int) -> int:
+    """Runs a compile at low priority, says how far it is, and returns its exit code.
+
+    It inherits the lock, so a run that follows a killed one waits instead of writing the same files.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    slowly = ["nice", "-n", "10"] if shutil.which("nice") else []
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [*slowly, *command], stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, pass_fds=[lock]
+        )
+        return _watch(process, log)
+
+
+def compile_failed(code: int, log: Path, objects: Path) -> EnvironmentIncomplete:
+    """The error with the end of the log; what was compiled is removed.
+
+    An object file cut short by a power failure would make every later run fail in the same place.
+    """
+    shutil.rmtree(objects, ignore_errors=True)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
+    return EnvironmentIncomplete(f"Compiling llama.cpp failed (exit {code}); the end of {log}:\n{tail}")
 
 
 def _watch(process: subprocess.Popen[bytes], log: Path) -> int:
@@ -250,7 +281,7 @@ def _watch(process: subprocess.Popen[bytes], log: Path) -> int:
                 return process.wait(REPORT_INTERVAL_SECONDS)
             except subprocess.TimeoutExpired:
                 minutes, seconds = divmod(round(time.monotonic() - started), 60)
-                _say(f"compiling llama.cpp: {_done(log)}{minutes}:{seconds:02} gone")
+                say(f"compiling llama.cpp: {_done(log)}{minutes}:{seconds:02} gone")
     except BaseException:
         process.terminate()
         process.wait()
@@ -271,11 +302,11 @@ def _build_environment() -> dict[str, str]:
     return {**pip_environment(), **(pins if CONSTRAINTS.exists() else {})}
 
 
-def _jobs() -> int:
+def compile_jobs() -> int:
     return max(1, min(device.usable_cores(), device.memory_available_bytes() // COMPILER_MEMORY_BYTES))
 
 
-def _cpu() -> str:
+def cpu_identity() -> str:
     """What a native build depends on: the machine, the CPU's vendor and model, and its instruction sets."""
     names = {"vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features"}
     found: dict[str, list[str]] = {}
@@ -329,7 +360,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
     print(f"setup: {message}", file=sys.stderr, flush=True)
 
 

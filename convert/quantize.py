@@ -52,8 +52,11 @@ def quantize(model: Path, quantization: str, name: str | None, dry_run: bool, as
     emit({"artifact": plan.location(root), "file": file, "state": state}, as_json, f"{file} ({state})")
 
 
-def quantize_file(source: Path, target: Path, quantization: str) -> None:
-    """Writes `target`; raises `ModelFileError` with llama.cpp's last words when it refuses."""
+def quantize_file(source: Path, target: Path, quantization: str, *, is_requantized: bool = False) -> None:
+    """Writes `target`; raises `ModelFileError` with llama.cpp's last words when it refuses.
+
+    `is_requantized` allows a source that is quantized already, which is good for measuring speed and for nothing else.
+    """
     from llama_cpp import llama_cpp as c
 
     lines: list[str] = []
@@ -66,6 +69,7 @@ def quantize_file(source: Path, target: Path, quantization: str) -> None:
     parameters = c.llama_model_quantize_default_params()
     parameters.ftype = TYPES[quantization]
     parameters.nthread = device.usable_cores()
+    parameters.allow_requantize = is_requantized
     status: list[int] = []
 
     def work() -> None:

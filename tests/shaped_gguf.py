@@ -4,6 +4,8 @@ Llama architecture, so that layer sizes, vocabulary and quantization are free to
 """
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -29,6 +31,42 @@ class Shape:
 
 def write(path: Path, shape: Shape) -> Path:
     """Writes the model to `path` and returns it."""
+    writer = _writer(path, shape)
+    random = np.random.default_rng(3)
+    for name, size in _tensors(shape):
+        if len(size) == 1:
+            writer.add_tensor(name, np.ones(size, dtype=np.float32))
+            continue
+        values = random.standard_normal(size, dtype=np.float32) / size[1] ** 0.5
+        writer.add_tensor(name, quantize(values, shape.kind), raw_dtype=shape.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_hollow(path: Path, shape: Shape) -> Path:
+    """Writes a model whose weights are a hole in the file: large shapes for what reads no weights."""
+    writer = _writer(path, shape)
+    hole = 0
+    for name, size in _tensors(shape):
+        kind = shape.kind if len(size) == 2 else gguf.GGMLQuantizationType.F32
+        values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        size_bytes = math.prod(size) // values * block_bytes
+        writer.add_tensor_info(name, size, np.dtype(np.float32), size_bytes, raw_dtype=kind)
+        hole += -(-size_bytes // writer.data_alignment) * writer.data_alignment
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("ab") as file:
+        start = -(-file.tell() // writer.data_alignment) * writer.data_alignment
+        file.truncate(start + hole)
+    return path
+
+
+def _writer(path: Path, shape: Shape) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name("shaped")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
@@ -44,12 +82,7 @@ def write(path: Path, shape: Shape) -> Path:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     _add_vocabulary(writer, shape)
-    _add_tensors(writer, shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return writer
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, shape: Shape) -> None:
@@ -66,28 +99,21 @@ def _add_vocabulary(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_add_bos_token(False)
 
 
-def _add_tensors(writer: gguf.GGUFWriter, shape: Shape) -> None:
-    random = np.random.default_rng(3)
-
-    def matrix(name: str, rows: int, columns: int) -> None:
-        values = random.standard_normal((rows, columns), dtype=np.float32) / columns**0.5
-        writer.add_tensor(f"{name}.weight", quantize(values, shape.kind), raw_dtype=shape.kind)
-
-    def norm(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(shape.hidden, dtype=np.float32))
-
-    matrix("token_embd", shape.vocabulary, shape.hidden)
+def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and sizes, rows first."""
+    yield "token_embd.weight", (shape.vocabulary, shape.hidden)
     if not shape.is_tied:
-        matrix("output", shape.vocabulary, shape.hidden)
-    norm("output_norm")
+        yield "output.weight", (shape.vocabulary, shape.hidden)
+    yield "output_norm.weight", (shape.hidden,)
+    queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     for layer in range(shape.layers):
         block = f"blk.{layer}"
-        norm(f"{block}.attn_norm")
-        norm(f"{block}.ffn_norm")
-        matrix(f"{block}.attn_q", shape.heads * shape.head_width, shape.hidden)
-        matrix(f"{block}.attn_k", shape.kv_heads * shape.head_width, shape.hidden)
-        matrix(f"{block}.attn_v", shape.kv_heads * shape.head_width, shape.hidden)
-        matrix(f"{block}.attn_output", shape.hidden, shape.heads * shape.head_width)
-        matrix(f"{block}.ffn_gate", shape.feed_forward, shape.hidden)
-        matrix(f"{block}.ffn_up", shape.feed_forward, shape.hidden)
-        matrix(f"{block}.ffn_down", shape.hidden, shape.feed_forward)
+        yield f"{block}.attn_norm.weight", (shape.hidden,)
+        yield f"{block}.ffn_norm.weight", (shape.hidden,)
+        yield f"{block}.attn_q.weight", (queries, shape.hidden)
+        yield f"{block}.attn_k.weight", (keys, shape.hidden)
+        yield f"{block}.attn_v.weight", (keys, shape.hidden)
+        yield f"{block}.attn_output.weight", (shape.hidden, queries)
+        yield f"{block}.ffn_gate.weight", (shape.feed_forward, shape.hidden)
+        yield f"{block}.ffn_up.weight", (shape.feed_forward, shape.hidden)
+        yield f"{block}.ffn_down.weight", (shape.hidden, shape.feed_forward)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,12 +39,18 @@ DEFAULTS = Serve()
 @click.option("--kv-type", help="f16 or q8_0 for the memory of prompts [default: q8_0 when memory is short].")
 @click.option("--gpu-layers", type=int, help="-1 takes as many as fit into free GPU memory [default: -1].")
 @click.option("--memory-mib", type=int, help="For all models together; 0 takes what is free [default: 0].")
+@click.option(
+    "--tuned",
+    type=click.Path(path_type=Path),
+    help="What `appliance bench serve --tune` found, if it does not lie beside the model.",
+)
 @click.option("--verify", is_flag=True, help="Read every model file again to check its sha256.")
 @click.option("--insecure-no-key", is_flag=True, help="Nobody needs a key, on other machines neither.")
-def serve(model: str | None, verify: bool, insecure_no_key: bool, **flags: Any) -> None:
+def serve(model: str | None, tuned: Path | None, verify: bool, insecure_no_key: bool, **flags: Any) -> None:
     """Answer chats over HTTP with the promoted model.
 
-    Settings come from the flags, else APPLIANCE_SERVE_*, else the model's recipe, else the defaults shown.
+    Settings come from the flags, else APPLIANCE_SERVE_*, else the model's recipe, else what `appliance bench serve --tune`
+    found, else the defaults shown.
     """
     config.apply_quiet_environment()
     import asyncio
@@ -55,7 +62,7 @@ def serve(model: str | None, verify: bool, insecure_no_key: bool, **flags: Any) 
         from appliance.serving import auth, server
 
         given = {name: value for name, value in flags.items() if value not in (None, ())}
-        catalog = _Catalog(model, given, verify)
+        catalog = _Catalog(model, given, verify, tuned)
         served = catalog.find_all()
         settings = served[0][1]
         with (
@@ -102,7 +109,7 @@ async def _serve(
 class _Catalog:
     """What is to be served, by the command line; a `Promotion` when no model is named."""
 
-    def __init__(self, model: str | None, flags: dict[str, Any], is_verifying: bool) -> None:
+    def __init__(self, model: str | None, flags: dict[str, Any], is_verifying: bool, tuned: Path | None) -> None:
         from appliance.serving.digests import Digests
 
         self._model = model
@@ -111,6 +118,7 @@ class _Catalog:
         self.folder = self._root if self._root.is_dir() else config.cache_root()
         self._digests = Digests(self.folder, is_trusted=not is_verifying)
         self._is_verifying = is_verifying
+        self._tuned = tuned
 
     def find_all(self) -> "list[tuple[ServedModel, Serve]]":
         """The default model and the others, with their settings; every file's header and sha256 is checked."""
@@ -126,7 +134,7 @@ class _Catalog:
         from appliance.serving import served_model
 
         found = served_model.find(self._model, self._root, self._digests)
-        settings = _settings(found.serve, self._flags)
+        settings = serve_settings(found.serve, self._flags)
         return served_model.with_adapters(found, settings.adapters), settings
 
     def mark(self) -> object:
@@ -147,7 +155,7 @@ class _Catalog:
         tried = Tried(self.folder, self._digests, is_trusted=not self._is_verifying)
         return ModelPool(
             served,
-            plans=Planner(explicit=explicit, folder=self.folder),
+            plans=Planner(explicit=explicit, folder=self.folder, tuned=self._tuned),
             listener=metrics,
             promotion=promotion,
             on_planned=_tell_plan,
@@ -173,7 +181,7 @@ def _tell_plan(plan: "Plan") -> None:
         note(f"  {each}")
 
 
-def _settings(from_recipe: Any, flags: dict[str, Any]) -> Serve:
+def serve_settings(from_recipe: Any, flags: dict[str, Any]) -> Serve:
     """Defaults < the recipe in the model's manifest < environment < flags; raises `RecipeError` with every mistake."""
     environment = config.environment_table(Recipe).get("serve", {})
     problems: list[str] = []

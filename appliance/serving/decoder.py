@@ -12,12 +12,13 @@ from appliance.serving.requests import Grammar, SamplingSettings
 
 MAX_DRAFT_TOKENS = 8  # guesses after one token of an answer
 MAX_BATCH_DRAFTS = 4 * MAX_DRAFT_TOKENS  # of all answers in one batch: each costs a row of logits, twice
-IDLE_CHUNK_TOKENS = 256  # tokens of prompts in one batch
+IDLE_CHUNK_TOKENS = 256  # tokens of prompts in one batch, where tuning found nothing better
+SHORTEST_CHUNK_TOKENS, LONGEST_CHUNK_TOKENS = 64, 2048  # what it may be tuned to
 
 
-def batch_tokens(slots: int) -> int:
+def batch_tokens(slots: int, chunk_tokens: int = IDLE_CHUNK_TOKENS) -> int:
     """The most tokens of one batch."""
-    return slots * (1 + MAX_DRAFT_TOKENS) + IDLE_CHUNK_TOKENS
+    return slots * (1 + MAX_DRAFT_TOKENS) + chunk_tokens
 
 
 def batch_drafts(slots: int) -> int:
@@ -38,6 +39,11 @@ class Feed:
     position: int
     is_sampled: bool
     drafted: int = 0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether it is text that is known already, such as a prompt: more than the next token and guesses."""
+        return len(self.tokens) > 1 + self.drafted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,6 +116,9 @@ class Decoder(Protocol):
         Raises `EngineFailed`.
         """
 
+    def use_threads(self, decode: int, prefill: int) -> None:
+        """From the next `decode` on: for answers alone, and for batches in which text is read."""
+
     def forced(self, slot: int) -> Sequence[int]:
         """Tokens that the grammar leaves no choice about, next after the last sampled; they count as sampled from now on.
 
@@ -123,10 +132,10 @@ class Decoder(Protocol):
     def remove(self, sequence: int, start: int, end: int) -> None:
         """Takes positions out of a sequence; -1 is the end. Cells that no other sequence holds are free."""
 
-    def save(self, sequence: int) -> bytes:
+    def save(self, sequence: int) -> bytes | bytearray:
         """The cells of a sequence, to be put into a file."""
 
-    def restore(self, sequence: int, data: bytes) -> None:
+    def restore(self, sequence: int, data: bytes | bytearray) -> None:
         """Fills an empty sequence. Raises `SnapshotRefused`."""
 
     def release(self, slot: int) -> None:

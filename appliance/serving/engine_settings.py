@@ -4,6 +4,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from appliance.serving.decoder import IDLE_CHUNK_TOKENS
 from appliance.serving.events import ModelKind
 
 KV_VALUE_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # q8_0: blocks of 32 values, each with a scale of two bytes
@@ -24,6 +25,7 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
     cells: int  # tokens of the KV memory: slots x context, and room for parked prefixes
     threads_decode: int
     threads_prefill: int
+    chunk_tokens: int = IDLE_CHUNK_TOKENS  # of prompts, computed in one step at most
     kv_type: Literal["f16", "q8_0"]
     is_mapped: bool  # weights stay in the file's page cache (mmap)
     is_repacked: bool  # weights are copied into the layout that computes fastest

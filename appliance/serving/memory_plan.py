@@ -4,16 +4,20 @@ What does not fit is stepped down in a fixed order, and each step is told in wor
 explicitly is never changed: it fits or is refused. How much memory a choice takes is in `memory_prediction.py`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
 
 from appliance.device import Machine
 from appliance.errors import EnvironmentIncomplete, ModelFileError
 from appliance.gpu import Gpu
 from appliance.recipe import Serve
 from appliance.serving import gpu_layers
+from appliance.serving.decoder import IDLE_CHUNK_TOKENS
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import ModelKind
 from appliance.serving.gguf_file import GgufHeader
@@ -26,6 +30,7 @@ from appliance.serving.memory_prediction import (
     predict,
     repackable_bytes,
 )
+from appliance.serving.tuning_file import TunedSettings
 
 RESERVE_RATIO = 0.05  # of all memory, for the rest of the machine
 RESERVE_MIN_BYTES, RESERVE_MAX_BYTES = 64 * MIB, 512 * MIB
@@ -51,6 +56,8 @@ class Plan:
     settings: EngineSettings
     memory: MemoryPrediction
     free_bytes: int  # for this model, before it is loaded
+    is_as_asked: bool = True  # nothing was stepped down for want of memory
+    tuned: frozenset[str] = frozenset()  # the settings that tuning decided, by the names of `TunedSettings`
 
 
 def plan(
@@ -63,16 +70,74 @@ def plan(
     gpus: Sequence[Gpu] = (),
     can_offload: bool = False,
     snapshot_folder: str | None = None,
+    tuned: TunedSettings | None = None,
 ) -> Plan:
-    """`explicit` names the settings that a person set; `others` are the models that are loaded and stay.
+    """`explicit` names the settings that a person set; `others` are the models that are loaded and stay; `tuned` is what was
+    measured to be fastest on this machine, and counts where nobody set anything else.
 
     Raises `EnvironmentIncomplete` with all numbers when the model does not fit even after every step down that is allowed.
     """
+    outset = _Outset(model, machine, frozenset(explicit), others, gpus, can_offload, snapshot_folder)
+    if tuned is None or not tuned.named():
+        return _plan(outset, asked)
+    left = _left_to_tuning(asked, tuned, explicit)
+    with contextlib.suppress(EnvironmentIncomplete):
+        planned = _plan(outset, dataclasses.replace(asked, **left), chunk_tokens=tuned.chunk_tokens or IDLE_CHUNK_TOKENS)
+        if planned.is_as_asked:
+            chunks = {"chunk_tokens"} if tuned.chunk_tokens else set()
+            return dataclasses.replace(planned, tuned=frozenset(left.keys() | chunks))
+    # Nothing is stepped down for the sake of speed. Threads take no memory.
+    threads = {name: value for name, value in left.items() if name in ("threads", "prefill_threads")}
+    planned = _plan(outset, dataclasses.replace(asked, **threads))
+    note = (
+        f"tuned settings: only threads are taken; with {tuned}, the model does not fit into {mib(planned.free_bytes)} MiB."
+    )
+    settings = msgspec.structs.replace(planned.settings, notes=(*planned.settings.notes, note))
+    return dataclasses.replace(planned, settings=settings, tuned=frozenset(threads))
+
+
+def needed_bytes(header: GgufHeader, settings: EngineSettings, machine: Machine) -> int:
+    """What an engine with these settings takes, adapters not counted."""
+    choice = Choice(
+        slots=settings.slots,
+        context_tokens=settings.context_tokens,
+        cache_tokens=settings.cells - settings.slots * settings.context_tokens,
+        kv_type=settings.kv_type,
+        is_mapped=settings.is_mapped,
+        is_repacked=settings.is_repacked,
+        chunk_tokens=settings.chunk_tokens,
+        gpu_layers=settings.gpu_layers,
+    )
+    return predict(header, choice, machine.cpu_features).total_bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Outset:
+    """What a plan starts from, besides what is asked for."""
+
+    model: ModelToLoad
+    machine: Machine
+    explicit: frozenset[str]
+    others: Sequence[MemoryPrediction]
+    gpus: Sequence[Gpu]
+    can_offload: bool
+    snapshot_folder: str | None
+
+
+def _left_to_tuning(asked: Serve, tuned: TunedSettings, explicit: Collection[str]) -> dict[str, Any]:
+    """Tuned settings that a person left to the server. A recipe that says as much as the default says nothing."""
+    default = Serve()
+    left = {name: value for name, value in tuned.named().items() if name != "chunk_tokens" and name not in explicit}
+    return {name: value for name, value in left.items() if getattr(asked, name) == getattr(default, name)}
+
+
+def _plan(outset: _Outset, asked: Serve, *, chunk_tokens: int = IDLE_CHUNK_TOKENS) -> Plan:
+    model, machine = outset.model, outset.machine
     notes = _thread_notes(asked, machine)
-    choice, limit_notes = _starting_choice(model, asked, machine)
-    layers, gpu_note = gpu_layers.choose(model.header, choice, gpus, asked.gpu_layers, can_offload=can_offload)
+    choice, limit_notes = _starting_choice(model, asked, machine, chunk_tokens)
+    layers, gpu_note = gpu_layers.choose(model.header, choice, outset.gpus, asked.gpu_layers, can_offload=outset.can_offload)
     choice = dataclasses.replace(choice, gpu_layers=layers)
-    fitter = _Fitter(model, asked, machine, frozenset(explicit), others)
+    fitter = _Fitter(model, asked, machine, outset.explicit, outset.others)
     fitted = fitter.fit(choice)
     notes += [*limit_notes, *([gpu_note] if gpu_note else []), *fitter.notes(choice, fitted)]
     settings = EngineSettings(
@@ -87,19 +152,25 @@ def plan(
         cells=fitted.cells,
         threads_decode=asked.threads or machine.physical_cores,
         threads_prefill=asked.prefill_threads or machine.usable_cores,
+        chunk_tokens=fitted.chunk_tokens,
         kv_type=fitted.kv_type,
         is_mapped=fitted.is_mapped,
         is_repacked=fitted.is_repacked,
         gpu_layers=layers,
         queue_requests=asked.queue_requests,
         queue_tokens=asked.queue_tokens,
-        snapshot_folder=snapshot_folder if asked.snapshot_mib else None,
+        snapshot_folder=outset.snapshot_folder if asked.snapshot_mib else None,
         snapshot_bytes=asked.snapshot_mib * MIB,
         system_prompts=asked.system_prompts if model.kind == "chat" else (),
         is_speculating=asked.speculation == "auto" and model.kind == "chat",
         notes=tuple(notes),
     )
-    return Plan(settings=settings, memory=fitter.predict(fitted), free_bytes=fitter.free_bytes)
+    return Plan(
+        settings=settings,
+        memory=fitter.predict(fitted),
+        free_bytes=fitter.free_bytes,
+        is_as_asked=fitted == choice,
+    )
 
 
 def _thread_notes(asked: Serve, machine: Machine) -> list[str]:
@@ -109,7 +180,7 @@ def _thread_notes(asked: Serve, machine: Machine) -> list[str]:
     return [f"threads: {threads} as set, but {machine.usable_cores} cores may be used: more threads than cores are slow."]
 
 
-def _starting_choice(model: ModelToLoad, asked: Serve, machine: Machine) -> tuple[Choice, list[str]]:
+def _starting_choice(model: ModelToLoad, asked: Serve, machine: Machine, chunk_tokens: int) -> tuple[Choice, list[str]]:
     """What is asked for, as far as the model itself allows it."""
     notes = []
     trained = model.header.context_length
@@ -132,6 +203,7 @@ def _starting_choice(model: ModelToLoad, asked: Serve, machine: Machine) -> tupl
         kv_type=kv_type,
         is_mapped=asked.mmap != "off",
         is_repacked=asked.repack == "on" or (asked.repack == "auto" and is_repackable),
+        chunk_tokens=chunk_tokens,
     )
     return choice, notes
 

@@ -1,25 +1,28 @@
 """How much memory a model will take, computed from the header of its file: weights, KV cache, buffers, the process.
 
 The sums follow llama.cpp's own (commit 0c1e57098: `llama-model-loader.cpp`, `llama-context.cpp`, `ggml-cpu/repack.cpp`) with
-flash attention, and a test compares them with measured processes. Not known: the states of recurrent layers; layers with a
-sliding window are counted whole. Nothing is decided here; `memory_plan.py` does.
+flash attention; tests compare them with llama.cpp's figures and with measured processes. Everything is counted that an
+engine may touch, rows of logits for drafts and a full memory's mask too. Not known: the states of recurrent layers; copies
+of a prefix while it is written to disk or read back; layers with a sliding window are counted whole. Nothing is decided
+here; `memory_plan.py` does.
 """
 
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Literal
 
-from appliance.serving.decoder import batch_drafts, batch_tokens
+from appliance.serving.decoder import IDLE_CHUNK_TOKENS, batch_drafts, batch_tokens
 from appliance.serving.engine_settings import CAUSAL_POOLING_TOKENS, KV_VALUE_BYTES
 from appliance.serving.gguf_file import GgufHeader, Tensor
 
 MIB = 1 << 20
-PROCESS_BYTES = 40 * MIB  # Python with its libraries
-VOCABULARY_TOKEN_BYTES = 700  # llama.cpp's tables and those of grammars
-SAMPLER_TOKEN_BYTES = 16  # candidates, per slot
+# The first three are measured, on x86-64 with vocabularies of 32,768 and 151,936 tokens; see `benchmarks/memory.py`.
+PROCESS_BYTES = 36 * MIB  # Python with its libraries, the threads, the texts of requests
+VOCABULARY_TOKEN_BYTES = 300  # llama.cpp's tables of tokens, pieces and merges
+ANSWER_TOKEN_BYTES = 500  # llguidance's table, from the first grammar on, and what tokens are drawn from
 Q8_0_VALUES = 32  # in a block: heads must be a multiple of it
-BUFFER_SLACK = 1.15  # ggml's allocator does not fill its buffers
 CELL_ALIGNMENT = 256
+WORK_VALUE_BYTES = 292 / 256  # what is multiplied is rounded to llama.cpp's q8_K before; other types take less
 
 # Type of tensor: what an x86 CPU must have for llama.cpp to repack it there (None: never), and rows must be a multiple of 8;
 # then the multiple of rows on ARM with dot products.
@@ -40,6 +43,7 @@ class Choice:
     kv_type: Literal["f16", "q8_0"]
     is_mapped: bool
     is_repacked: bool
+    chunk_tokens: int = IDLE_CHUNK_TOKENS  # of prompts, in one batch
     gpu_layers: int = 0
 
     @property
@@ -108,7 +112,7 @@ def predict(
         kv_bytes=sum(kv[: max(0, first_on_gpu)]),
         compute_bytes=compute_bytes(header, choice, tokens, rows),
         output_bytes=4 * vocabulary * rows,
-        process_bytes=PROCESS_BYTES + vocabulary * (VOCABULARY_TOKEN_BYTES + SAMPLER_TOKEN_BYTES * choice.slots),
+        process_bytes=PROCESS_BYTES + vocabulary * (VOCABULARY_TOKEN_BYTES + ANSWER_TOKEN_BYTES),
         gpu_bytes=on_gpus + sum(kv[max(0, first_on_gpu) :]),
     )
 
@@ -137,7 +141,7 @@ def compute_tokens(header: GgufHeader, choice: Choice, *, is_pooling: bool = Fal
     """Tokens computed at once. A text must be read in one go where a token sees the later ones or all tokens are pooled."""
     if is_pooling and is_causal(header) and header.pooling_type in ("last", "rank"):
         return CAUSAL_POOLING_TOKENS
-    return choice.context_tokens if is_pooling or not is_causal(header) else batch_tokens(choice.slots)
+    return choice.context_tokens if is_pooling or not is_causal(header) else batch_tokens(choice.slots, choice.chunk_tokens)
 
 
 def output_rows(choice: Choice) -> int:
@@ -146,12 +150,21 @@ def output_rows(choice: Choice) -> int:
 
 
 def compute_bytes(header: GgufHeader, choice: Choice, tokens: int, rows: int) -> int:
-    """The graph's buffer: the mask of attention, and the widest layer or the logits, whichever is more."""
-    widest = max(_feed_forward(header), max(header.head_counts, default=0) * header.key_length)
-    layer = 4 * tokens * (4 * widest + 2 * header.embedding_length)
-    logits = 4 * (rows * header.vocabulary_tokens + tokens * header.embedding_length)
+    """The graph's buffer, within a tenth of what llama.cpp says, and what the CPU takes for multiplications beside it.
+
+    The graph is laid out for as many tokens of each sequence (`graph_reserve`). Beside the mask of attention, a layer holds
+    three matrices of the width of its feed-forward part, what goes into it three times (as input, around attention, around
+    feed-forward), and the queries, whose place is too small for the former. At the end, rows of logits are held instead.
+    """
+    sequences = choice.slots + 1
+    tokens = -(-tokens // sequences) * sequences
+    hidden, feed_forward = header.embedding_length, _feed_forward(header)
+    queries = max(header.head_counts, default=0) * header.key_length
     mask = 2 * tokens * padded_cells(choice.cells if is_causal(header) else tokens)
-    return mask + int(max(layer, logits) * BUFFER_SLACK)
+    layer = mask + 4 * tokens * (3 * feed_forward + 3 * hidden + queries)
+    logits = 4 * (rows * header.vocabulary_tokens + (tokens + rows) * hidden)
+    work = tokens * max(feed_forward, queries, hidden) * WORK_VALUE_BYTES
+    return max(layer, logits) + int(work)
 
 
 def layer_bytes(header: GgufHeader) -> list[int]:

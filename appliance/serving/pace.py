@@ -9,14 +9,13 @@ import heapq
 import math
 from collections.abc import Sequence
 
-from appliance.serving.decoder import IDLE_CHUNK_TOKENS
+from appliance.serving.decoder import IDLE_CHUNK_TOKENS, SHORTEST_CHUNK_TOKENS
 
 BUSY_STEP_SECONDS = 0.25  # what running answers may wait for their next token while prompts are read beside them
-BUSY_CHUNK_TOKENS = (16, IDLE_CHUNK_TOKENS)
+SHORTEST_BUSY_CHUNK_TOKENS = 16
 # With nobody to wait for it a step may take longer, but a cancelled or late request, and a newcomer with a short prompt,
 # wait for its end: at 17 tokens/s, chunks of 256 would make that 15 s and save next to nothing.
 IDLE_STEP_SECONDS = 2.0
-IDLE_CHUNK_RANGE = (64, IDLE_CHUNK_TOKENS)
 LONGEST_RETRY_SECONDS = 600
 WEIGHT = 0.2  # of a new measurement in the running means
 SHORTEST_STEP_SECONDS = 1e-6  # a clock may stand still; rates are divided by this
@@ -71,9 +70,10 @@ class StepCosts:
 
 
 class Pace:
-    """Measured rates of one engine."""
+    """Measured rates of one engine, whose batches have room for `longest_chunk` tokens of prompts."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_chunk: int = IDLE_CHUNK_TOKENS) -> None:
+        self._longest_chunk = longest_chunk
         self.costs = StepCosts()
         self._prompt_token_seconds: float | None = None
         self._answer_tokens = GUESSED_ANSWER_TOKENS
@@ -101,7 +101,7 @@ class Pace:
         if self._prompt_token_seconds is None:
             self._prompt_token_seconds = per_token
         # A short end of a prompt says little: most of its step is what every step costs.
-        weight = WEIGHT * min(1.0, prompt_tokens / IDLE_CHUNK_RANGE[0])
+        weight = WEIGHT * min(1.0, prompt_tokens / SHORTEST_CHUNK_TOKENS)
         self._prompt_token_seconds += weight * (per_token - self._prompt_token_seconds)
 
     def observe_answer(self, tokens: int) -> None:
@@ -109,11 +109,11 @@ class Pace:
 
     def chunk_tokens(self, rows: int, *, is_busy: bool) -> int:
         """How many prompt tokens go into a step beside `rows` tokens of running answers."""
-        low, high = BUSY_CHUNK_TOKENS if is_busy else IDLE_CHUNK_RANGE
+        low = SHORTEST_BUSY_CHUNK_TOKENS if is_busy else SHORTEST_CHUNK_TOKENS
         seconds = BUSY_STEP_SECONDS if is_busy else IDLE_STEP_SECONDS
         left = seconds - (self.step_seconds(rows) if rows else 0.0)
         tokens = left / self.prompt_token_seconds if self.prompt_token_seconds > 0 else math.inf
-        return int(max(low, min(high, tokens)))
+        return int(max(low, min(self._longest_chunk, tokens)))
 
     def expected_answer(self, max_tokens: int, generated: int = 0) -> float:
         """Tokens that an answer still has to go, by the mean of those before it."""

@@ -144,7 +144,7 @@ class Prefixes:
                 return prefix
         return None
 
-    def save(self, prefix: Prefix, scratch: int) -> bytes:
+    def save(self, prefix: Prefix, scratch: int) -> bytes | bytearray:
         """The cells of a cached prefix, put together in the empty sequence `scratch`."""
         self._tried.add(prefix)
         match = self._cache.match(prefix.adapter, prefix.owner, prefix.tokens, len(prefix.tokens))

@@ -29,6 +29,7 @@ from appliance.serving.running import Running
 from appliance.serving.snapshots import Prefix, SnapshotStore
 from appliance.serving.speculation import Gate
 from appliance.serving.text_stream import TextStream
+from appliance.serving.thread_choice import ThreadChoice
 
 logger = logging.getLogger("appliance.serving")
 
@@ -63,7 +64,8 @@ class Scheduler:
         self._decoder = decoder
         self._listener = listener
         self._flush = flush
-        self._pace = Pace()
+        self._pace = Pace(settings.chunk_tokens)
+        self._threads, self._prefill_threads = ThreadChoice(settings.threads_decode), settings.threads_prefill
         self._gate = Gate(self._pace.costs) if settings.is_speculating and decoder.can_share else None
         self._changed = threading.Condition()  # guards everything below
         self._prefixes = Prefixes(decoder, min(decoder.cells, settings.cells), snapshots)
@@ -252,12 +254,18 @@ class Scheduler:
         self, feeds: Sequence[Feed], adapter: Adapter | None
     ) -> tuple[Mapping[int, Sequence[Sampled]] | None, float]:
         """What followed, and the seconds that it took."""
+        rows = sum(len(feed.tokens) for feed in feeds)
+        threads = self._threads.choose(rows)
+        self._decoder.use_threads(threads, self._prefill_threads)
         started = self._step_started_at = time.monotonic()
         try:
             sampled = self._decoder.decode(feeds, adapter)
         finally:
             self._step_started_at = None
-        return sampled, time.monotonic() - started
+        seconds = time.monotonic() - started
+        if sampled is not None and not any(feed.is_read for feed in feeds):
+            self._threads.observe(rows, threads, seconds)
+        return sampled, seconds
 
     def _retire(self) -> None:
         """Ends cancelled requests, late ones, and all that are left once the grace time of a drain is over."""

@@ -87,6 +87,7 @@ class CountingDecoder:
     most_cells: int = 0
     hold_at: int = -1  # closes the gate before this decode call
     aborts: int = 0
+    threads: list[tuple[int, int]] = field(default_factory=list)  # by decode call
     is_closed: bool = False
 
     def __post_init__(self) -> None:
@@ -183,6 +184,9 @@ class CountingDecoder:
     def clear(self) -> None:
         self.held.clear()
         self.samplers.clear()
+
+    def use_threads(self, decode: int, prefill: int) -> None:
+        self.threads.append((decode, prefill))
 
     def abort(self) -> None:
         self.aborts += 1

@@ -13,8 +13,8 @@ from appliance.errors import (
     RequestError,
     ShuttingDown,
 )
+from appliance.serving.decoder import IDLE_CHUNK_TOKENS
 from appliance.serving.events import Failed, Finished, TextPiece, TokenLogprob
-from appliance.serving.pace import BUSY_CHUNK_TOKENS
 from tests.serving.counting_decoder import CELL_BYTES, CountingDecoder, Forcing
 from tests.serving.scheduler_bench import WAIT_SECONDS, Bench, numbers, until
 
@@ -236,7 +236,7 @@ def test_long_prompt_does_not_stop_running_answers() -> None:
         assert long.reason() == answer.reason() == "length"
         beside = [batch for batch in bench.decoder.batches if len(batch) == 2]
         assert len(beside) >= 2
-        assert all(batch[0] == 1 and batch[1] <= BUSY_CHUNK_TOKENS[1] for batch in beside)
+        assert all(batch[0] == 1 and batch[1] <= IDLE_CHUNK_TOKENS for batch in beside)
 
 
 def test_short_prompt_overtakes_a_long_one_that_came_first() -> None:

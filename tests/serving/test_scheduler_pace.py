@@ -2,11 +2,12 @@
 
 import pytest
 
-from appliance.serving.pace import BUSY_CHUNK_TOKENS, IDLE_CHUNK_RANGE, Pace, StepCosts, Work, retry_after
+from appliance.serving.decoder import IDLE_CHUNK_TOKENS, SHORTEST_CHUNK_TOKENS
+from appliance.serving.pace import SHORTEST_BUSY_CHUNK_TOKENS, Pace, StepCosts, Work, retry_after
 
 
-def measured(prompt_token_seconds: float, step_seconds: float) -> Pace:
-    pace = Pace()
+def measured(prompt_token_seconds: float, step_seconds: float, longest_chunk: int = IDLE_CHUNK_TOKENS) -> Pace:
+    pace = Pace(longest_chunk)
     for _ in range(50):
         pace.observe_step(step_seconds, rows=1, prompt_tokens=0)
         pace.observe_step(prompt_token_seconds * 100, rows=0, prompt_tokens=100)
@@ -16,7 +17,7 @@ def measured(prompt_token_seconds: float, step_seconds: float) -> Pace:
 @pytest.mark.parametrize(
     ("per_token", "busy", "idle"),
     [
-        (1 / 17, BUSY_CHUNK_TOKENS[0], IDLE_CHUNK_RANGE[0]),  # an old machine
+        (1 / 17, SHORTEST_BUSY_CHUNK_TOKENS, SHORTEST_CHUNK_TOKENS),  # an old machine
         (0.002, 75, 256),  # (0.25 s - 0.1 s) / 0.002 s
         (0.0, 256, 256),
     ],
@@ -25,6 +26,12 @@ def test_chunks_keep_a_step_short(per_token: float, busy: int, idle: int) -> Non
     pace = measured(per_token, 0.1)
     assert pace.chunk_tokens(1, is_busy=True) == pytest.approx(busy, abs=1)
     assert pace.chunk_tokens(0, is_busy=False) == idle
+
+
+@pytest.mark.parametrize("longest", [64, 512])
+def test_no_chunk_is_longer_than_the_batches_have_room_for(longest: int) -> None:
+    pace = measured(0.0, 0.001, longest)
+    assert pace.chunk_tokens(1, is_busy=True) == pace.chunk_tokens(0, is_busy=False) == longest
 
 
 def test_prompt_rate_leaves_out_what_running_answers_cost() -> None:

@@ -107,8 +107,8 @@ class Context:
         self._abort_flag.lower()
         self._use_adapter(adapter)
         feeds = self._without_surplus_drafts(feeds)
-        is_prompt_read = any(len(feed.tokens) > 1 + feed.drafted for feed in feeds)
-        c.llama_set_n_threads(self._context, self._threads[0], self._threads[is_prompt_read])
+        is_text_read = any(feed.is_read for feed in feeds)
+        c.llama_set_n_threads(self._context, self._threads[0], self._threads[is_text_read])
         rows = self._fill_batch(feeds)
         library.forget_errors()
         code = c.llama_decode(self._context, self._batch.native)
@@ -117,6 +117,9 @@ class Context:
         if code != 0:
             raise EngineFailed(f"llama.cpp could not compute the batch (code {code}: {library.first_error()}).")
         return {feed.slot: self._sample(feed, rows[feed.slot]) for feed in feeds if feed.is_sampled}
+
+    def use_threads(self, decode: int, prefill: int) -> None:
+        self._threads = (decode, prefill)
 
     def forced(self, slot: int) -> Sequence[int]:
         return self._samplers[slot].forced()
@@ -128,17 +131,17 @@ class Context:
         if not c.llama_memory_seq_rm(self._memory, self._id(sequence), start, end):
             raise EngineFailed("This model cannot forget a part of a sequence; the whole sequence must be released.")
 
-    def save(self, sequence: int) -> bytes:
+    def save(self, sequence: int) -> bytearray:
         with self._lent(sequence) as number:
             size = c.llama_state_seq_get_size(self._context, number)
-            data = (ctypes.c_uint8 * size)()
-            written = c.llama_state_seq_get_data(self._context, data, size, number)
+            data = bytearray(size)  # 100 MB and more: there is never a second copy
+            written = c.llama_state_seq_get_data(self._context, (ctypes.c_uint8 * size).from_buffer(data), size, number)
         if written != size:
             raise EngineFailed(f"Saving a sequence failed: {written} of {size} bytes were written.")
-        return bytes(data)
+        return data
 
-    def restore(self, sequence: int, data: bytes) -> None:
-        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+    def restore(self, sequence: int, data: bytes | bytearray) -> None:
+        buffer = np.frombuffer(data, dtype=np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))  # no second copy
         if c.llama_state_seq_set_data(self._context, buffer, len(data), self._id(sequence)) == 0:
             c.llama_memory_seq_rm(self._memory, self._id(sequence), -1, -1)
             raise SnapshotRefused(f"{len(data)} bytes of saved cells were not taken: {library.last_error()}")
@@ -172,7 +175,7 @@ class Context:
     def _params(self, settings: EngineSettings) -> Any:
         params = c.llama_context_default_params()
         params.n_ctx = settings.cells
-        params.n_batch = params.n_ubatch = batch_tokens(self.slots)
+        params.n_batch = params.n_ubatch = batch_tokens(self.slots, settings.chunk_tokens)
         params.n_seq_max = self.slots + 1  # one more to save parked sequences through
         params.n_outputs_max = params.n_seq_max + self._drafts  # rows of logits, not one for each token of a batch
         params.n_threads, params.n_threads_batch = self._threads

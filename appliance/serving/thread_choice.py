@@ -1,0 +1,72 @@
+"""How many threads compute the next tokens: as many as there are cores, or fewer while other programs want some of them.
+
+llama.cpp's threads wait for each other hundreds of times a token. When another program takes a core from one of them, all
+wait for it: two threads on two cores beside one busy program were half as fast as one thread. So the choice is measured,
+step by step. The number of threads changes no result.
+"""
+
+import collections
+import itertools
+import statistics
+
+MEASURED_STEPS = 5  # the median of so many counts: one step that was disturbed changes no choice
+TRIAL_STEPS = 2
+TRIAL_COST = 0.005  # share of the time that may be lost by trying numbers of threads that are slower
+LONGEST_PAUSE_STEPS = 1000
+EXACT_ROWS = 8  # more rows than this are measured together with others of about as many
+
+
+class ThreadChoice:
+    """Chooses among `most` threads, one fewer, and half of them; used from one thread."""
+
+    def __init__(self, most: int) -> None:
+        self._counts = sorted({most, max(1, most - 1), max(1, most // 2)}, reverse=True)
+        self._costs: dict[tuple[int, int], collections.deque[float]] = {}  # by rows and threads
+        self._steps = 0  # since the last trial
+        self._turn = itertools.cycle(self._counts)
+        self._trial: tuple[int, int] | None = None  # threads, and how many steps are left
+
+    def choose(self, rows: int) -> int:
+        """Threads for a step that computes `rows` tokens of running answers."""
+        if len(self._counts) == 1:
+            return self._counts[0]
+        best = self._best(rows)
+        if self._trial is None and self._is_due(rows, best):
+            other = next(count for count in self._turn if count != best)
+            self._trial = (other, TRIAL_STEPS)
+            self._costs.pop((_bucket(rows), other), None)  # what it cost long ago says nothing
+        return best if self._trial is None else self._trial[0]
+
+    def observe(self, rows: int, threads: int, seconds: float) -> None:
+        """How long a step took."""
+        key = (_bucket(rows), threads)
+        self._costs.setdefault(key, collections.deque(maxlen=MEASURED_STEPS)).append(seconds / rows)
+        self._steps += 1
+        if self._trial is not None and self._trial[0] == threads:
+            left = self._trial[1] - 1
+            self._trial = (threads, left) if left else None
+            self._steps = 0 if left == 0 else self._steps
+
+    def _cost(self, rows: int, threads: int) -> float | None:
+        """Seconds for a token; None where too little is known."""
+        measured = self._costs.get((_bucket(rows), threads), ())
+        return statistics.median(measured) if len(measured) >= TRIAL_STEPS else None
+
+    def _best(self, rows: int) -> int:
+        known = {count: cost for count in self._counts if (cost := self._cost(rows, count)) is not None}
+        return min(known, key=known.__getitem__) if known else self._counts[0]
+
+    def _is_due(self, rows: int, best: int) -> bool:
+        """Whether to try another number again: the slower it was, the more seldom."""
+        costs = [self._cost(rows, count) for count in self._counts]
+        if self._steps < MEASURED_STEPS or costs[self._counts.index(best)] is None:
+            return False
+        known = [cost for cost in costs if cost is not None]
+        if len(known) < len(costs):
+            return True
+        lost_steps = TRIAL_STEPS * (max(known) / min(known) - 1)
+        return self._steps >= min(lost_steps / TRIAL_COST, LONGEST_PAUSE_STEPS)
+
+
+def _bucket(rows: int) -> int:
+    return rows if rows <= EXACT_ROWS else EXACT_ROWS + rows.bit_length()
