@@ -21,8 +21,8 @@ FACTOR = 4.0
 SECONDS = 30.0
 # A client waits so many times longer than an answer takes with every slot busy, within bounds.
 PATIENCE, PATIENCE_SECONDS = 5.0, (20.0, 120.0)
-PROMPT_TOKENS, ANSWER_TOKENS = 60, 48
-CAPACITY_REQUESTS, CAPACITY_PATIENCE_SECONDS = 24, 300.0
+PROMPT_TOKENS, ANSWER_TOKENS = 60, 32
+CAPACITY_REQUESTS, CAPACITY_PATIENCE_SECONDS = 16, 300.0
 QUICK = 5.0  # so much shorter in the quick form
 RETRY_AFTER = "retry-after"
 

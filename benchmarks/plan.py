@@ -22,10 +22,14 @@ ALL_STREAMS = (1, 4, 8)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRows:
-    """Measured on a server that is running."""
+    """Measured on a server that is running; with some servers in the first `rounds` only."""
 
     servers: Sequence[str]
     run: Callable[[Trial, Running], Awaitable[Sequence[Figure]]]
+    rounds: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def has(self, server: str, number: int) -> bool:
+        return server in self.servers and number <= self.rounds.get(server, number)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +66,16 @@ async def _decode_4(trial: Trial) -> Sequence[Figure]:
 
 
 CHATS: Mapping[str, ChatRows] = {
-    "decode": ChatRows(servers=tuple(SERVERS), run=_decode),
+    "start": ChatRows(servers=LIKE_WITH_LIKE, run=starts.start),  # the first request of all, so first
+    "decode": ChatRows(servers=tuple(SERVERS), run=_decode, rounds={EXAMPLE: 2}),
     "cold": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.cold),
     "beside": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.beside),
     "schema": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.schema),
 }
 OWN: Mapping[str, OwnRows] = {
+    "cold-start": OwnRows(servers=LIKE_WITH_LIKE, run=starts.cold_start),
     "prefix": OwnRows(servers=LIKE_WITH_LIKE, run=workloads.prefix),
-    "start": OwnRows(servers=LIKE_WITH_LIKE, run=starts.start),
-    "q4_0": OwnRows(servers=(OURS, LLAMA_SERVER, LLAMA_CPP_SERVER), run=_decode_4),
+    "q4_0": OwnRows(servers=(OURS, LLAMA_CPP_SERVER), run=_decode_4, rounds=3),
     "memory": OwnRows(servers=(OURS, LLAMA_SERVER, LLAMA_CPP_SERVER), run=workloads.memory, rounds=2),
     "overload": OwnRows(servers=LIKE_WITH_LIKE, run=overload, rounds=1),
 }
@@ -84,7 +89,7 @@ def turns(rounds: int, rows: Sequence[str], servers: Sequence[str]) -> Iterator[
         first = (number - 1) % len(servers)
         order = [*servers[first:], *servers[:first]]
         for server in order:
-            if suiting := tuple(row for row in chats if server in CHATS[row].servers):
+            if suiting := tuple(row for row in chats if CHATS[row].has(server, number)):
                 yield Turn(server=server, round=number, rows=suiting)
         for row, own in OWN.items():
             if row not in rows or (own.rounds is not None and number > own.rounds):
@@ -101,8 +106,11 @@ async def take(turn: Turn, trial: Trial) -> Sequence[Figure]:
             return [trial.failed(turn.rows[0], error)]
     figures: list[Figure] = []
     try:
+        if "start" in turn.rows and trial.round == 1:
+            figures.append(trial.figure("start-first", await starts.first_start(trial)))
         async with running(trial.server, trial.launch) as run:
-            await workloads.warm_up(trial, run)
+            if "start" not in turn.rows:
+                await workloads.warm_up(trial, run)
             for row in turn.rows:
                 try:
                     figures += await CHATS[row].run(trial, run)

@@ -89,6 +89,7 @@ ROWS: Mapping[str, Row] = {
     ),
     "memory-anonymous": MEMORY,
     "memory-resident": Row(title="peak resident memory", unit="MB", scale=1 / MEGABYTE),
+    "start-first": Row(title="start to first token, file never seen", unit="s"),
     "start-warm": Row(title="start to first token, warm disk", unit="s", targets=(_at_most(LLAMA_SERVER, 1.5),)),
     "start-cold": Row(title="start to first token, cold disk", unit="s", targets=(_at_most(LLAMA_SERVER, 1.5),)),
     "overload-held": Row(title="throughput held at 4x overload", unit="of capacity"),

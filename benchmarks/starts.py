@@ -4,22 +4,30 @@ from collections.abc import Sequence
 
 from benchmarks.figures import Figure
 from benchmarks.page_cache import cached_ratio, drop
-from benchmarks.servers import running
+from benchmarks.servers import Running, running
 from benchmarks.workloads import SHORT_TOKENS, Trial, answer_of
 
-WARM, COLD = "start-warm", "start-cold"
+
+async def start(trial: Trial, run: Running) -> Sequence[Figure]:
+    """The first request to a server that was started while its file was in the page cache."""
+    return [trial.figure("start-warm", await _first_token(trial, run))]
 
 
-async def start(trial: Trial) -> Sequence[Figure]:
-    """Once each. Ours looks closely at a file that it never saw, and remembers that it did: that start is told apart."""
-    details = {"the very first start": await _start(trial, "first")} if trial.round == 1 else {}
-    warm = trial.figure(WARM, await _start(trial, WARM), **details)
+async def cold_start(trial: Trial) -> Sequence[Figure]:
+    """The same after the file was dropped from the page cache."""
     drop(trial.launch.model)
     left = cached_ratio(trial.launch.model)
-    return [warm, trial.figure(COLD, await _start(trial, COLD), **{"share of the file still cached": left})]
-
-
-async def _start(trial: Trial, label: str) -> float:
     async with running(trial.server, trial.launch) as run:
-        answer = await answer_of(run, trial.prompts.user(f"{label} {trial.round}", SHORT_TOKENS), 2)
-        return answer.text_times[0] - run.started_at
+        seconds = await _first_token(trial, run)
+    return [trial.figure("start-cold", seconds, **{"share of the file still cached": left})]
+
+
+async def first_start(trial: Trial) -> float:
+    """Of a file that the server never saw: ours looks closely at it, and remembers that it did."""
+    async with running(trial.server, trial.launch) as run:
+        return await _first_token(trial, run)
+
+
+async def _first_token(trial: Trial, run: Running) -> float:
+    answer = await answer_of(run, trial.prompts.user(f"start {trial.round}", SHORT_TOKENS), 2)
+    return answer.text_times[0] - run.started_at

@@ -5,6 +5,7 @@ verdicts of the speculation `Gate`; it changes no answer.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 from appliance.serving.decoder import MAX_DRAFT_TOKENS, Adapter, Feed
@@ -95,6 +96,10 @@ def _shares(reading: Sequence[Answer], room: int) -> list[tuple[Answer, int]]:
     left = {answer: answer.job.prompt_tokens - answer.job.computed for answer in reading}
     counts = dict.fromkeys(reading, 0)
     first, room_left = reading[0], room
+    if len(reading) == 1:
+        # In equal parts: a last part of a few tokens takes nearly as long as one of fifty.
+        parts = math.ceil(left[first] / room) if room > 0 else 0
+        return [(first, math.ceil(left[first] / parts))] if parts else []
     for answer, limit in [(first, (room + 1) // 2), *((each, room) for each in sorted(reading, key=left.__getitem__))]:
         count = min(limit, room_left, left[answer] - counts[answer])
         counts[answer] += count

