@@ -26,6 +26,7 @@ RULE = (
 )
 SECONDS = 300.0
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 11
+OVERTIME = 1.5  # of the time that was given: then a stage is given up that has not made the fewest rounds
 TASK_SECONDS = 1.5  # what one reading should take, so that a stage has rounds enough; writing takes half as long
 PROMPT_TOKENS = (128, 1024)
 STEPS = (4, 32)
@@ -36,6 +37,8 @@ CHUNK_TOKENS = (64, 128, 256, 512, 1024)
 LONGEST_CHUNK_SECONDS = 1.0  # a newcomer waits for the chunk in hand
 # The request by which ways of loading are judged: a question with what was found on it, and an answer.
 TYPICAL_PROMPT_TOKENS, TYPICAL_ANSWER_TOKENS = 512, 128
+
+CONFIRMATION = "all together"
 
 Measure = Callable[[EngineSettings, Task], float]  # seconds that a task takes with these settings
 Work = Sequence[tuple[EngineSettings, Task, float]]  # tasks, with which settings, and how much each weighs
@@ -99,6 +102,10 @@ def with_room(settings: EngineSettings) -> EngineSettings:
     )
 
 
+class _TimeIsOver(Exception):
+    """The rounds of a stage were not made in time."""
+
+
 class _Tuning:
     """The state of a tuning: what was chosen so far, what was measured, and how much time is left."""
 
@@ -129,16 +136,19 @@ class _Tuning:
             "chunk_tokens": self._tune_chunk_tokens,
             "slots": self._tune_slots,
             "kv_type": self._compare_kv_types,
-            "all together": self._confirm,
+            CONFIRMATION: self._confirm,
         }
         self._calibrate()
         for number, (name, stage) in enumerate(stages.items()):
             left = self._seconds - (self._clock() - self._started)
-            if left <= 0 and name != "all together":
-                self._notes.append(f"{name}: not measured, the time was over.")
+            if left <= 0 and name != CONFIRMATION:
+                self._give_up(name)
                 continue
             self._tell(name)
-            stage(name, max(0.0, left) / (len(stages) - number))
+            try:
+                stage(name, max(0.0, left) / (len(stages) - number))
+            except _TimeIsOver:
+                self._give_up(name)
         return Outcome(
             settings=self._tuned,
             trials=self._trials,
@@ -146,6 +156,13 @@ class _Tuning:
             notes=self._notes,
             tasks=(self._read(self._now), self._write(self._now, 1)),
         )
+
+    def _give_up(self, name: str) -> None:
+        if name == CONFIRMATION:
+            self._tuned = TunedSettings()
+            self._notes.append(f"{name}: the time was over before this could be confirmed, so the defaults stay.")
+        else:
+            self._notes.append(f"{name}: not measured, the time was over.")
 
     def _calibrate(self) -> None:
         """Chooses tasks that take about as long on every machine; what comes first warms up and is not counted."""
@@ -279,6 +296,8 @@ class _Tuning:
         started = self._clock()
         for number in range(MOST_ROUNDS):
             for value in list(ways) if number % 2 == 0 else reversed(list(ways)):
+                if self._clock() - self._started > OVERTIME * self._seconds:
+                    raise _TimeIsOver
                 found[value].append(sum(self._measure(settings, task) * weight for settings, task, weight in ways[value]))
                 self._tell("")
             spent = self._clock() - started

@@ -187,6 +187,21 @@ def test_time_is_kept_on_fast_and_slow_machines(speed: float) -> None:
     assert of(outcome, "threads")
 
 
+def test_machine_that_slows_down_is_given_up_in_time() -> None:
+    """A hundred times slower after a while, as beside another program; what was found by then is not confirmed."""
+
+    def step_seconds(way: SimpleNamespace) -> float:
+        return (0.02 if way.is_repacked else 0.015) * (100 if world.now > 30 else 1)
+
+    world = World(step_seconds=step_seconds)
+    outcome = world.tune(seconds=60.0)
+    longest_task = max(tuning.STEPS) * 2.0
+    assert world.now < 60 * tuning.OVERTIME + 2 * longest_task
+    assert of(outcome, "repack")["off"].is_taken
+    assert outcome.settings == TunedSettings()
+    assert "before this could be confirmed" in outcome.notes[-1]
+
+
 def test_stages_without_time_are_named() -> None:
     outcome = World(token_seconds=1.0).tune(seconds=100.0)
     assert any(note.endswith("not measured, the time was over.") for note in outcome.notes)
