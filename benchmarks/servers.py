@@ -122,7 +122,7 @@ class Running:
     def check(self, answers: Sequence[Answer]) -> None:
         """Raises `ServerError` with the end of its log when it died, or an answer is not whole."""
         broken = next((answer for answer in answers if not answer.is_whole), None)
-        if broken is not None and not broken.status:
+        if broken is not None and broken.problem:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(DYING_SECONDS)  # its connections end a moment before it does
         if (code := self.process.poll()) is not None:
