@@ -26,6 +26,7 @@ from benchmarks import processes
 COMMAND = (sys.executable, "-m", "benchmarks.talkative_worker")
 PROMPT_TOKENS = 2048  # the longest prompt that is read: KV memory is taken at the start, whatever is in it
 ANSWER_TOKENS = 32
+SAVING_SECONDS = 2.0  # until the engine, idle, has copied what is cached out of the KV memory
 FIRST_TOKEN = 1000  # prompts are random tokens from here on; those at the end of the vocabulary are not text
 SCHEMA = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output) buffer size =\s*([\d.]+) MiB")
@@ -78,6 +79,7 @@ async def _measure(settings: EngineSettings, vocabulary_tokens: int) -> Measured
                 peak_loading = max(peak.anonymous, after["loading"])
                 for name, requests in _work(settings, vocabulary_tokens).items():
                     await _answer(worker, requests)
+                    await asyncio.sleep(SAVING_SECONDS)
                     after[name] = processes.anonymous_bytes(worker.pid)
         finally:
             await worker.end()
@@ -124,6 +126,7 @@ def _work(settings: EngineSettings, vocabulary_tokens: int) -> Mapping[str, Sequ
         "a long prompt": [request(longest)],
         "all slots": [request(64) for _ in range(settings.slots)],
         "bound and drawn answers": [request(64, grammar=bound), request(64, sampling=drawn, top_logprobs=5)],
+        "more than can be cached": [request(longest, 1) for _ in range(settings.cache_tokens // longest + 1)],
     }
 
 

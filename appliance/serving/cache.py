@@ -1,35 +1,62 @@
-"""The prefix cache: a radix tree of token prefixes whose cells stay in the KV memory after their request has ended.
+"""The prefix cache: a radix tree of token prefixes whose cells are kept after their request has ended.
 
-Each node is one parked sequence that holds the cells of its own token range and no others. A node belongs to a tenant, or
-to nobody: then every tenant finds it. Adapters have trees of their own, because the same tokens give other cells there.
-`PrefixCache` knows which nodes are in use and which may go; it does not know requests, budgets or files.
+Each node has the cells of its own token range and no others: in a parked sequence of the KV memory, as bytes in ordinary
+memory, or both. Cells in the KV memory that no running answer needs slow every batch down (llama.cpp's flash attention on a
+CPU splits all cells among its threads, and masked ones are no work: `ggml-cpu/ops.cpp`), while bytes come back in a
+thousandth of the time that reading takes. So the KV memory holds what is in use, and what the last answers left until the
+next one begins. A node belongs to a tenant, or to nobody: then every tenant finds it. Adapters have trees of their own,
+because the same tokens give other cells there. `PrefixCache` does not know requests, budgets or files.
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Self
 
-from appliance.serving.decoder import Adapter, Decoder
+from appliance.serving.decoder import Adapter, Decoder, SavedCells, SnapshotRefused
 
 SPLIT_TOKENS = 32  # a shorter end of a node is not worth a sequence of its own
+
+logger = logging.getLogger("appliance.serving")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """A node's cells as bytes. They begin at `start`, which may be before the node: it was split since."""
+
+    cells: SavedCells
+    start: int
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Node:
-    """Tokens from position `start` on, whose cells `sequence` holds. A root has neither tokens nor a sequence."""
+    """Tokens from position `start` on, whose cells are in `sequence`, in `saved`, or in both. A root has none of these."""
 
     tokens: tuple[int, ...]
     start: int
-    sequence: int
+    sequence: int | None
     owner: str | None
     parent: Self | None
     children: dict[tuple[str | None, int], "Node"] = dataclasses.field(default_factory=dict)
+    saved: Saved | None = None
     users: int = 0  # running jobs that share cells of this node or of one below it
     used_at: int = 0
 
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+    @property
+    def saved_tokens(self) -> int:
+        return 0 if self.saved is None else self.end - self.saved.start
+
+    @property
+    def rank(self) -> tuple[bool, int, int]:
+        """The lowest goes first: tenants' before common ones, long unused ones before others, ends before beginnings.
+
+        A node ranks above all that are below it in the tree.
+        """
+        return self.owner is None, self.used_at, -self.start
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,23 +66,30 @@ class Match:
     node: Node
     length: int
 
+    @property
+    def cells_to_load(self) -> int:
+        """What has to come back into the KV memory before the prefix can be attached."""
+        return sum(node.saved_tokens for node in _path(self.node) if node.sequence is None)
+
 
 class PrefixCache:
-    """Prefixes in the sequences `sequences` of `decoder`, least recently used first out."""
+    """Prefixes in the sequences `sequences` of `decoder`, and at most `saved_limit` tokens of them as bytes."""
 
-    def __init__(self, decoder: Decoder, sequences: Sequence[int]) -> None:
+    def __init__(self, decoder: Decoder, sequences: Sequence[int], saved_limit: int) -> None:
         self._decoder = decoder
         self._sequences = sequences
         self._free = list(sequences)
         self._roots: dict[Adapter | None, Node] = {}
         self._nodes: set[Node] = set()
         self._clock = 0
-        self.cells = 0
+        self.saved_limit = saved_limit
+        self.saved_tokens = 0
+        self.cells = 0  # of the KV memory
 
     @property
     def free_cells(self) -> int:
         """Cells of nodes that nobody uses."""
-        return sum(len(node.tokens) for node in self._nodes if not node.users)
+        return sum(len(node.tokens) for node in self._nodes if node.sequence is not None and not node.users)
 
     def match(self, adapter: Adapter | None, owner: str | None, tokens: Sequence[int], limit: int) -> Match:
         """The longest prefix of `tokens[:limit]` that `owner` may use."""
@@ -63,15 +97,21 @@ class PrefixCache:
         owners = (None,) if owner is None else (None, owner)
         return _longest(Match(root, 0), owners, tuple(tokens[:limit]))
 
-    def attach(self, match: Match, slot: int) -> Node:
-        """Lets `slot` hold the cells of a prefix too; they stay until `unlock` of the node returned."""
-        node = match.node
-        if node.end - match.length >= SPLIT_TOKENS and self._free:
-            node = self._split(node, match.length, self._free.pop())
+    def attach(self, match: Match, slot: int) -> Match:
+        """Lets `slot` hold the cells of a prefix too; they stay until `unlock` of the node returned.
+
+        There must be room for `cells_to_load`. Less than the match is attached when saved cells cannot be loaded.
+        """
+        match = self._loaded(match)
+        node = self.lock(match.node)
+        if node.end - match.length >= SPLIT_TOKENS and (sequence := self._take_sequence()) is not None:
+            self.unlock(node)
+            node = self.lock(self._split(node, match.length, sequence))
         for each in _path(node):
+            assert each.sequence is not None
             self._decoder.copy(each.sequence, slot, each.start, min(each.end, match.length))
         self._touch(node)
-        return self.lock(node)
+        return Match(node, match.length)
 
     def lock(self, node: Node) -> Node:
         for each in _path(node):
@@ -87,7 +127,8 @@ class PrefixCache:
     ) -> tuple[Node | None, int]:
         """Keeps the cells of `tokens` that sequence `source` holds, as far as they are new.
 
-        Returns the node that they are in and their number; (None, 0) when there is nothing new or no sequence to be had.
+        Returns the node with the last of them and how many are now the cache's; (None, 0) when there is nothing new or no
+        sequence to be had.
         `held` are nodes that the caller has locked: one of these may grow, while others' locked nodes may not.
         """
         self._roots = {key: root for key, root in self._roots.items() if root.children}  # clients choose the scales
@@ -98,88 +139,193 @@ class PrefixCache:
             return None, 0
         self.lock(match.node)  # so that making room for it does not take away what it continues
         try:
-            node = self._continue(match, owner, tuple(tokens[match.length :]), source, held)
+            node, added = self._continue(match, owner, tuple(tokens[match.length :]), source, held)
         finally:
             self.unlock(match.node)
-        if node is None:
-            return None, 0
-        added = len(tokens) - match.length
-        self.cells += added
-        self._touch(node)
+        if node is not None:
+            self._touch(node)
         return node, added
 
-    def make_room(self, cells: int) -> None:
-        """Gives up cells that nobody uses: ends of prefixes before their beginnings, tenants' before common ones."""
-        while cells > 0 and (node := self._oldest_leaf()) is not None:
-            count = min(cells, len(node.tokens))
-            if count == len(node.tokens):
-                self._free.append(self._drop(node))
+    def park(self, needed: int = 0) -> None:
+        """Takes cells that nobody uses out of the KV memory; the last used are saved first, as far as the limit goes.
+
+        What cannot be saved stays until `needed` cells would not become free otherwise, and then is lost.
+        """
+        target = self.cells - needed
+        for node in self._unused(is_last_first=True):
+            if self._save(node):
+                self._unload(node)
+        for node in self._unused():
+            surplus = self.cells - target
+            if surplus <= 0:
+                return
+            if surplus < len(node.tokens) and not node.children:
+                assert node.sequence is not None
+                self._decoder.remove(node.sequence, node.end - surplus, -1)
+                node.tokens = node.tokens[:-surplus]
+                self.cells -= surplus
             else:
-                self._decoder.remove(node.sequence, node.end - count, -1)
-                node.tokens = node.tokens[:-count]
-                self.cells -= count
-            cells -= count
+                self._forget(node)
+
+    def save_one(self) -> bool:
+        """Saves cells that nobody uses, so that they can leave the KV memory at once later; False when all are."""
+        unsaved = (node for node in self._unused(is_last_first=True) if node.saved is None)
+        return any(self._save(node) for node in unsaved)
 
     def clear(self) -> None:
         """Forgets every node, after the decoder has forgotten its sequences."""
         self._free = list(self._sequences)
         self._roots.clear()
         self._nodes.clear()
-        self.cells = 0
+        self.cells = self.saved_tokens = 0
 
     def _continue(
         self, match: Match, owner: str | None, rest: tuple[int, ...], source: int, held: Sequence[Node]
-    ) -> Node | None:
-        """A node that holds `rest` behind the match."""
+    ) -> tuple[Node | None, int]:
+        """A node that holds `rest` behind the match, and how many cells are the cache's by now."""
         node, end = match.node, match.length + len(rest)
-        if match.length < node.end:
-            if (sequence := self._take_sequence()) is None:
-                return None
-            node = self._split(node, match.length, sequence)
         others = node.users - 1 - (node in held)
-        if node.parent is not None and not node.children and node.owner == owner and others == 0:
+        is_own = node.owner == owner and others == 0 and not node.children
+        if match.length == node.end and is_own and node.sequence is not None and node.saved is None:
             self._decoder.copy(source, node.sequence, match.length, end)
             node.tokens += rest
-            return node
+            self.cells += len(rest)
+            return node, len(rest)
         if (sequence := self._take_sequence()) is None:
-            return None
+            return None, 0
+        added = len(rest)
+        if match.length < node.end:
+            if (second := self._take_sequence()) is None:
+                self._free.append(sequence)
+                return None, 0
+            added += 0 if node.sequence is not None else match.length - node.start
+            node = self._split(node, match.length, second, source)
         self._decoder.copy(source, sequence, match.length, end)
         child = Node(rest, match.length, sequence, owner, node)
         node.children[owner, rest[0]] = child
         self._nodes.add(child)
-        return child
+        self.cells += len(rest)
+        return child, added
 
-    def _split(self, node: Node, position: int, sequence: int) -> Node:
-        """Gives the tokens before `position` to a new node above; returns that."""
+    def _split(self, node: Node, position: int, sequence: int, source: int | None = None) -> Node:
+        """Gives the tokens before `position` to a new node above, with cells in `sequence`; returns that.
+
+        Where the node's cells are not in the KV memory, `source` holds those before `position` too.
+        """
         assert node.parent is not None
         count = position - node.start
-        self._decoder.copy(node.sequence, sequence, node.start, position)
-        self._decoder.remove(node.sequence, node.start, position)
-        head = Node(node.tokens[:count], node.start, sequence, node.owner, node.parent, {}, node.users, node.used_at)
+        if node.sequence is not None:
+            self._decoder.copy(node.sequence, sequence, node.start, position)
+            self._decoder.remove(node.sequence, node.start, position)
+            self._lose_saved(node)
+        else:
+            assert source is not None
+            self._decoder.copy(source, sequence, node.start, position)
+            self.cells += count
+        head = Node(node.tokens[:count], node.start, sequence, node.owner, node.parent)
+        head.users, head.used_at = node.users, node.used_at
         node.parent.children[node.owner, head.tokens[0]] = head
         node.tokens, node.start, node.parent = node.tokens[count:], position, head
         head.children[node.owner, node.tokens[0]] = node
         self._nodes.add(head)
         return head
 
-    def _take_sequence(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        node = self._oldest_leaf()
-        return None if node is None else self._drop(node)
+    def _loaded(self, match: Match) -> Match:
+        """The match, or as much of it as the KV memory holds after its saved cells were loaded."""
+        broken = None
+        self.lock(match.node)
+        for node in reversed(list(_path(match.node))):
+            if node.sequence is None and not self._load(node):
+                broken = node
+                break
+        self.unlock(match.node)
+        if broken is None:
+            return match
+        assert broken.parent is not None
+        shorter = Match(broken.parent, broken.start)
+        self._forget(broken)
+        return shorter
 
-    def _drop(self, node: Node) -> int:
-        """Frees the node's cells; returns its sequence."""
-        assert node.parent is not None
+    def _load(self, node: Node) -> bool:
+        assert node.saved is not None
+        if (sequence := self._take_sequence()) is None:
+            return False
+        try:
+            self._decoder.restore(sequence, node.saved.cells)
+        except SnapshotRefused as error:
+            logger.warning("event=prefix_not_loaded tokens=%d reason=%r", len(node.tokens), str(error))
+            self._free.append(sequence)
+            return False
+        if node.saved.start < node.start:
+            self._decoder.remove(sequence, node.saved.start, node.start)
+        node.sequence = sequence
+        self.cells += len(node.tokens)
+        return True
+
+    def _unload(self, node: Node) -> None:
+        assert node.sequence is not None
         self._decoder.remove(node.sequence, 0, -1)
+        self._free.append(node.sequence)
+        node.sequence = None
+        self.cells -= len(node.tokens)
+
+    def _save(self, node: Node) -> bool:
+        """Whether the cells of a node in the KV memory are saved now, at the price of nodes below it in rank."""
+        if node.saved is not None:
+            return True
+        if not self._make_place(node):
+            return False
+        assert node.sequence is not None
+        node.saved = Saved(self._decoder.save(node.sequence), node.start)
+        self.saved_tokens += node.saved_tokens
+        return True
+
+    def _make_place(self, node: Node) -> bool:
+        surplus = self.saved_tokens + len(node.tokens) - self.saved_limit
+        spare = [each for each in self._nodes if each.saved is not None and each.sequence is not None and each.users]
+        lower = [each for each in self._nodes if each.saved is not None and not each.users and each.rank < node.rank]
+        if surplus > sum(each.saved_tokens for each in (*spare, *lower)):
+            return False
+        for each in (*spare, *sorted(lower, key=lambda each: each.rank)):
+            if self.saved_tokens + len(node.tokens) <= self.saved_limit:
+                break
+            if each.users:
+                self._lose_saved(each)
+            else:
+                self._forget(each)
+        return True
+
+    def _lose_saved(self, node: Node) -> None:
+        self.saved_tokens -= node.saved_tokens
+        node.saved = None
+
+    def _take_sequence(self) -> int | None:
+        if not self._free:
+            for node in self._unused():
+                if self._save(node):
+                    self._unload(node)
+                else:
+                    self._forget(node)
+                break
+        return self._free.pop() if self._free else None
+
+    def _unused(self, *, is_last_first: bool = False) -> Iterator[Node]:
+        """Nodes in the KV memory that nobody uses, by rank; those that are gone by their turn are left out."""
+        found = [node for node in self._nodes if node.sequence is not None and not node.users]
+        for node in sorted(found, key=lambda node: node.rank, reverse=is_last_first):
+            if node.sequence is not None:
+                yield node
+
+    def _forget(self, node: Node) -> None:
+        """The node, and all that continues it; nobody uses them."""
+        for child in list(node.children.values()):
+            self._forget(child)
+        assert node.parent is not None
         del node.parent.children[node.owner, node.tokens[0]]
         self._nodes.remove(node)
-        self.cells -= len(node.tokens)
-        return node.sequence
-
-    def _oldest_leaf(self) -> Node | None:
-        leaves = (node for node in self._nodes if not node.users and not node.children)
-        return min(leaves, key=lambda node: (node.owner is None, node.used_at), default=None)
+        self._lose_saved(node)
+        if node.sequence is not None:
+            self._unload(node)
 
     def _touch(self, node: Node) -> None:
         self._clock += 1
@@ -188,7 +334,7 @@ class PrefixCache:
 
 
 def _root() -> Node:
-    return Node((), 0, -1, None, None)
+    return Node((), 0, None, None, None)
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -67,6 +67,9 @@ class Adapter:
     scale: float
 
 
+SavedCells = bytes | bytearray | memoryview
+
+
 class SnapshotRefused(Exception):
     """Saved cells do not fit this model, its settings, or the free memory."""
 
@@ -132,11 +135,11 @@ class Decoder(Protocol):
     def remove(self, sequence: int, start: int, end: int) -> None:
         """Takes positions out of a sequence; -1 is the end. Cells that no other sequence holds are free."""
 
-    def save(self, sequence: int) -> bytes | bytearray:
-        """The cells of a sequence, to be put into a file."""
+    def save(self, sequence: int) -> SavedCells:
+        """The cells of a sequence and their positions."""
 
-    def restore(self, sequence: int, data: bytes | bytearray) -> None:
-        """Fills an empty sequence. Raises `SnapshotRefused`."""
+    def restore(self, sequence: int, data: SavedCells) -> None:
+        """Fills an empty sequence with what `save` gave, at the same positions. Raises `SnapshotRefused`."""
 
     def release(self, slot: int) -> None:
         """Forgets the slot's sequence and sampler."""

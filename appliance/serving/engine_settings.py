@@ -22,7 +22,8 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
     adapters: dict[str, str] = {}  # name to the path of its LoRA GGUF file
     slots: int
     context_tokens: int  # of one request
-    cells: int  # tokens of the KV memory: slots x context, and room for parked prefixes
+    cells: int  # tokens of the KV memory: slots x context
+    cache_tokens: int = 0  # of prefixes kept in ordinary memory after their request has ended
     threads_decode: int
     threads_prefill: int
     chunk_tokens: int = IDLE_CHUNK_TOKENS  # of prompts, computed in one step at most

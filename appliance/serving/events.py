@@ -117,7 +117,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True, tag=True):
     chat_template: str = ""
     vocabulary_tokens: int = 0
     embedding_width: int = 0
-    kv_cells: int = 0  # tokens of all sequences, parked ones included
+    kv_cells: int = 0  # tokens of all sequences
     kv_bytes_per_token: int = 0
     weight_bytes: int = 0  # read for every token decoded
     threads_decode: int = 0
@@ -135,9 +135,11 @@ class Load(Struct, frozen=True, kw_only=True, tag=True):
     waiting: int
     slots: int
     waiting_tokens: int = 0
-    kv_cells_used: int = 0  # by running requests and parked prefixes
+    kv_cells_used: int = 0  # by running requests and what the last ones left
     kv_cells_running: int = 0
     kv_cells: int = 0
+    cached_tokens: int = 0  # of prefixes kept in ordinary memory
+    cache_tokens: int = 0  # their limit
     is_speculating: bool = False
     step_started_at: float | None = None  # of the decode call in flight
 

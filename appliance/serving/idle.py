@@ -1,6 +1,7 @@
-"""What the scheduler does while nobody asks: reads the operator's prefixes, and writes shared ones to disk.
+"""What the scheduler does while nobody asks: reads the operator's prefixes, copies what is cached out of the KV memory, so
+that it can leave at once when a request comes, and writes shared prefixes to disk.
 
-Both give way to requests: reading goes on in small chunks and gives up its slot, writing happens in a thread of its own.
+All give way to requests: reading goes on in small chunks and gives up its slot, writing happens in a thread of its own.
 """
 
 import concurrent.futures
@@ -75,12 +76,14 @@ class IdleWork:
             self._running.free_slots.append(job.slot)
 
     def save_one(self, notify: Callable[[], None]) -> bool:
-        """Begins to write a prefix, if there is one to write; `notify` is called when it is done."""
+        """Copies a prefix out of the KV memory, or begins to write one to disk; `notify` is called when it is written."""
+        if self._prefixes.save_one():
+            return True
         if self._store is None or self.is_writing or (prefix := self._prefixes.worth_saving()) is None:
             return False
-        payload = self._prefixes.save(prefix, self._running.free_slots[-1])
-        self._writing = self._writer.submit(self._store.write, prefix, payload)
-        self._writing.add_done_callback(lambda _: notify())
+        if (payload := self._prefixes.save(prefix, self._running.free_slots[-1])) is not None:
+            self._writing = self._writer.submit(self._store.write, prefix, payload)
+            self._writing.add_done_callback(lambda _: notify())
         return True
 
     def forget_failed(self) -> None:

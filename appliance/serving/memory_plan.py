@@ -101,7 +101,7 @@ def needed_bytes(header: GgufHeader, settings: EngineSettings, machine: Machine)
     choice = Choice(
         slots=settings.slots,
         context_tokens=settings.context_tokens,
-        cache_tokens=settings.cells - settings.slots * settings.context_tokens,
+        cache_tokens=settings.cache_tokens,
         kv_type=settings.kv_type,
         is_mapped=settings.is_mapped,
         is_repacked=settings.is_repacked,
@@ -150,6 +150,7 @@ def _plan(outset: _Outset, asked: Serve, *, chunk_tokens: int = IDLE_CHUNK_TOKEN
         slots=fitted.slots,
         context_tokens=fitted.context_tokens,
         cells=fitted.cells,
+        cache_tokens=fitted.cache_tokens,
         threads_decode=asked.threads or machine.physical_cores,
         threads_prefill=asked.prefill_threads or machine.usable_cores,
         chunk_tokens=fitted.chunk_tokens,

@@ -48,7 +48,8 @@ class Choice:
 
     @property
     def cells(self) -> int:
-        return self.slots * self.context_tokens + self.cache_tokens
+        """Of the KV memory; cached prefixes are kept beside it."""
+        return self.slots * self.context_tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,7 @@ class MemoryPrediction:
     weights_idle_bytes: int  # mapped, but hardly read again: sources of copies, embeddings. Not part of the total.
     adapter_bytes: int
     kv_bytes: int
+    cache_bytes: int  # cached prefixes, once there are as many as may be
     compute_bytes: int
     output_bytes: int  # a row of logits for each token that may be sampled in one batch
     process_bytes: int
@@ -73,7 +75,7 @@ class MemoryPrediction:
     @property
     def total_bytes(self) -> int:
         held = self.weights_file_bytes + self.weights_copied_bytes + self.adapter_bytes + self.kv_bytes
-        return held + self.compute_bytes + self.output_bytes + self.process_bytes
+        return held + self.cache_bytes + self.compute_bytes + self.output_bytes + self.process_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -86,6 +88,7 @@ class MemoryPrediction:
             "weights copied": self.weights_copied_bytes,
             "adapters": self.adapter_bytes,
             "KV cache": self.kv_bytes,
+            "cached prefixes": self.cache_bytes,
             "computing": self.compute_bytes,
             "logits": self.output_bytes,
             "process": self.process_bytes,
@@ -99,7 +102,8 @@ def predict(
 ) -> MemoryPrediction:
     """`is_pooling`: for embedding or ranking, where every token of a batch has a row of output."""
     file_bytes, copied, idle, on_gpus = _weights(header, choice, cpu_features)
-    kv = [kv_cell_bytes(header, layer, choice.kv_type) * padded_cells(choice.cells) for layer in range(header.block_count)]
+    cell = [kv_cell_bytes(header, layer, choice.kv_type) for layer in range(header.block_count)]
+    kv = [size * padded_cells(choice.cells) for size in cell]
     first_on_gpu = header.block_count + 1 - choice.gpu_layers
     tokens = compute_tokens(header, choice, is_pooling=is_pooling)
     rows = tokens if is_pooling else output_rows(choice)
@@ -110,6 +114,7 @@ def predict(
         weights_idle_bytes=idle,
         adapter_bytes=adapter_bytes,
         kv_bytes=sum(kv[: max(0, first_on_gpu)]),
+        cache_bytes=sum(cell) * choice.cache_tokens,
         compute_bytes=compute_bytes(header, choice, tokens, rows),
         output_bytes=4 * vocabulary * rows,
         process_bytes=PROCESS_BYTES + vocabulary * (VOCABULARY_TOKEN_BYTES + ANSWER_TOKEN_BYTES),

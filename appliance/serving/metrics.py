@@ -296,9 +296,12 @@ class _ModelsNow:
         yield _gauge("engine_ready", "1 while new requests are accepted.", load.is_accepting)
         yield _gauge("speculation_active", "1 while tokens are guessed, because it pays.", load.is_speculating)
         if load.kv_cells:
-            about = "Share of the KV memory in use, prefixes kept for later included."
+            about = "Share of the KV memory in use, what the last requests left included."
             yield _gauge("kv_use_ratio", about, load.kv_cells_used / load.kv_cells)
             yield _gauge("kv_running_ratio", "Share in use by running requests.", load.kv_cells_running / load.kv_cells)
+        if load.cache_tokens:
+            about = "Share of the memory for prefixes kept for later (cache_tokens) that is full."
+            yield _gauge("prefix_cache_use_ratio", about, load.cached_tokens / load.cache_tokens)
         state = GaugeMetricFamily("appliance_engine_state", "1 for the state of the default model.", labels=["state"])
         for each in get_args(EngineState):
             state.add_metric([each], load.state == each)

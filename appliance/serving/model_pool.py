@@ -134,6 +134,8 @@ class ModelPool:
             kv_cells_used=sum(each.kv_cells_used for each in loads),
             kv_cells_running=sum(each.kv_cells_running for each in loads),
             kv_cells=sum(each.kv_cells for each in loads),
+            cached_tokens=sum(each.cached_tokens for each in loads),
+            cache_tokens=sum(each.cache_tokens for each in loads),
             is_speculating=any(each.is_speculating for each in loads),
             step_started_at=min((each.step_started_at for each in loads if each.step_started_at is not None), default=None),
         )

@@ -1,6 +1,6 @@
-"""The KV memory's book-keeping: what running jobs reserve, what parked prefixes hold, what goes to and comes from disk.
+"""The KV memory's book-keeping: what running jobs reserve, what the prefix cache holds, what goes to and comes from disk.
 
-Running jobs' reservations and the cache together never exceed the cells there are. Used from the scheduler's thread.
+Running jobs' reservations and the cache's cells together never exceed those there are. Used from the scheduler's thread.
 """
 
 import collections
@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from appliance.serving.cache import Match, PrefixCache, common_length
-from appliance.serving.decoder import Decoder, SnapshotRefused
+from appliance.serving.decoder import Decoder, SavedCells, SnapshotRefused
 from appliance.serving.job import Job
 from appliance.serving.snapshots import Prefix, SnapshotStore
 
@@ -23,11 +23,12 @@ logger = logging.getLogger("appliance.serving")
 class Prefixes:
     """Reserves cells for jobs, attaches what is cached, and keeps what jobs have computed."""
 
-    def __init__(self, decoder: Decoder, cells: int, store: SnapshotStore | None) -> None:
+    def __init__(self, decoder: Decoder, cells: int, cache_tokens: int, store: SnapshotStore | None) -> None:
         can_share = self.can_share = decoder.can_share and decoder.sequences > decoder.slots
         self._decoder = decoder
         self._store = store if can_share else None
-        self._cache = PrefixCache(decoder, range(decoder.slots, decoder.sequences) if can_share else range(0))
+        sequences = range(decoder.slots, decoder.sequences) if can_share else range(0)
+        self._cache = PrefixCache(decoder, sequences, cache_tokens if can_share else 0)
         self._reserved: dict[Job, None] = {}
         self._operators: list[Prefix] = []  # whatever begins like one of these may be shared by all
         self._sightings: collections.OrderedDict[Prefix, int] = collections.OrderedDict()
@@ -43,6 +44,15 @@ class Prefixes:
     @property
     def running_cells(self) -> int:
         return self.used_cells - self._cache.free_cells
+
+    @property
+    def saved_tokens(self) -> int:
+        """Of cached prefixes, in ordinary memory."""
+        return self._cache.saved_tokens
+
+    @property
+    def saved_limit(self) -> int:
+        return self._cache.saved_limit
 
     def cached_tokens(self, job: Job) -> int:
         """How much of the prompt need not be computed now; the last token always is."""
@@ -65,19 +75,24 @@ class Prefixes:
             self._cache.lock(match.node)
             available = self._free + self._cache.free_cells
             self._cache.unlock(match.node)
-            if job.capacity - match.length <= available:
+            if _needed(job, match) <= available:
                 return match
         return None
 
     def reserve(self, job: Job, match: Match) -> None:
-        """Promises the job its cells, giving up parked ones if need be, and attaches what it shares."""
+        """Promises the job its cells and attaches what it shares; what nobody shares any more leaves the KV memory."""
         self._cache.lock(match.node)
-        self._cache.make_room(job.capacity - match.length - self._free)
+        self._cache.park(_needed(job, match) - self._free)
         self._cache.unlock(match.node)
         self._reserved[job] = None
         if match.length:
-            job.locks.append(self._cache.attach(match, job.slot))
+            match = self._cache.attach(match, job.slot)
+            job.locks.append(match.node)
         job.computed = job.shared = job.published = match.length
+
+    def save_one(self) -> bool:
+        """Copies cached cells that nobody uses into ordinary memory, for an idle moment; False when all are there."""
+        return self._cache.save_one()
 
     def publish(self, job: Job, known_tokens: int) -> None:
         """Lets others share what the job has computed, and parks it for those to come."""
@@ -144,27 +159,33 @@ class Prefixes:
                 return prefix
         return None
 
-    def save(self, prefix: Prefix, scratch: int) -> bytes | bytearray:
-        """The cells of a cached prefix, put together in the empty sequence `scratch`."""
+    def save(self, prefix: Prefix, scratch: int) -> SavedCells | None:
+        """The cells of a cached prefix, put together in the empty sequence `scratch`; None when they find no room there."""
         self._tried.add(prefix)
-        match = self._cache.match(prefix.adapter, prefix.owner, prefix.tokens, len(prefix.tokens))
-        node = self._cache.attach(match, scratch)
+        size = len(prefix.tokens)
+        match = self._cache.match(prefix.adapter, prefix.owner, prefix.tokens, size)
+        if match.node.start == 0 and match.node.end == size and match.node.saved is not None:
+            return match.node.saved.cells
+        if not self._make_room(match.cells_to_load, match):
+            return None
+        match = self._cache.attach(match, scratch)
         try:
-            return self._decoder.save(scratch)
+            return self._decoder.save(scratch) if match.length == size else None
         finally:
             self._decoder.remove(scratch, 0, -1)
-            self._cache.unlock(node)
+            self._cache.unlock(match.node)
 
     def restorable(self) -> Iterator[tuple[Prefix, bytes]]:
-        """Prefixes on disk that are not cached and find room, the last used first. Reads files: not for a held lock."""
+        """Prefixes on disk that are not cached and find room, the last used last. Reads files: not for a held lock."""
         if self._store is None:
             return
+        chosen, room = [], self._free + self._cache.saved_limit
         for prefix in self._store.prefixes():
-            if (
-                len(prefix.tokens) <= self._free
-                and not self.has(prefix)
-                and (payload := self._store.read(prefix)) is not None
-            ):
+            if len(prefix.tokens) <= min(room, self._free):
+                chosen.append(prefix)
+                room -= len(prefix.tokens)
+        for prefix in reversed(chosen):
+            if not self.has(prefix) and (payload := self._store.read(prefix)) is not None:
                 yield prefix, payload
 
     def worth_recalling(self, job: Job) -> Prefix | None:
@@ -183,8 +204,7 @@ class Prefixes:
     def restore(self, prefix: Prefix, payload: bytes, scratch: int) -> None:
         """Caches a prefix from its cells, through the empty sequence `scratch`, if others can make room for it."""
         assert self._store is not None
-        self._cache.make_room(len(prefix.tokens) - self._free)
-        if len(prefix.tokens) > self._free:
+        if not self._make_room(len(prefix.tokens)):
             return
         try:
             self._decoder.restore(scratch, payload)
@@ -205,6 +225,16 @@ class Prefixes:
         """Cells that are neither parked nor promised."""
         return self.cells - self._cache.cells - sum(job.capacity - job.shared for job in self._reserved)
 
+    def _make_room(self, cells: int, match: Match | None = None) -> bool:
+        """Whether so many cells are free now, or could be made so by parking others than the match's."""
+        if match is not None:
+            self._cache.lock(match.node)
+        if is_possible := cells <= self._free + self._cache.free_cells:
+            self._cache.park(cells - self._free)
+        if match is not None:
+            self._cache.unlock(match.node)
+        return is_possible
+
     def _match(self, job: Job) -> Match:
         return self._cache.match(job.adapter, job.owner, job.tokens, job.prompt_tokens - 1)
 
@@ -218,6 +248,11 @@ class Prefixes:
             job.shared += added
             if node not in job.locks:
                 job.locks.append(self._cache.lock(node))
+
+
+def _needed(job: Job, match: Match) -> int:
+    """Cells that the job takes when it shares the match."""
+    return job.capacity - match.length + match.cells_to_load
 
 
 def awaited_length(reader: Job, waiter: Job) -> int:

@@ -68,7 +68,7 @@ class Scheduler:
         self._threads, self._prefill_threads = ThreadChoice(settings.threads_decode), settings.threads_prefill
         self._gate = Gate(self._pace.costs) if settings.is_speculating and decoder.can_share else None
         self._changed = threading.Condition()  # guards everything below
-        self._prefixes = Prefixes(decoder, min(decoder.cells, settings.cells), snapshots)
+        self._prefixes = Prefixes(decoder, min(decoder.cells, settings.cells), settings.cache_tokens, snapshots)
         self._backlog = Backlog(decoder.slots, settings.queue_requests, settings.queue_tokens)
         self._running = Running(decoder, self._prefixes, self._pace, self._gate, weight_bytes)
         self._idle = IdleWork(decoder, self._prefixes, self._running, self._pace, snapshots)
@@ -147,6 +147,8 @@ class Scheduler:
                 kv_cells_used=self._prefixes.used_cells,
                 kv_cells_running=self._prefixes.running_cells,
                 kv_cells=self._prefixes.cells,
+                cached_tokens=self._prefixes.saved_tokens,
+                cache_tokens=self._prefixes.saved_limit,
                 is_speculating=self._gate is not None and self._gate.is_on,
                 step_started_at=self._step_started_at,
             )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from appliance.errors import EnvironmentIncomplete
-from appliance.serving.decoder import Adapter
+from appliance.serving.decoder import Adapter, SavedCells
 
 MAGIC = b"APPLKV\x00\x01"  # the last byte is the version
 SUFFIX = ".prefix"
@@ -146,7 +146,7 @@ class SnapshotStore:
             if prefix in self._paths:
                 _touch(self._paths[prefix])
 
-    def write(self, prefix: Prefix, payload: bytes | bytearray) -> bool:
+    def write(self, prefix: Prefix, payload: SavedCells) -> bool:
         """Whether it was kept. A full disk is said once; serving goes on without the file."""
         header = json.dumps(
             {
@@ -270,7 +270,7 @@ def _open(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _write(path: Path, *parts: bytes | bytearray) -> None:
+def _write(path: Path, *parts: SavedCells) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
     try:
         if stat.S_IMODE(os.fstat(descriptor).st_mode) != 0o600:  # the umask may take away more
@@ -301,5 +301,5 @@ def _used_at(path: Path) -> float:
         return 0.0
 
 
-def _sha256(data: bytes | bytearray) -> str:
+def _sha256(data: SavedCells) -> str:
     return hashlib.sha256(data).hexdigest()

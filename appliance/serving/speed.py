@@ -88,6 +88,7 @@ def measuring_settings(
         slots=answers,
         context_tokens=max(prompt_tokens, answer_tokens) + 1,
         cells=room + answers,
+        cache_tokens=0,
         chunk_tokens=chunk_tokens or settings.chunk_tokens,
         adapters={},
         snapshot_folder=None,

@@ -80,7 +80,7 @@ def settings_of(settings: EngineSettings) -> dict[str, int | str]:
         "chunk_tokens": settings.chunk_tokens,
         "slots": settings.slots,
         "context_tokens": settings.context_tokens,
-        "cache_tokens": settings.cells - settings.slots * settings.context_tokens,
+        "cache_tokens": settings.cache_tokens,
         "kv_type": settings.kv_type,
         "mmap": "on" if settings.is_mapped else "off",
         "repack": "on" if settings.is_repacked else "off",

@@ -11,6 +11,7 @@ from appliance.serving.decoder import (
     CompiledGrammar,
     Feed,
     Sampled,
+    SavedCells,
     SnapshotRefused,
     batch_tokens,
 )
@@ -80,6 +81,7 @@ class CountingDecoder:
     start_failures: list[Exception] = field(default_factory=list)
     remove_failures: list[Exception] = field(default_factory=list)
     sample_failures: list[str] = field(default_factory=list)
+    restore_failures: list[str] = field(default_factory=list)
     feeds: list[list[Feed]] = field(default_factory=list)
     adapters: list[Adapter | None] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -164,16 +166,19 @@ class CountingDecoder:
 
     def save(self, sequence: int) -> bytes:
         cells = self.held[sequence]
-        self._require(sorted(cells) == list(range(len(cells))), f"save of sequence {sequence} with holes")
-        return json.dumps([cells[at].token for at in range(len(cells))]).encode()
+        start = min(cells)
+        self._require(sorted(cells) == list(range(start, start + len(cells))), f"save of sequence {sequence} with holes")
+        adapter = cells[start].adapter
+        told = None if adapter is None else [adapter.name, adapter.scale]
+        return json.dumps([start, told, [[cells[at].token, cells[at].digest] for at in sorted(cells)]]).encode()
 
-    def restore(self, sequence: int, data: bytes) -> None:
+    def restore(self, sequence: int, data: SavedCells) -> None:
         self._require(not self.held.get(sequence), f"restore into sequence {sequence}, which is not empty")
-        tokens = json.loads(data)
-        if -1 in tokens:
-            raise SnapshotRefused("The cells are of another size.")
-        self.held[sequence] = {}
-        self._extend(self.held[sequence], tokens, None)
+        start, told, saved = json.loads(bytes(data))
+        if self.restore_failures or any(token == -1 for token, _ in saved):
+            raise SnapshotRefused(self.restore_failures.pop() if self.restore_failures else "The cells are of another size.")
+        adapter = None if told is None else Adapter(*told)
+        self.held[sequence] = {at: Cell(token, digest, adapter) for at, (token, digest) in enumerate(saved, start)}
         self._count()
 
     def release(self, slot: int) -> None:

@@ -162,6 +162,26 @@ def test_saved_cells_are_as_good_as_computed_ones(context: Context, folder: Path
     other.close()
 
 
+def test_a_part_comes_back_at_its_place(context: Context) -> None:
+    """Behind others, cells mean what they meant: the logits of the whole, and the same bytes."""
+    context.start(0, GREEDY, None, ALL)
+    whole = decode(context, [Feed(0, PROMPT, 0, is_sampled=True)])
+    expected = in_order(whole[0][0])
+    first, second = context.slots, context.slots + 1
+    context.copy(0, first, 0, 6)
+    context.copy(0, second, 6, 10)
+    parts = [bytes(context.save(first)), bytes(context.save(second))]
+    context.clear()
+    for target, part in zip((second, first), parts, strict=True):
+        context.restore(target, part)
+        assert bytes(context.save(target)) == part
+    context.copy(second, 1, 0, 6)
+    context.copy(first, 1, 6, 10)
+    context.start(1, GREEDY, None, ALL)
+    found = decode(context, [Feed(1, PROMPT[10:], 10, is_sampled=True)])
+    assert difference(in_order(found[1][0]), expected) < SAME
+
+
 def test_saved_cells_that_do_not_fit_are_refused(context: Context, folder: Path) -> None:
     context.start(0, GREEDY, None, None)
     decode(context, [Feed(0, PROMPT * 8, 0, is_sampled=False)])

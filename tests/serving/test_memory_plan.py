@@ -77,7 +77,8 @@ def total(model: ModelToLoad, **changes: Any) -> int:
 def test_everything_as_asked_where_there_is_room(model: ModelToLoad) -> None:
     settings = plan(model, Serve(), ROOMY).settings
     assert settings.notes == ()
-    assert (settings.slots, settings.context_tokens, settings.cells) == (2, 2048, 2 * 2048 + 4096)
+    assert (settings.slots, settings.context_tokens) == (2, 2048)
+    assert (settings.cells, settings.cache_tokens) == (2 * 2048, 4096)
     assert (settings.kv_type, settings.is_mapped, settings.is_repacked) == ("f16", True, True)
     assert (settings.threads_decode, settings.threads_prefill) == (2, 4)
 
@@ -85,10 +86,10 @@ def test_everything_as_asked_where_there_is_room(model: ModelToLoad) -> None:
 def test_steps_down_one_after_the_other(model: ModelToLoad) -> None:
     """Each limit lies just under what the step before needs."""
     unmapped = fitted(model, total(model)).settings
-    assert (unmapped.is_mapped, unmapped.is_repacked, unmapped.cells) == (False, True, 8192)
+    assert (unmapped.is_mapped, unmapped.is_repacked, unmapped.cache_tokens) == (False, True, 4096)
     less_cache = fitted(model, total(model) - 1).settings
     assert (less_cache.kv_type, less_cache.slots) == ("f16", 2)
-    assert 4096 < less_cache.cells < 8192
+    assert 0 < less_cache.cache_tokens < 4096
     quantized = fitted(model, total(model, cache_tokens=0) - 1).settings
     assert (quantized.kv_type, quantized.is_repacked, quantized.slots) == ("q8_0", True, 2)
     plain = fitted(model, total(model, cache_tokens=0, kv_type="q8_0") - 1).settings
@@ -178,7 +179,8 @@ def test_a_plan_never_exceeds_what_is_free(model: ModelToLoad, free_mib: int, ex
     settings = made.settings
     assert 1 <= settings.slots <= 3
     assert 512 <= settings.context_tokens <= 3000
-    cache = settings.cells - settings.slots * settings.context_tokens
+    assert settings.cells == settings.slots * settings.context_tokens
+    cache = settings.cache_tokens
     assert 0 <= cache <= 5000
     kept = {"slots": settings.slots, "context_tokens": settings.context_tokens, "cache_tokens": cache}
     assert all(kept[name] == getattr(asked, name) for name in explicit)

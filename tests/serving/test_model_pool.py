@@ -36,6 +36,7 @@ ONE = MemoryPrediction(
     weights_idle_bytes=0,
     adapter_bytes=0,
     kv_bytes=0,
+    cache_bytes=0,
     compute_bytes=0,
     output_bytes=0,
     process_bytes=0,

@@ -59,17 +59,18 @@ asks = st.builds(
     slots=st.integers(1, 4),
     spare=st.integers(0, 200),
     parked=st.integers(0, 6),
+    cache_tokens=st.sampled_from([0, 30, 100, 1000]),
     is_speculating=st.booleans(),
     is_warmed=st.booleans(),
     script=st.lists(asks, min_size=1, max_size=12),
 )
 def test_random_requests(
-    slots: int, spare: int, parked: int, is_speculating: bool, is_warmed: bool, script: list[Ask]
+    slots: int, spare: int, parked: int, cache_tokens: int, is_speculating: bool, is_warmed: bool, script: list[Ask]
 ) -> None:
     decoder = CountingDecoder(
         slots=slots, context_tokens=CONTEXT_TOKENS, cells=CONTEXT_TOKENS + spare, sequences=slots + parked, follow=follow
     )
-    with Bench(decoder, queue_requests=8, is_speculating=is_speculating) as bench:
+    with Bench(decoder, queue_requests=8, is_speculating=is_speculating, cache_tokens=cache_tokens) as bench:
         if is_warmed:
             bench.scheduler.warm(OPERATORS)
         clients: list[tuple[Ask, Client]] = []
@@ -92,6 +93,7 @@ def test_random_requests(
         load = bench.scheduler.load()
         assert load.kv_cells_running == 0
         assert load.kv_cells_used == decoder.used_cells <= decoder.most_cells <= decoder.cells
+        assert load.cached_tokens <= cache_tokens
 
 
 _ends: dict[str, list[Finished]] = {}

@@ -356,7 +356,7 @@ def test_file_that_finds_no_room_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_refused_snapshot_is_deleted_and_the_prefix_read(tmp_path: Path) -> None:
-    store_in(tmp_path).write(Prefix(SYSTEM, None, ""), b"[-1]")
+    store_in(tmp_path).write(Prefix(SYSTEM, None, ""), b"[0, null, [[-1, 0]]]")
     with bench_of(snapshots=store_in(tmp_path)) as bench:
         client = bench.client(*SYSTEM, 5)
         assert (cached(client), client.text) == (0, numbers(6, 5))

@@ -1,12 +1,12 @@
 """The working memory of a chat model: many sequences that are decoded together. Implements `Decoder`; owns its model.
 
 One KV memory is shared by all sequences, so that a batch may mix decode tokens and prompt chunks of any length. Flash
-attention is always on: without it, every cell of the memory costs time in each decode, parked prefixes included.
+attention is always on: without it, every cell of the memory costs as much in each decode as one that is attended to.
 """
 
 import contextlib
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from appliance.serving.decoder import (
     CompiledGrammar,
     Feed,
     Sampled,
+    SavedCells,
     SnapshotRefused,
     batch_drafts,
     batch_tokens,
@@ -131,20 +132,25 @@ class Context:
         if not c.llama_memory_seq_rm(self._memory, self._id(sequence), start, end):
             raise EngineFailed("This model cannot forget a part of a sequence; the whole sequence must be released.")
 
-    def save(self, sequence: int) -> bytearray:
+    def save(self, sequence: int) -> memoryview:
         with self._lent(sequence) as number:
+            if sequence >= self.slots:
+                c.llama_memory_seq_cp(self._memory, self._id(sequence), number, -1, -1)
             size = c.llama_state_seq_get_size(self._context, number)
-            data = bytearray(size)  # 100 MB and more: there is never a second copy
-            written = c.llama_state_seq_get_data(self._context, (ctypes.c_uint8 * size).from_buffer(data), size, number)
+            data = np.empty(size, dtype=np.uint8)  # 100 MB and more: never a second copy, nor zeros first
+            written = c.llama_state_seq_get_data(self._context, _pointer(data), size, number)
         if written != size:
             raise EngineFailed(f"Saving a sequence failed: {written} of {size} bytes were written.")
-        return data
+        return data.data
 
-    def restore(self, sequence: int, data: bytes | bytearray) -> None:
-        buffer = np.frombuffer(data, dtype=np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))  # no second copy
-        if c.llama_state_seq_set_data(self._context, buffer, len(data), self._id(sequence)) == 0:
-            c.llama_memory_seq_rm(self._memory, self._id(sequence), -1, -1)
-            raise SnapshotRefused(f"{len(data)} bytes of saved cells were not taken: {library.last_error()}")
+    def restore(self, sequence: int, data: SavedCells) -> None:
+        with self._lent(sequence) as number:
+            taken = c.llama_state_seq_set_data(self._context, _pointer(np.frombuffer(data, np.uint8)), len(data), number)
+            if taken == 0:
+                c.llama_memory_seq_rm(self._memory, number, -1, -1)
+                raise SnapshotRefused(f"{len(data)} bytes of saved cells were not taken: {library.last_error()}")
+            if sequence >= self.slots:
+                c.llama_memory_seq_cp(self._memory, number, self._id(sequence), -1, -1)
 
     def release(self, slot: int) -> None:
         c.llama_memory_seq_rm(self._memory, self._id(slot), -1, -1)
@@ -186,7 +192,7 @@ class Context:
         return params
 
     def _id(self, sequence: int) -> int:
-        """llama.cpp's number: the one behind the slots is for saving.
+        """llama.cpp's number: the one behind the slots is for saving and restoring.
 
         Batches may name numbers below n_seq_max only, and saving writes none above, but the unified KV memory itself has
         room for 256 sequences whatever n_seq_max is; and each one below costs a row of logits.
@@ -194,17 +200,15 @@ class Context:
         return sequence if sequence < self.slots else sequence + 1
 
     @contextlib.contextmanager
-    def _lent(self, sequence: int) -> Any:
-        """A number by which the sequence can be saved."""
+    def _lent(self, sequence: int) -> Iterator[int]:
+        """A number by which the sequence can be saved and restored; one that is lent for it holds nothing afterwards."""
         if sequence < self.slots:
             yield sequence
             return
-        number = self.slots
-        c.llama_memory_seq_cp(self._memory, self._id(sequence), number, -1, -1)
         try:
-            yield number
+            yield self.slots
         finally:
-            c.llama_memory_seq_rm(self._memory, number, -1, -1)
+            c.llama_memory_seq_rm(self._memory, self.slots, -1, -1)
 
     def _use_adapter(self, adapter: Adapter | None) -> None:
         if adapter == self._adapter:
@@ -262,6 +266,10 @@ class Context:
     def _stop_sampler(self, slot: int) -> None:
         if (slot_sampler := self._samplers.pop(slot, None)) is not None:
             slot_sampler.close()
+
+
+def _pointer(data: "np.ndarray[Any, np.dtype[np.uint8]]") -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _load_adapter(model: Model, path: Path) -> Any:
