@@ -21,8 +21,9 @@
         │   ├── RateLimited          exit 1, HTTP 429
         │   ├── EngineRestarting     exit 1, HTTP 503   the engine's process died or is being replaced
         │   ├── NoMemoryForModel     exit 1, HTTP 503   other models are in use and leave no room for this one
+        │   ├── ShuttingDown         exit 1, HTTP 503
         │   └── ShuttingDown         exit 1, HTTP 503
-        ├── DeadlineExceeded         exit 1, HTTP 504
+        ├── DeadlineExceeded         exit 1, HTTP 504   the time was over before the answer began
         └── EngineFailed             exit 1, HTTP 500
 
 A message says what happened, the value, the limit and the next action. Errors of other libraries are translated by
@@ -162,10 +163,17 @@ class ShuttingDown(TryAgain):
 
 
 class DeadlineExceeded(RequestError):
-    """The time that the client or the server set for this request is over, or cannot be kept."""
+    """The time that the client or the server set for this request is over, or was too short from the outset."""
 
     http_status = 504
     api_code = "deadline_exceeded"
+
+
+class DeadlineTooShort(TryAgain):
+    """The answer could not begin in time, because others are before it."""
+
+    http_status = 504
+    api_code = "deadline_too_short"
 
 
 class EngineFailed(RequestError):

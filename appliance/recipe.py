@@ -106,7 +106,7 @@ class Serve:
     watchdog_seconds: float = setting(120.0, minimum=5.0, about="an engine that computes one step longer is restarted")
     threads: int = setting(0, minimum=0, maximum=1024, about="for decoding; 0 takes the usable physical cores")
     prefill_threads: int = setting(0, minimum=0, maximum=1024, about="for reading prompts; 0 takes all usable cores")
-    cache_tokens: int = setting(4096, minimum=0, about="tokens of prompts and answers kept in memory after their request has ended")
+    cache_tokens: int = setting(4096, minimum=0, about="tokens kept in memory after their request has ended")
     snapshot_mib: int = setting(512, minimum=0, about="disk for prefixes that outlive a restart; 0 keeps none")
     system_prompts: tuple[str, ...] = setting((), about="read at start, so that the first visitor need not wait for it")
     kv_type: Literal["auto", "f16", "q8_0"] = setting("auto", about="auto: f16, and q8_0 when memory is short")

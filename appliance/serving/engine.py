@@ -34,13 +34,12 @@ RestartReason = Literal["exit", "signal", "hang", "memory"]
 class Generation:
     """One accepted request: an async iterator over what comes after `Accepted`, until every answer has `Finished`.
 
-    Raises the error of `Failed`. Made inside a running event loop; `deliver` and `cancel` may be called from any thread.
+    Raises the error of `Failed`. Used in the event loop's thread; only `cancel` may be called from any.
     """
 
     def __init__(self, answers: int = 1) -> None:
         self.accepted = Accepted(prompt_tokens=0)
         self._answers = answers
-        self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._cancel: Callable[[], None] | None = None
 
@@ -48,8 +47,7 @@ class Generation:
         self._cancel = cancel
 
     def deliver(self, event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        self._events.put_nowait(event)
 
     def cancel(self) -> None:
         """Frees the request's place as soon as the chunk in flight allows; harmless after the end."""
@@ -108,9 +106,9 @@ class Engine(Protocol):
     async def submit(self, request: GenerationRequest) -> Generation:
         """Returns once the request has its place in the queue.
 
-        Raises `RequestError` (template, grammar or settings refused), `PromptTooLong`, `QueueFull`, `DeadlineExceeded` when
-        the deadline cannot be kept, `EngineRestarting`, `ShuttingDown` or `EngineFailed`. Cancelling the awaiting task
-        cancels the request.
+        Raises `RequestError` (template, grammar or settings refused), `PromptTooLong`, `QueueFull`, `DeadlineExceeded` or
+        `DeadlineTooShort` when the deadline cannot be kept, `EngineRestarting`, `ShuttingDown` or `EngineFailed`. Cancelling
+        the awaiting task cancels the request.
         """
 
     async def pool(self, request: PoolingRequest) -> Pooled:

@@ -5,11 +5,12 @@ is in `machine_metrics.py`.
 """
 
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from appliance.errors import RequestError
 from appliance.serving.engine import Models, RestartReason
@@ -27,6 +28,7 @@ LENGTH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 
 LOAD_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 MAX_MODELS: Final = 64  # names beyond it share a label: a server that runs for years sees many promoted models
 OTHER: Final = "other"
+STEPS_HELD: Final = 256  # before they are counted, if nobody scrapes: counting at once would hold up each token
 RECENT: Final = 0.98  # weight that a decode step keeps in the measured bandwidth when the next one comes
 
 Refusal = Literal[
@@ -41,6 +43,7 @@ REASONS: Final = {  # of the codes of errors
     "not_allowed": "forbidden",
     "model_not_found": "not_found",
     "deadline_exceeded": "deadline",
+    "deadline_too_short": "deadline",
     "unsupported_parameter": "invalid",
     "request_too_large": "invalid",
     "no_memory_for_model": "no_memory",
@@ -54,8 +57,9 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for each counter, which nothing reads
         self._registry = registry
-        self._families = _Families(registry)
         self._models: dict[str, ModelMetrics] = {}
+        registry.register(_CountFirst(self._models))
+        self._families = _Families(registry)
         self._lock = threading.Lock()
         self._loaded: dict[str, ModelInfo] = {}
         registry.register(_LoadedModels(self._loaded))
@@ -78,7 +82,9 @@ class Metrics:
         self._families.first_token_after_load.labels(self.of_model(name).label).observe(seconds)
 
     def record_unload(self, name: str) -> None:
-        label = self.of_model(name).label
+        model = self.of_model(name)
+        model.count_steps()
+        label = model.label
         self._families.unloads.labels(label).inc()
         for gauge in (self._families.bandwidth, self._families.bandwidth_ratio):
             gauge.remove_by_labels({"model": label})
@@ -104,6 +110,21 @@ class Metrics:
     def exposition(self) -> bytes:
         """Called on the event loop's thread, as `Models` must be."""
         return generate_latest(self._registry)
+
+
+class _CountFirst(Collector):
+    """The first that a scrape asks: has the steps counted that the others tell of."""
+
+    def __init__(self, models: Mapping[str, "ModelMetrics"]) -> None:
+        self._models = models
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        for model in self._models.values():
+            model.count_steps()
+        return ()
 
 
 class _Families:
@@ -178,6 +199,7 @@ class ModelMetrics:
         kinds = get_args(StepKind)
         self._steps = {kind: families.steps.labels(label, kind) for kind in kinds}
         self._step_seconds = {kind: families.step_seconds.labels(label, kind) for kind in kinds}
+        self._held: list[StepStats] = []
         self._recent_bytes = self._recent_seconds = 0.0
         for outcome in get_args(Outcome):
             families.requests.labels(label, outcome)
@@ -188,6 +210,17 @@ class ModelMetrics:
             families.restarts.labels(label, reason)
 
     def record_step(self, stats: StepStats) -> None:
+        self._held.append(stats)
+        if len(self._held) >= STEPS_HELD:
+            self.count_steps()
+
+    def count_steps(self) -> None:
+        """Brings the metrics up to the last step."""
+        held, self._held = self._held, []
+        for stats in held:
+            self._count(stats)
+
+    def _count(self, stats: StepStats) -> None:
         self._computed_tokens.inc(stats.prompt_tokens)
         self._generated_tokens.inc(stats.generated_tokens)
         self._forced_tokens.inc(stats.forced_tokens)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from appliance.errors import DeadlineExceeded, EngineFailed, PromptTooLong, RequestError
+from appliance.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, PromptTooLong, RequestError
 from appliance.serving.backlog import Backlog
 from appliance.serving.decoder import Adapter, CompiledGrammar, Decoder, Feed, Sampled
 from appliance.serving.engine import StatsListener
@@ -21,7 +21,7 @@ from appliance.serving.events import Accepted, Event, Failed, FinishReason, Load
 from appliance.serving.idle import IdleWork
 from appliance.serving.intake import Intake
 from appliance.serving.job import Answer, Job, Ticket
-from appliance.serving.pace import Pace, Work
+from appliance.serving.pace import Pace, Work, retry_after
 from appliance.serving.prefixes import Prefixes
 from appliance.serving.recall import Recall
 from appliance.serving.requests import GenerationRequest
@@ -92,7 +92,7 @@ class Scheduler:
         """Queues a request; `Accepted` is delivered before this returns, the rest by the scheduler's thread.
 
         The first `shared_tokens` of the prompt hold no visitor's text. Raises `PromptTooLong`, `QueueFull`,
-        `DeadlineExceeded`, `ShuttingDown` or `EngineFailed`, and then delivers nothing.
+        `DeadlineExceeded`, `DeadlineTooShort`, `ShuttingDown` or `EngineFailed`, and then delivers nothing.
         """
         limit = min(self._decoder.context_tokens, self._prefixes.cells)
         if not 0 < len(prompt) < limit:
@@ -188,13 +188,15 @@ class Scheduler:
         deadline = ticket.request.deadline_at
         if deadline is None:
             return
-        wait = self._backlog.seconds_until_place(running, self._work, self._pace)
-        wait += (len(ticket.prompt) - cached) * self._pace.prompt_token_seconds
-        if deadline <= now or (self._pace.is_measured and deadline < now + wait):
-            raise DeadlineExceeded(
-                f"The answer could begin in {wait:.1f} s, and the deadline is in {max(deadline - now, 0.0):.1f} s. "
-                "Allow more time, or ask again when fewer requests wait."
-            )
+        reading = (len(ticket.prompt) - cached) * self._pace.prompt_token_seconds
+        wait = reading + self._backlog.seconds_until_place(running, self._work, self._pace)
+        left = max(deadline - now, 0.0)
+        told = f"The answer could begin in {wait:.1f} s, and the deadline is in {left:.1f} s."
+        if left == 0.0 or (self._pace.is_measured and left < reading):
+            raise DeadlineExceeded(f"{told} Allow more time.")
+        if self._pace.is_measured and left < wait:
+            again = retry_after(wait - left)
+            raise DeadlineTooShort(f"{told} Allow more time, or try again in {again} s.", retry_after_seconds=again)
 
     def _work(self, answer: Answer) -> Work:
         job = answer.job

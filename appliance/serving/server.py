@@ -4,6 +4,7 @@ SIGTERM or SIGINT starts a drain: the server still answers, refuses new requests
 idle or the grace time is over. A second signal leaves at once.
 """
 
+import gc
 import resource
 import socket
 import time
@@ -77,6 +78,7 @@ class _DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        gc.freeze()  # tens of thousands of objects that stay: looking through them again and again holds up the streams
         self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002

@@ -8,6 +8,7 @@ Knows nothing of llama.cpp.
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import resource
@@ -82,6 +83,7 @@ def run(
         except ApplianceError as error:
             sock.sendall(wire.pack(wire.LoadRefused(code=error.api_code, message=str(error))))
             return error.exit_code
+        gc.freeze()  # what loading left stays for good: not to be looked through between two tokens
         outbox.start(wire.Ready(model=host.model), host.load)
         try:
             while (message := wire.receive(sock, wire.TO_WORKER)) is not None:

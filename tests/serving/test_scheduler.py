@@ -7,6 +7,7 @@ import pytest
 
 from appliance.errors import (
     DeadlineExceeded,
+    DeadlineTooShort,
     EngineFailed,
     PromptTooLong,
     QueueFull,
@@ -342,6 +343,19 @@ def test_deadline_that_cannot_be_kept_is_refused_at_once(bench: Bench) -> None:
     with pytest.raises(DeadlineExceeded, match=r"could begin in 49\.0 s, and the deadline is in"):
         bench.client(*range(10, 59), wait=10.0)
     assert bench.client(*range(10, 59), wait=1000.0).reason() == "length"
+
+
+def test_deadline_that_others_stand_in_the_way_of_is_told_when_to_come_back(bench: Bench) -> None:
+    bench.client(1).end()
+    bench.idle()
+    bench.decoder.gate.clear()
+    bench.scheduler._pace._prompt_token_seconds = 1.0
+    for first in (100, 200, 300):
+        bench.client(*range(first, first + 40))
+    with pytest.raises(DeadlineTooShort, match=r"or try again in \d+ s") as caught:
+        bench.client(*range(10, 15), wait=6.0)
+    assert 10 < caught.value.retry_after_seconds < 120
+    bench.decoder.gate.set()
 
 
 def test_drain_refuses_new_requests_and_finishes_the_others(bench: Bench) -> None:

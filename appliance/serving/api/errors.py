@@ -60,7 +60,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         (429, "Too many requests with this key; Retry-After says when to come back."),
         (500, "The engine failed."),
         (503, "No place now; Retry-After says when to come back."),
-        (504, "The deadline is over, or cannot be kept."),
+        (504, "The deadline is over, or cannot be kept; Retry-After says when it could be."),
     )
 }
 OLLAMA_REFUSALS: dict[int | str, dict[str, Any]] = {

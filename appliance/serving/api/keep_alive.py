@@ -1,10 +1,10 @@
-"""Comments in a stream of events while there is nothing to tell, so that no proxy takes a long prompt for a dead server.
+"""What looks after a stream while it is sent: fills its silence, and ends it when nobody reads.
 
+Comments keep proxies from taking a long prompt for a dead server:
 https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,38 +14,73 @@ KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 10.0
 
 
-@asynccontextmanager
-async def filled(send: Send, seconds: float = KEEP_ALIVE_SECONDS) -> AsyncIterator[Send]:
-    """An ASGI `send` beside which a comment is sent whenever nothing was for `seconds`, until the answer is whole.
+class NotRead(Exception):
+    """The client takes nothing any more."""
 
-    One task waits beside the whole stream, so that an event costs no more than noting when it was sent.
+
+@asynccontextmanager
+async def attended(
+    send: Send, *, unread_seconds: float, comment: bytes = KEEP_ALIVE, seconds: float = KEEP_ALIVE_SECONDS
+) -> AsyncIterator[Send]:
+    """An ASGI `send` for a whole stream.
+
+    `comment`, if any, is sent whenever nothing was for `seconds`, until the answer is whole. Raises `NotRead` in the block
+    when the client takes nothing for `unread_seconds`. One task waits beside the stream, so that an event costs no more
+    than noting when it was sent. A client that cannot be reached with a comment is found gone by the next event, too.
     """
+    clock = asyncio.get_running_loop().time
     turn = asyncio.Lock()
-    is_open, said_at = False, time.monotonic()
+    is_open, said_at = False, clock()
+    sending_since: float | None = None
 
     async def say(message: Message) -> None:
-        nonlocal is_open, said_at
+        nonlocal is_open, said_at, sending_since
         async with turn:
             is_open = message["type"] == "http.response.start" or bool(message.get("more_body"))
+            sending_since = clock()
             await send(message)
-            said_at = time.monotonic()
+            sending_since, said_at = None, clock()
 
-    async def fill() -> None:
+    def due_in() -> float:
+        """Seconds until something may have to be done; what happens meanwhile may change that."""
+        soon = min(seconds, unread_seconds)
+        if sending_since is not None:
+            soon = min(soon, sending_since + unread_seconds - clock())
+        elif comment and is_open:
+            soon = min(soon, said_at + seconds - clock())
+        return max(0.0, soon)
+
+    async def attend() -> None:
+        """Returns when the client reads no more."""
         nonlocal said_at
         while True:
-            await asyncio.sleep(max(0.0, said_at + seconds - time.monotonic()))
-            async with turn:
-                if is_open and time.monotonic() - said_at >= seconds:
-                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-                    said_at = time.monotonic()
-                elif not is_open:
-                    said_at = time.monotonic()
+            await asyncio.sleep(due_in())
+            if sending_since is not None:
+                if clock() >= sending_since + unread_seconds:
+                    return
+            elif comment and is_open and clock() >= said_at + seconds:
+                async with turn:
+                    try:
+                        async with asyncio.timeout(unread_seconds):
+                            await send({"type": "http.response.body", "body": comment, "more_body": True})
+                    except TimeoutError:
+                        return
+                    said_at = clock()
 
-    filler = asyncio.create_task(fill())
+    def end_unread(task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and task.exception() is None:
+            limit.reschedule(clock())
+
     try:
-        yield say
-    finally:
-        filler.cancel()
-        await asyncio.wait({filler})
-        if not filler.cancelled():
-            filler.exception()  # the client that it failed to reach is found gone by the next event, too
+        async with asyncio.timeout(None) as limit:
+            attending = asyncio.create_task(attend())
+            attending.add_done_callback(end_unread)
+            try:
+                yield say
+            finally:
+                attending.cancel()
+                await asyncio.wait({attending})
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise NotRead from None

@@ -1,18 +1,17 @@
 """A streamed response that gives back what it holds, however it ends, and bodies whose failure is a body too."""
 
-import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import msgspec
 from fastapi.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from appliance.errors import ApplianceError
 from appliance.serving import sse
-from appliance.serving.api import keep_alive
 from appliance.serving.api.errors import appliance_error_body
+from appliance.serving.api.keep_alive import KEEP_ALIVE, NotRead, attended
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second keeps nginx from collecting
 EVENTS = "text/event-stream"
@@ -41,24 +40,11 @@ class HoldingStream(StreamingResponse):
         self._unread_seconds = unread_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def sent(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._unread_seconds):
-                    await send(message)
-            except TimeoutError:
-                raise _NotRead from None
-
+        comment = KEEP_ALIVE if self.media_type == EVENTS else b""
         async with self._held:
-            with contextlib.suppress(_NotRead):
-                if self.media_type != EVENTS:
+            with contextlib.suppress(NotRead):
+                async with attended(send, unread_seconds=self._unread_seconds, comment=comment) as sent:
                     await super().__call__(scope, receive, sent)
-                    return
-                async with keep_alive.filled(sent) as said:
-                    await super().__call__(scope, receive, said)
-
-
-class _NotRead(Exception):
-    """The client takes nothing any more."""
 
 
 async def events(bodies: Bodies) -> AsyncIterator[bytes]:
@@ -81,4 +67,4 @@ async def lines(bodies: Bodies) -> AsyncIterator[bytes]:
 
 
 def _line(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return msgspec.json.encode(body) + b"\n"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from appliance.serving import sse
-from appliance.serving.api.keep_alive import KEEP_ALIVE, filled
+from appliance.serving.api.keep_alive import KEEP_ALIVE, attended
 
 START: dict[str, Any] = {"type": "http.response.start", "status": 200}
 END: dict[str, Any] = {"type": "http.response.body", "body": b"", "more_body": False}
@@ -32,7 +32,7 @@ class Client:
 def test_silence_is_filled_with_comments_until_the_end() -> None:
     async def go() -> list[Any]:
         client = Client()
-        async with filled(client.send, seconds=0.001) as say:
+        async with attended(client.send, unread_seconds=60.0, seconds=0.001) as say:
             await asyncio.sleep(0.01)
             assert client.heard == [], "nothing may come before the status"
             await say(START)
@@ -60,7 +60,7 @@ def test_a_comment_never_overtakes_an_event_that_waits_for_its_client() -> None:
                 await is_slow.wait()
             await client.send(message)
 
-        async with filled(send, seconds=0.001) as say:
+        async with attended(send, unread_seconds=60.0, seconds=0.001) as say:
             await say(START)
             saying = asyncio.create_task(say(body(b"one")))
             await asyncio.sleep(0.02)
@@ -79,7 +79,7 @@ def test_failures_pass_through_and_a_lost_client_stops_the_comments() -> None:
             raise OSError("gone")
 
     async def go() -> None:
-        async with filled(send, seconds=0.001) as say:
+        async with attended(send, unread_seconds=60.0, seconds=0.001) as say:
             await say(START)
             await asyncio.sleep(0.02)
             raise ValueError("It broke.")
