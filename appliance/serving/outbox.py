@@ -1,7 +1,9 @@
-"""What the engine's process has to tell the server: collected from any thread, written by one thread of its own.
+"""What the engine's process has to tell the server: collected from any thread, written by one at a time.
 
-The thread that computes never waits for the socket. Whatever came together since the last frame leaves in one frame, so
-that a step of many answers costs one write. Knows nothing of what the messages mean.
+Whoever flushes writes, as far as the socket takes it at once: waking another thread for it would cost each token a tenth of
+a millisecond. What the socket does not take is left to a thread of its own, so that the one that computes never waits.
+Whatever came together since the last frame leaves in one frame: a step of many answers costs one write. Knows nothing
+of what the messages mean.
 """
 
 import logging
@@ -28,13 +30,19 @@ class Outbox:
         self._requests: list[RequestStats] = []
         self._messages: list[wire.FromWorker] = []
         self._is_due = False
-        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._is_being_written = True  # by somebody, who looks again before leaving; until `start`, by nobody
+        self._rest = memoryview(b"")  # of a frame; belongs to who writes
+        self._is_left = False  # to the thread, because the socket would have to be waited for
+        self._thread = threading.Thread(target=self._write_rest, name="outbox", daemon=True)
 
     def start(self, first: wire.FromWorker, load: Callable[[], Load]) -> None:
-        """Begins with `first`; `load` tells how things stand whenever a report leaves."""
+        """Begins with `first`; `load` tells how things stand whenever a report leaves. It may take locks of its own."""
         self._load = load
         self._socket.sendall(wire.pack(first))
         self._thread.start()
+        with self._changed:
+            self._is_being_written = False
+        self.flush()
 
     def deliver(self, request_id: str, event: Event) -> None:
         """Leaves with the next `flush`."""
@@ -53,26 +61,46 @@ class Outbox:
         """Sends what there is."""
         with self._changed:
             self._is_due = True
-            self._changed.notify()
+            if self._is_being_written:
+                return
+            self._is_being_written = True
+        self._write(socket.MSG_DONTWAIT)
 
     def send(self, message: wire.FromWorker) -> None:
         """Sends `message` after what there is."""
         with self._changed:
             self._messages.append(message)
-            self._is_due = True
-            self._changed.notify()
+        self.flush()
 
-    def _run(self) -> None:
+    def _write_rest(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_left)
+                self._is_left = False
+            self._write(0)
+
+    def _write(self, flags: int) -> None:
+        """Writes until nothing is due, or the socket would have to be waited for."""
         try:
-            self._write()
+            while self._has_more():
+                self._rest = self._rest[self._socket.send(self._rest, flags) :]
+        except BlockingIOError:
+            with self._changed:
+                self._is_left = True
+                self._changed.notify()
+        except OSError:
+            return  # the server is gone; the reading thread ends this process
         except Exception:
             logger.critical("event=outbox_failed", exc_info=True)
             os._exit(1)  # without its voice the engine is of no use; the server starts another
 
-    def _write(self) -> None:
-        while True:
+    def _has_more(self) -> bool:
+        """Whether there is something to write, which then is in `_rest`; if not, others may write."""
+        while not self._rest:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_due)
+                if not self._is_due:
+                    self._is_being_written = False
+                    return False
                 self._is_due = False
                 events, self._events = self._events, []
                 steps, self._steps = self._steps, []
@@ -81,7 +109,5 @@ class Outbox:
                 self._messages = []
             if events or steps or requests:
                 messages = [wire.Report(events=events, steps=steps, requests=requests, load=self._load()), *messages]
-            try:
-                self._socket.sendall(b"".join(map(wire.pack, messages)))
-            except OSError:
-                return  # the server is gone; the reading thread ends this process
+            self._rest = memoryview(b"".join(map(wire.pack, messages)))
+        return True

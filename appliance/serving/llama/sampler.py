@@ -87,6 +87,8 @@ class SlotSampler:
         is_cut_early = sampling.top_k > 0 or sampling.min_p > 0.0
         self._trimmed_at = None if is_cut_early else sampling.temperature
         self._chain = None if sampling.temperature < LOWEST_TEMPERATURE else _chain(sampling)
+        changes = (self._bias, self._gate, self._penalties, self._chain)
+        self._is_plain = all(each is None for each in changes)  # greedy, and nothing changes what the model says
 
     def sample(self, logits: Logits) -> Sampled:
         """Draws the next token; changes `logits`. Raises `EngineFailed` when they are no numbers.
@@ -96,13 +98,14 @@ class SlotSampler:
         if (decided := self._next_forced()) is not None:
             self._accept(decided)
             return Sampled(decided)
-        if not np.isfinite(logits[logits.argmax()]):  # which is the first that is no number, if there is one
+        likeliest_of_all = int(logits.argmax())  # or the first that is no number, if there is one
+        if not np.isfinite(logits[likeliest_of_all]):
             raise EngineFailed("The model computed values that are no numbers; its file may be damaged: verify its sha256.")
         probabilities = None if self._top is None else LogProbabilities(logits, self._top)
         if self._bias is not None:
             self._bias.apply(logits)
         try:
-            token = self._pick(logits)
+            token = likeliest_of_all if self._is_plain else self._pick(logits)
         except GrammarStuck as stuck:
             _log.warning("event=grammar_stuck reason=%r", str(stuck))
             return Sampled(int(self._end_tokens[0]), failure=f"The grammar cannot go on: {stuck}")
