@@ -10,11 +10,14 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from appliance.serving import wire
-from appliance.serving.events import Event, Load, RequestStats, StepStats
+from appliance.serving.events import Event, Load, RequestStats, StepStats, TextPiece
+
+SAID_SECONDS = 0.05
 
 logger = logging.getLogger("appliance.serving")
 
@@ -32,6 +35,7 @@ class Outbox:
         self._is_due = False
         self._is_being_written = True  # by somebody, who looks again before leaving; until `start`, by nobody
         self._rest = memoryview(b"")  # of a frame; belongs to who writes
+        self._said_at = 0.0  # how things stand
         self._is_left = False  # to the thread, because the socket would have to be waited for
         self._thread = threading.Thread(target=self._write_rest, name="outbox", daemon=True)
 
@@ -108,6 +112,10 @@ class Outbox:
                 messages: list[Any] = self._messages
                 self._messages = []
             if events or steps or requests:
-                messages = [wire.Report(events=events, steps=steps, requests=requests, load=self._load()), *messages]
+                # Nobody looks more often than twenty times a second, but what begins or ends a request is seen at once.
+                is_news = bool(requests) or not all(isinstance(event, TextPiece) for _, event in events)
+                load = self._load() if is_news or time.monotonic() > self._said_at + SAID_SECONDS else None
+                self._said_at = self._said_at if load is None else time.monotonic()
+                messages = [wire.Report(events=events, steps=steps, requests=requests, load=load), *messages]
             self._rest = memoryview(b"".join(map(wire.pack, messages)))
         return True

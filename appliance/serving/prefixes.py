@@ -175,7 +175,7 @@ class Prefixes:
             self._decoder.remove(scratch, 0, -1)
             self._cache.unlock(match.node)
 
-    def restorable(self) -> Iterator[tuple[Prefix, bytes]]:
+    def restorable(self) -> Iterator[tuple[Prefix, SavedCells]]:
         """Prefixes on disk that are not cached and find room, the last used last. Reads files: not for a held lock."""
         if self._store is None:
             return
@@ -197,11 +197,11 @@ class Prefixes:
             return None
         return found if len(found.tokens) <= self._free + self._cache.free_cells else None
 
-    def read(self, prefix: Prefix) -> bytes | None:
+    def read(self, prefix: Prefix) -> SavedCells | None:
         """Its cells from disk, or None when the file does not hold. Any thread."""
         return None if self._store is None else self._store.read(prefix)
 
-    def restore(self, prefix: Prefix, payload: bytes, scratch: int) -> None:
+    def restore(self, prefix: Prefix, payload: SavedCells, scratch: int) -> None:
         """Caches a prefix from its cells, through the empty sequence `scratch`, if others can make room for it."""
         assert self._store is not None
         if not self._make_room(len(prefix.tokens)):

@@ -7,6 +7,7 @@ import concurrent.futures
 import logging
 from collections.abc import Callable
 
+from appliance.serving.decoder import SavedCells
 from appliance.serving.job import Answer
 from appliance.serving.prefixes import Prefixes
 from appliance.serving.snapshots import Prefix
@@ -21,7 +22,7 @@ class Recall:
         self._prefixes = prefixes
         self._notify = notify
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "recall")
-        self._files: dict[Prefix, concurrent.futures.Future[bytes | None]] = {}
+        self._files: dict[Prefix, concurrent.futures.Future[SavedCells | None]] = {}
 
     @property
     def is_reading(self) -> bool:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import logging
+import mmap
 import os
 import secrets
 import stat
@@ -114,8 +115,11 @@ class SnapshotStore:
         fitting = (each for each in usable if begun[: len(each.tokens)] == each.tokens)
         return max(fitting, key=lambda each: len(each.tokens), default=None)
 
-    def read(self, prefix: Prefix) -> bytes | None:
-        """The checked payload; None, and the file is gone, when it does not hold. Takes a while, and holds nobody up."""
+    def read(self, prefix: Prefix) -> SavedCells | None:
+        """The checked payload; None, and the file is gone, when it does not hold. Takes a while, and holds nobody up.
+
+        It stays in the file's pages: a copy of a hundred megabytes is in no plan of memory. Files are only ever unlinked.
+        """
         with self._lock:
             path = self._paths.get(prefix)
         if path is None:
@@ -125,10 +129,11 @@ class SnapshotStore:
                 header = self._header(file)
                 if header.prefix != prefix:
                     raise _Refused("it holds another prefix than at start")
-                payload = file.read(header.payload_bytes + 1)
+                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            payload = memoryview(pages)[header.payload_at :]
             if len(payload) != header.payload_bytes or _sha256(payload) != header.payload_sha256:
                 raise _Refused("its content does not match its checksum")
-        except (OSError, _Refused, _OfAnother) as error:
+        except (OSError, ValueError, _Refused, _OfAnother) as error:  # ValueError: an empty file has no pages
             self._forget(prefix, path, str(error))
             return None
         _touch(path)

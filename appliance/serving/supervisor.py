@@ -311,7 +311,7 @@ class Supervisor:
 
     def _take(self, message: wire.FromWorker, worker: WorkerProcess) -> None:
         if isinstance(message, wire.Report):
-            self._said = message.load
+            self._said = message.load or self._said
             for request_id, event in message.events:
                 self._in_hand.pass_on(request_id, event)
             for step in message.steps:

@@ -67,12 +67,12 @@ class LoadRefused(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Report(Struct, frozen=True, kw_only=True, tag=True):
-    """What has happened since the last report: as a rule, one step of the engine."""
+    """What has happened since the last report: as a rule, one step of the engine. Not each says how things stand."""
 
     events: list[tuple[str, Event]] = []
     steps: list[StepStats] = []
     requests: list[RequestStats] = []
-    load: Load
+    load: Load | None = None
 
 
 class Pong(Struct, frozen=True, kw_only=True, tag=True):

@@ -91,7 +91,7 @@ async def test_places_and_cells_are_free_again_whenever_a_request_is_cancelled(f
         decoding = await engine.submit(ask(ENDLESS, max_tokens=900, ignore_end=True))
         queued = await engine.submit(ask(TokenPrompt(tokens=tuple(range(200)) * 4)))
         await anext(aiter(decoding))
-        assert engine.load().kv_cells_running > 0
+        await until(lambda: engine.load().kv_cells_running > 0)
         for generation in (queued, decoding):
             generation.cancel()
             assert await reason_of(generation) == "cancelled"
