@@ -6,6 +6,8 @@ All give way to requests: reading goes on in small chunks and gives up its slot,
 
 import concurrent.futures
 import logging
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from appliance.serving.decoder import Adapter, Decoder, Feed, Sampled
@@ -15,6 +17,10 @@ from appliance.serving.prefixes import Prefixes
 from appliance.serving.requests import SamplingSettings
 from appliance.serving.running import Running
 from appliance.serving.snapshots import Prefix, SnapshotStore
+
+SETTLE_SECONDS = 0.3  # without a step before anything is copied or written: the next turn often comes at once
+LEAST_PRIORITY = 19  # nice(2)
+LONGEST_PAUSE_SECONDS = 1.0  # between two pieces of a file: a server that is never idle writes it in the end, too
 
 logger = logging.getLogger("appliance.serving")
 
@@ -34,12 +40,18 @@ class IdleWork:
         self._store = store
         self._warm: list[Prefix] = []
         self._job: Job | None = None  # reads the first of them
-        self._writer = concurrent.futures.ThreadPoolExecutor(1, "snapshots")
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "snapshots", initializer=_least_priority)
         self._writing: concurrent.futures.Future[bool] | None = None
+        self._is_free = threading.Event()  # nobody computes
 
     @property
     def is_writing(self) -> bool:
         return self._writing is not None and not self._writing.done()
+
+    def tell(self, *, is_free: bool) -> None:
+        """Whether nobody computes now: a file is written then, and hardly while somebody does."""
+        if is_free != self._is_free.is_set():
+            self._is_free.set() if is_free else self._is_free.clear()
 
     def add(self, prefix: Prefix) -> None:
         self._prefixes.add_operator_prefix(prefix)
@@ -82,7 +94,7 @@ class IdleWork:
         if self._store is None or self.is_writing or (prefix := self._prefixes.worth_saving()) is None:
             return False
         if (payload := self._prefixes.save(prefix, self._running.free_slots[-1])) is not None:
-            self._writing = self._writer.submit(self._store.write, prefix, payload)
+            self._writing = self._writer.submit(self._store.write, prefix, payload, self._give_way)
             self._writing.add_done_callback(lambda _: notify())
         return True
 
@@ -96,7 +108,11 @@ class IdleWork:
 
     def close(self) -> None:
         """Waits for the file being written."""
+        self._is_free.set()
         self._writer.shutdown()
+
+    def _give_way(self) -> None:
+        self._is_free.wait(LONGEST_PAUSE_SECONDS)
 
     def _begin(self, prefix: Prefix) -> Job:
         size = len(prefix.tokens)
@@ -108,3 +124,8 @@ class IdleWork:
         self._decoder.start(job.slot, SamplingSettings(), None, None)
         self._prefixes.reserve(job, match)
         return job
+
+
+def _least_priority() -> None:
+    """Lets this thread compute when no other wants to. On Linux a thread has a priority of its own."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)

@@ -18,7 +18,7 @@ from appliance.serving.decoder import Adapter, CompiledGrammar, Decoder, Feed, S
 from appliance.serving.engine import StatsListener
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import Accepted, Event, Failed, FinishReason, Load
-from appliance.serving.idle import IdleWork
+from appliance.serving.idle import SETTLE_SECONDS, IdleWork
 from appliance.serving.intake import Intake
 from appliance.serving.job import Answer, Job, Ticket
 from appliance.serving.pace import Pace, Work, retry_after
@@ -76,6 +76,7 @@ class Scheduler:
         self._tickets: dict[str, Ticket] = {}
         self._in_flight: Sequence[Answer] = ()  # answers of the decode call now running
         self._step_started_at: float | None = None
+        self._stepped_at = 0.0
         self._intake = Intake()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
@@ -235,6 +236,7 @@ class Scheduler:
             self._admit()
             batch = self._running.compose() if self._running.answers and not self._intake.is_closed else None
             self._in_flight = [answer for answer, _ in batch.parts] if batch is not None else ()
+            self._idle.tell(is_free=batch is None)
         self._flush()
         if batch is None:
             self._work_idly()
@@ -266,7 +268,8 @@ class Scheduler:
             sampled = self._decoder.decode(feeds, adapter)
         finally:
             self._step_started_at = None
-        seconds = time.monotonic() - started
+        self._stepped_at = time.monotonic()
+        seconds = self._stepped_at - started
         if sampled is not None and not any(feed.is_read for feed in feeds):
             self._threads.observe(rows, threads, seconds)
         return sampled, seconds
@@ -326,7 +329,9 @@ class Scheduler:
                     self._changed.wait()
                 return
             if (chunk := self._idle.next_feed()) is None:
-                if not self._idle.save_one(self._notify):
+                if (early := self._stepped_at + SETTLE_SECONDS - time.monotonic()) > 0:
+                    self._changed.wait(early)
+                elif not self._idle.save_one(self._notify):
                     self._changed.wait()
                 return
         job, feed = chunk

@@ -18,7 +18,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,7 @@ MAGIC = b"APPLKV\x00\x01"  # the last byte is the version
 SUFFIX = ".prefix"
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
 PARTIAL_SUFFIX = ".partial"
+PIECE_BYTES = 1 << 20  # read or written without a pause
 LONGEST_HEADER_BYTES = 16 * 2**20  # a million token ids are 8 MB
 _FRONT = struct.Struct("<8sI32s")
 
@@ -151,34 +152,38 @@ class SnapshotStore:
             if prefix in self._paths:
                 _touch(self._paths[prefix])
 
-    def write(self, prefix: Prefix, payload: SavedCells) -> bool:
-        """Whether it was kept. A full disk is said once; serving goes on without the file."""
+    def write(self, prefix: Prefix, payload: SavedCells, give_way: Callable[[], None] = lambda: None) -> bool:
+        """Whether it was kept. A full disk is said once; serving goes on without the file.
+
+        `give_way` is called between pieces: it may wait until nobody is held up by the writing.
+        """
         header = json.dumps(
             {
                 **self._key(prefix),
                 "tokens": prefix.tokens,
                 "payload_bytes": len(payload),
-                "payload_sha256": _sha256(payload),
+                "payload_sha256": _sha256(payload, give_way),
             }
         ).encode()
         front = _FRONT.pack(MAGIC, len(header), hashlib.sha256(header).digest())
         size = len(front) + len(header) + len(payload)
         if size > self._limit_bytes:
             return False
-        with self._lock:
-            path = self._folder / (secrets.token_hex(16) + SUFFIX)
-            partial = path.with_suffix(PARTIAL_SUFFIX)
-            try:
+        path = self._folder / (secrets.token_hex(16) + SUFFIX)
+        partial = path.with_suffix(PARTIAL_SUFFIX)
+        try:
+            with self._lock:
                 self._make_room(size)
-                _write(partial, front, header, payload)
+            _write(partial, (front, header, payload), give_way)
+            with self._lock:
                 partial.rename(path)
-            except OSError as error:
-                self._warn(error)
-                with contextlib.suppress(OSError):
-                    partial.unlink(missing_ok=True)
-                return False
-            self._paths[prefix] = path
-            return True
+                self._paths[prefix] = path
+        except OSError as error:
+            self._warn(error)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            return False
+        return True
 
     def _forget(self, prefix: Prefix, path: Path, reason: str) -> None:
         with self._lock:
@@ -275,13 +280,18 @@ def _open(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _write(path: Path, *parts: SavedCells) -> None:
+def _pieces(data: SavedCells) -> Iterator[memoryview]:
+    view = memoryview(data)
+    return (view[at : at + PIECE_BYTES] for at in range(0, len(view), PIECE_BYTES))
+
+
+def _write(path: Path, parts: Sequence[SavedCells], give_way: Callable[[], None]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
     try:
         if stat.S_IMODE(os.fstat(descriptor).st_mode) != 0o600:  # the umask may take away more
             os.fchmod(descriptor, 0o600)
-        for part in parts:
-            view = memoryview(part)
+        for view in (piece for part in parts for piece in _pieces(part)):
+            give_way()
             while view:
                 view = view[os.write(descriptor, view) :]
     finally:
@@ -306,5 +316,9 @@ def _used_at(path: Path) -> float:
         return 0.0
 
 
-def _sha256(data: SavedCells) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha256(data: SavedCells, give_way: Callable[[], None] = lambda: None) -> str:
+    found = hashlib.sha256()
+    for piece in _pieces(data):
+        give_way()
+        found.update(piece)
+    return found.hexdigest()

@@ -18,6 +18,12 @@ from tests.serving.scheduler_bench import Bench, Client, numbers, until
 SYSTEM = tuple(range(100, 140))
 
 
+@pytest.fixture(autouse=True)
+def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle work begins at once."""
+    monkeypatch.setattr("appliance.serving.scheduler.SETTLE_SECONDS", 0.0)
+
+
 def bench_of(*, context_tokens: int = 200, cells: int = 1000, slots: int = 2, **rest: Any) -> Bench:
     return Bench(CountingDecoder(slots=slots, context_tokens=context_tokens, cells=cells), **rest)
 
@@ -259,6 +265,19 @@ def test_shared_prefix_outlives_a_restart(tmp_path: Path) -> None:
     with bench_of(snapshots=store_in(tmp_path)) as bench:
         assert cached(bench.client(*SYSTEM, 5, tenant="b")) == 0
         assert cached(bench.client(*SYSTEM, 5, tenant="a")) == len(SYSTEM)
+
+
+def test_nothing_is_copied_while_the_next_request_may_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.serving.scheduler.SETTLE_SECONDS", 0.1)
+    with bench_of(cache_tokens=400) as bench:
+        bench.client(*SYSTEM, 1).end()
+        bench.idle()
+        assert bench.scheduler.load().cached_tokens == 0
+        until(lambda: bench.scheduler.load().cached_tokens == len(SYSTEM) + 1 + 4)
+        assert cached(bench.client(*range(500, 540))) == 0
+        assert cached(bench.client(*SYSTEM, 1)) == len(SYSTEM)
+        bench.idle()
+        assert bench.decoder.computed == (len(SYSTEM) + 1 + 4) + (40 + 4) + (1 + 4)
 
 
 def test_prefix_of_one_request_is_not_written(tmp_path: Path) -> None:

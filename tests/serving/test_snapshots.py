@@ -5,13 +5,14 @@ import errno
 import logging
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
 from appliance.errors import EnvironmentIncomplete
 from appliance.serving.decoder import Adapter
-from appliance.serving.snapshots import MAGIC, Identity, Prefix, SnapshotStore
+from appliance.serving.snapshots import MAGIC, PIECE_BYTES, Identity, Prefix, SnapshotStore
 
 IDENTITY = Identity(model_sha256="m", template_sha256="t", kv_type="f16", layout="1", adapters={"x": "1"})
 PREFIX = Prefix((1, 2, 3))
@@ -42,6 +43,25 @@ def test_round_trip(tmp_path: Path, prefix: Prefix) -> None:
     assert prefix in store
     assert again.prefixes() == [prefix]
     assert again.read(prefix) == PAYLOAD
+
+
+def test_writing_gives_way_and_holds_up_nobody(tmp_path: Path) -> None:
+    """Others ask the store while a file waits to be written on."""
+    store = store_in(tmp_path, 10**7)
+    asked: list[bool] = []
+
+    def ask() -> None:
+        asked.append(PREFIX in store)
+
+    def give_way() -> None:
+        other = threading.Thread(target=ask, daemon=True)
+        other.start()
+        other.join(5)
+
+    payload = bytes(3 * PIECE_BYTES)
+    assert store.write(PREFIX, payload, give_way)
+    assert asked == [False] * 8, "three pieces are summed up; head, header and three pieces are written"
+    assert store.read(PREFIX) == payload
 
 
 def test_files_are_private_and_their_names_say_nothing(tmp_path: Path) -> None:
