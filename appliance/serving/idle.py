@@ -5,6 +5,7 @@ All give way to requests: reading goes on in small chunks and gives up its slot,
 """
 
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
@@ -128,4 +129,5 @@ class IdleWork:
 
 def _least_priority() -> None:
     """Lets this thread compute when no other wants to. On Linux a thread has a priority of its own."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
+    with contextlib.suppress(OSError):  # where that may not be, a file costs requests a little
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
