@@ -314,10 +314,13 @@ LONG_SYSTEM = tuple(range(1000, 1100))
 
 
 def pushed_out(bench: Bench) -> None:
-    """Two requests under one system prompt, whose cells then make room for others'."""
+    """Two requests under one system prompt, which is on disk then, and whose cells make room for others'."""
     for last in (1, 2):
         bench.client(*LONG_SYSTEM, last, shared=len(LONG_SYSTEM), tenant="a").end()
         bench.idle()
+    store = bench.scheduler._prefixes._store
+    assert store is not None
+    until(lambda: Prefix(LONG_SYSTEM, None, "a") in store)
     for first in (2000, 3000, 4000):
         bench.client(*range(first, first + 150)).end()
         bench.idle()
