@@ -21,7 +21,7 @@
         │   ├── RateLimited          exit 1, HTTP 429
         │   ├── EngineRestarting     exit 1, HTTP 503   the engine's process died or is being replaced
         │   ├── NoMemoryForModel     exit 1, HTTP 503   other models are in use and leave no room for this one
-        │   ├── ShuttingDown         exit 1, HTTP 503
+        │   ├── DeadlineTooShort     exit 1, HTTP 504   too many are before this request
         │   └── ShuttingDown         exit 1, HTTP 503
         ├── DeadlineExceeded         exit 1, HTTP 504   the time was over before the answer began
         └── EngineFailed             exit 1, HTTP 500

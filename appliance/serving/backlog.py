@@ -5,7 +5,7 @@ Used with the scheduler's lock held.
 
 from collections.abc import Callable, Iterator, Sequence
 
-from appliance.errors import QueueFull
+from appliance.errors import DeadlineExceeded, DeadlineTooShort, QueueFull
 from appliance.serving.job import Answer, Ticket
 from appliance.serving.pace import Pace, Work, retry_after
 
@@ -69,9 +69,21 @@ class Backlog:
             problem = f"Prompts of {tokens} tokens wait and this one has {prompt_tokens}; the limit is {limit} tokens"
         raise QueueFull(f"{problem}. Try again in {seconds} s.", retry_after_seconds=seconds)
 
-    def seconds_until_place(self, running: Sequence[Work], work: Callable[[Answer], Work], pace: Pace) -> float:
-        """When a request that came now would get its slot."""
-        return pace.seconds_until_place(running, [work(answer) for answer in self._answers], self._usable_slots(running))
+    def require_time(
+        self, left: float, unread: int, running: Sequence[Work], work: Callable[[Answer], Work], pace: Pace
+    ) -> None:
+        """Raises when the answer to a prompt with `unread` tokens to be read could not begin in the seconds `left`:
+        `DeadlineExceeded` when it could not do so alone, `DeadlineTooShort` when others are in its way.
+        """
+        reading = unread * pace.prompt_token_seconds
+        waiting = [work(answer) for answer in self._answers]
+        wait = reading + pace.seconds_until_place(running, waiting, self._usable_slots(running))
+        told = f"The answer could begin in {wait:.1f} s, and the deadline is in {max(left, 0.0):.1f} s."
+        if left <= 0.0 or (pace.is_measured and left < reading):
+            raise DeadlineExceeded(f"{told} Allow more time.")
+        if pace.is_measured and left < wait:
+            again = retry_after(wait - left)
+            raise DeadlineTooShort(f"{told} Allow more time, or try again in {again} s.", retry_after_seconds=again)
 
     def _tickets(self) -> list[Ticket]:
         tickets = dict.fromkeys(answer.ticket for answer in self._answers)

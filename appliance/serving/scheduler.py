@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from appliance.errors import DeadlineExceeded, DeadlineTooShort, EngineFailed, PromptTooLong, RequestError
+from appliance.errors import DeadlineExceeded, EngineFailed, PromptTooLong, RequestError
 from appliance.serving.backlog import Backlog
 from appliance.serving.decoder import Adapter, CompiledGrammar, Decoder, Feed, Sampled
 from appliance.serving.engine import StatsListener
@@ -21,7 +21,7 @@ from appliance.serving.events import Accepted, Event, Failed, FinishReason, Load
 from appliance.serving.idle import SETTLE_SECONDS, IdleWork
 from appliance.serving.intake import Intake
 from appliance.serving.job import Answer, Job, Ticket
-from appliance.serving.pace import Pace, Work, retry_after
+from appliance.serving.pace import Pace, Work
 from appliance.serving.prefixes import Prefixes
 from appliance.serving.recall import Recall
 from appliance.serving.requests import GenerationRequest
@@ -178,7 +178,6 @@ class Scheduler:
     def _require_place(self, ticket: Ticket) -> None:
         """Raises when the request has to be refused."""
         self._intake.require_open()
-        now = time.monotonic()
         if ticket.request.id in self._tickets:
             raise RequestError(f"A request with the id {ticket.request.id!r} is being answered; choose another id.")
         running = [self._work(answer) for answer in self._running.answers]
@@ -186,18 +185,9 @@ class Scheduler:
         cached = self._prefixes.known_tokens(ticket.answers[0].job)
         for answer in ticket.answers:
             answer.expected_cached = cached if answer.index == 0 else len(ticket.prompt) - 1
-        deadline = ticket.request.deadline_at
-        if deadline is None:
-            return
-        reading = (len(ticket.prompt) - cached) * self._pace.prompt_token_seconds
-        wait = reading + self._backlog.seconds_until_place(running, self._work, self._pace)
-        left = max(deadline - now, 0.0)
-        told = f"The answer could begin in {wait:.1f} s, and the deadline is in {left:.1f} s."
-        if left == 0.0 or (self._pace.is_measured and left < reading):
-            raise DeadlineExceeded(f"{told} Allow more time.")
-        if self._pace.is_measured and left < wait:
-            again = retry_after(wait - left)
-            raise DeadlineTooShort(f"{told} Allow more time, or try again in {again} s.", retry_after_seconds=again)
+        if ticket.request.deadline_at is not None:
+            left = ticket.request.deadline_at - time.monotonic()
+            self._backlog.require_time(left, len(ticket.prompt) - cached, running, self._work, self._pace)
 
     def _work(self, answer: Answer) -> Work:
         job = answer.job
