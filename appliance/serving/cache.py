@@ -232,30 +232,33 @@ class PrefixCache:
 
     def _loaded(self, match: Match) -> Match:
         """The match, or as much of it as the KV memory holds after its saved cells were loaded."""
-        broken = None
+        loaded, refused = match, None
         self.lock(match.node)
         for node in reversed(list(_path(match.node))):
-            if node.sequence is None and not self._load(node):
-                broken = node
+            try:
+                is_there = node.sequence is not None or self._load(node)
+            except SnapshotRefused as error:
+                logger.warning("event=prefix_not_loaded tokens=%d reason=%r", len(node.tokens), str(error))
+                is_there, refused = False, node
+            if not is_there:
+                assert node.parent is not None
+                loaded = Match(node.parent, node.start)
                 break
         self.unlock(match.node)
-        if broken is None:
-            return match
-        assert broken.parent is not None
-        shorter = Match(broken.parent, broken.start)
-        self._forget(broken)
-        return shorter
+        if refused is not None and not refused.users:
+            self._forget(refused)
+        return loaded
 
     def _load(self, node: Node) -> bool:
+        """False when there is no sequence for it now. Raises `SnapshotRefused`."""
         assert node.saved is not None
         if (sequence := self._take_sequence()) is None:
             return False
         try:
             self._decoder.restore(sequence, node.saved.cells)
-        except SnapshotRefused as error:
-            logger.warning("event=prefix_not_loaded tokens=%d reason=%r", len(node.tokens), str(error))
+        except SnapshotRefused:
             self._free.append(sequence)
-            return False
+            raise
         if node.saved.start < node.start:
             self._decoder.remove(sequence, node.saved.start, node.start)
         node.sequence = sequence

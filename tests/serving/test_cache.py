@@ -222,6 +222,30 @@ def test_cells_that_cannot_be_loaded_are_forgotten_with_what_continues_them() ->
     assert (memory.length(LONG), memory.cache.cells, memory.cache.saved_tokens) == (0, 0, 0)
 
 
+def test_cells_that_find_no_sequence_are_loaded_another_time() -> None:
+    memory = Memory(parked=1, saved_limit=200)
+    memory.insert(LONG)
+    memory.cache.park()
+    memory.insert((1, 2, 3))
+    node, _ = memory.attach((1, 2, 3, 4))
+    assert memory.attach((*LONG, 5))[1] == 0
+    memory.cache.unlock(node)
+    assert memory.attach((*LONG, 5))[1] == 100
+
+
+def test_cells_that_cannot_be_loaded_leave_what_others_use_behind_them() -> None:
+    memory = Memory(saved_limit=200)
+    memory.insert(LONG[:40])
+    memory.cache.park()
+    memory.insert(LONG)
+    child = memory.cache.match(None, "a", LONG, 100).node
+    memory.cache.lock(child)
+    memory.decoder.restore_failures += ["no memory"]
+    assert memory.attach((*LONG, 5))[1] == 0
+    assert (memory.length(LONG), memory.cache.cells, memory.decoder.used_cells) == (100, 60, 60)
+    memory.cache.unlock(child)
+
+
 tokens = st.lists(st.integers(1, 2), min_size=2, max_size=6).map(
     lambda blocks: tuple(token for block in blocks for token in range(block * 100, block * 100 + 20))
 )
