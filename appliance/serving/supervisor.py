@@ -246,8 +246,7 @@ class Supervisor:
     async def _serve(self, worker: WorkerProcess) -> Death:
         watchdog = asyncio.create_task(self._watch(worker))
         try:
-            while (message := await worker.message()) is not None:
-                self._take(message, worker)
+            await worker.listen(lambda message: self._take(message, worker))
         finally:
             watchdog.cancel()
         self._become("restarting" if self._state == "ready" else self._state)

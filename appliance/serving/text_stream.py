@@ -28,6 +28,8 @@ class TextStream:
         """Text that is final after these bytes; may be empty."""
         if self.is_stopped:
             return ""
+        if not self._stop:
+            return self._decoder.decode(piece)
         self._held += self._decoder.decode(piece)
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:

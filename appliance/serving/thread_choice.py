@@ -21,7 +21,8 @@ class ThreadChoice:
 
     def __init__(self, most: int) -> None:
         self._counts = sorted({most, max(1, most - 1), max(1, most // 2)}, reverse=True)
-        self._costs: dict[tuple[int, int], collections.deque[float]] = {}  # by rows and threads
+        self._measured: dict[tuple[int, int], collections.deque[float]] = {}  # by rows and threads
+        self._costs: dict[tuple[int, int], float] = {}  # seconds for a token, where enough is known
         self._steps = 0  # since the last trial
         self._turn = itertools.cycle(self._counts)
         self._trial: tuple[int, int] | None = None  # threads, and how many steps are left
@@ -34,31 +35,33 @@ class ThreadChoice:
         if self._trial is None and self._is_due(rows, best):
             other = next(count for count in self._turn if count != best)
             self._trial = (other, TRIAL_STEPS)
-            self._costs.pop((_bucket(rows), other), None)  # what it cost long ago says nothing
+            for known in (self._measured, self._costs):  # what it cost long ago says nothing
+                known.pop((_bucket(rows), other), None)
         return best if self._trial is None else self._trial[0]
 
     def observe(self, rows: int, threads: int, seconds: float) -> None:
         """How long a step took."""
+        if len(self._counts) == 1:
+            return
         key = (_bucket(rows), threads)
-        self._costs.setdefault(key, collections.deque(maxlen=MEASURED_STEPS)).append(seconds / rows)
+        measured = self._measured.setdefault(key, collections.deque(maxlen=MEASURED_STEPS))
+        measured.append(seconds / rows)
+        if len(measured) >= TRIAL_STEPS:
+            self._costs[key] = statistics.median(measured)
         self._steps += 1
         if self._trial is not None and self._trial[0] == threads:
             left = self._trial[1] - 1
             self._trial = (threads, left) if left else None
             self._steps = 0 if left == 0 else self._steps
 
-    def _cost(self, rows: int, threads: int) -> float | None:
-        """Seconds for a token; None where too little is known."""
-        measured = self._costs.get((_bucket(rows), threads), ())
-        return statistics.median(measured) if len(measured) >= TRIAL_STEPS else None
-
     def _best(self, rows: int) -> int:
-        known = {count: cost for count in self._counts if (cost := self._cost(rows, count)) is not None}
+        bucket = _bucket(rows)
+        known = {count: cost for count in self._counts if (cost := self._costs.get((bucket, count))) is not None}
         return min(known, key=known.__getitem__) if known else self._counts[0]
 
     def _is_due(self, rows: int, best: int) -> bool:
         """Whether to try another number again: the slower it was, the more seldom."""
-        costs = [self._cost(rows, count) for count in self._counts]
+        costs = [self._costs.get((_bucket(rows), count)) for count in self._counts]
         if self._steps < MEASURED_STEPS or costs[self._counts.index(best)] is None:
             return False
         known = [cost for cost in costs if cost is not None]

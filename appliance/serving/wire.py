@@ -5,9 +5,9 @@ run. The first frame is `EngineSettings`; after it the server sends `ToWorker` a
 nothing of processes, threads or llama.cpp.
 """
 
-import asyncio
 import socket
 import struct
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -112,6 +112,30 @@ class Decoder(Generic[T]):
             raise FrameBroken(f"a frame of {len(body)} bytes is no message: {error}") from error
 
 
+class Frames(Generic[T]):
+    """Cuts bytes, however they arrive, into messages."""
+
+    def __init__(self, decoder: Decoder[T]) -> None:
+        self._decoder = decoder
+        self._rest = bytearray()  # the beginning of a frame
+
+    def messages(self, data: bytes) -> Iterator[T]:
+        """Those that are complete with `data`. Raises `FrameBroken`, and then is of no use any more."""
+        if self._rest:
+            self._rest += data
+        if not self._rest and len(data) >= HEADER.size and len(data) == HEADER.size + _checked_length(data):
+            yield self._decoder.message(data[HEADER.size :])  # as a rule: one frame came, and all of it
+            return
+        self._rest = self._rest or bytearray(data)
+        while len(self._rest) >= HEADER.size:
+            end = HEADER.size + _checked_length(self._rest)
+            if len(self._rest) < end:
+                return
+            body = bytes(self._rest[HEADER.size : end])
+            del self._rest[:end]
+            yield self._decoder.message(body)
+
+
 def receive(sock: socket.socket, decoder: Decoder[T]) -> T | None:
     """Waits for a message; None when the other side has closed. Raises `FrameBroken`."""
     header = _receive_exactly(sock, HEADER.size)
@@ -121,17 +145,8 @@ def receive(sock: socket.socket, decoder: Decoder[T]) -> T | None:
     return None if body is None else decoder.message(body)
 
 
-async def read(stream: asyncio.StreamReader, decoder: Decoder[T]) -> T | None:
-    """`receive` for an event loop."""
-    try:
-        header = await stream.readexactly(HEADER.size)
-        return decoder.message(await stream.readexactly(_checked_length(header)))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
-
-
-def _checked_length(header: bytes) -> int:
-    length: int = HEADER.unpack(header)[0]
+def _checked_length(header: bytes | bytearray) -> int:
+    length: int = HEADER.unpack_from(header)[0]
     if length > FRAME_BYTES:
         raise FrameBroken(f"a frame of {length} bytes was announced; the limit is {FRAME_BYTES}")
     return length

@@ -4,6 +4,7 @@ Knows nothing of requests: `supervisor.py` decides what a death means for them.
 """
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -12,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,17 @@ class _Waiting:
         self.process.communicate()
 
 
-class WorkerProcess:
+class WorkerProcess(asyncio.Protocol):
     """A running worker. Made by `Workers.start`; ended by `kill` or `end`, and `death` waits until it is gone."""
 
-    def __init__(
-        self, process: "subprocess.Popen[bytes]", reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self.pid = process.pid
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._frames = wire.Frames(wire.FROM_WORKER)
+        self._said: collections.deque[wire.FromWorker] = collections.deque()  # and nobody has listened yet
+        self._listener: Callable[[wire.FromWorker], None] | None = None
+        self._has_more = asyncio.Event()
+        self._is_gone = False
         self._hang: str | None = None
         self._oom_kills = _oom_kills()
         self._log: asyncio.Task[None] | None = None
@@ -128,35 +130,68 @@ class WorkerProcess:
     @classmethod
     async def take(cls, waiting: "_Waiting", settings: EngineSettings) -> "WorkerProcess":
         """Hands a process that waits for them its settings."""
-        reader, writer = await asyncio.open_unix_connection(sock=waiting.sock)
-        worker = cls(waiting.process, reader, writer)
+        loop = asyncio.get_running_loop()
+        _, worker = await loop.create_unix_connection(lambda: cls(waiting.process), sock=waiting.sock)
         worker._log = asyncio.create_task(worker._pass_on_log(settings.name))
         worker.send(settings)
         return worker
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for message in self._frames.messages(data):
+                if self._listener is not None:
+                    self._listener(message)
+                else:
+                    self._said.append(message)
+                    self._has_more.set()
+        except wire.FrameBroken as error:
+            self.kill(f"sent what is no message ({error})")
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (however it came)
+        self._is_gone = True
+        self._has_more.set()
+
     def send(self, message: Any) -> None:
         """Never waits: what the worker does not read is kept. Raises `FrameBroken` for a message that is too large."""
         frame = wire.pack(message)
-        if not self._writer.is_closing():
-            self._writer.write(frame)
+        if not self._transport.is_closing():
+            self._transport.write(frame)
 
     async def message(self) -> wire.FromWorker | None:
         """The next thing it says; None when it is gone, or talks nonsense."""
+        while not self._said and not self._is_gone:
+            self._has_more.clear()
+            await self._has_more.wait()
+        return self._said.popleft() if self._said else None
+
+    async def listen(self, listener: Callable[[wire.FromWorker], None]) -> None:
+        """Tells `listener` everything that it says, as it comes, until it is gone or talks nonsense.
+
+        There is no task to be woken for it: that would cost each token of an answer another turn of the loop.
+        """
+        while self._said:
+            listener(self._said.popleft())
+        self._listener = listener
         try:
-            return await wire.read(self._reader, wire.FROM_WORKER)
-        except wire.FrameBroken as error:
-            self.kill(f"sent what is no message ({error})")
-            return None
+            while not self._is_gone:
+                self._has_more.clear()
+                await self._has_more.wait()
+        finally:
+            self._listener = None
 
     def kill(self, hang: str) -> None:
         """Ends a worker that is not well, and says why; what it still had to tell is lost."""
         self._hang = hang
         self._signal(signal.SIGKILL)
-        self._writer.transport.abort()  # it may be stuck in the kernel; nobody waits for it to let go of the socket
+        self._transport.abort()  # it may be stuck in the kernel; nobody waits for it to let go of the socket
 
     async def end(self) -> None:
         """Asks the worker to leave by closing its socket; kills it when it stays."""
-        self._writer.close()
+        self._transport.close()
         deadline = asyncio.get_running_loop().time() + END_SECONDS
         while self._process.poll() is None:
             if asyncio.get_running_loop().time() > deadline:
@@ -182,7 +217,7 @@ class WorkerProcess:
                 os.kill(self.pid, number)
 
     async def _clean_up(self) -> None:
-        self._writer.transport.abort()
+        self._transport.abort()
         if self._log is not None:
             await self._log
 

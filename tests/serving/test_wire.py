@@ -1,8 +1,9 @@
 """Frames between the server and an engine's process: what goes in comes out, and nothing else is taken for a message."""
 
-import asyncio
+import itertools
 import socket
 import threading
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -77,14 +78,10 @@ def through_a_socket(frames: bytes, decoder: wire.Decoder[wire.ToWorker]) -> lis
     return messages
 
 
-async def through_a_stream(frames: bytes, decoder: wire.Decoder[wire.FromWorker]) -> list[wire.FromWorker]:
-    stream = asyncio.StreamReader()
-    stream.feed_data(frames)
-    stream.feed_eof()
-    messages = []
-    while (message := await wire.read(stream, decoder)) is not None:
-        messages.append(message)
-    return messages
+def in_pieces(frames: bytes, cuts: Iterable[int], decoder: wire.Decoder[wire.FromWorker]) -> list[wire.FromWorker]:
+    cut = wire.Frames(decoder)
+    ends = sorted({min(each, len(frames)) for each in cuts} | {len(frames)})
+    return [message for start, end in itertools.pairwise([0, *ends]) for message in cut.messages(frames[start:end])]
 
 
 @given(st.lists(generations | poolings, max_size=3))
@@ -93,10 +90,10 @@ def test_requests_arrive_as_they_were(requests: list[GenerationRequest | Pooling
     assert through_a_socket(frames, wire.TO_WORKER) == requests
 
 
-@given(st.lists(reports, max_size=3))
-def test_reports_arrive_as_they_were(messages: list[wire.Report]) -> None:
+@given(st.lists(reports, max_size=3), st.lists(st.integers(0, 500)))
+def test_reports_arrive_as_they_were_however_they_are_cut(messages: list[wire.Report], cuts: list[int]) -> None:
     frames = b"".join(map(wire.pack, messages))
-    assert asyncio.run(through_a_stream(frames, wire.FROM_WORKER)) == messages
+    assert in_pieces(frames, cuts, wire.FROM_WORKER) == messages
 
 
 @given(st.integers(0, 200))
@@ -106,7 +103,7 @@ def test_a_frame_that_ends_too_early_is_the_end(length: int) -> None:
         load=Load(state="ready", running=0, waiting=0, slots=1),
     )
     frame = wire.pack(message)
-    assert asyncio.run(through_a_stream(frame[: min(length, len(frame) - 1)], wire.FROM_WORKER)) == []
+    assert in_pieces(frame[: min(length, len(frame) - 1)], [], wire.FROM_WORKER) == []
 
 
 @given(st.binary())

@@ -63,18 +63,15 @@ class Context:
         self._samplers: dict[int, SlotSampler] = {}
         self._candidates = Candidates(model.token_count)
         self._grammars = GrammarCompiler(model.grammar_tokenizer, model.end_tokens)
-        self._kv_type = settings.kv_type
+        self._rows: dict[int, Logits] = {}  # by address
+        values = KV_VALUE_BYTES
+        self.cell_bytes = int(model.kv_bytes_per_token * values[settings.kv_type] / values["f16"])
         self._adapter: Adapter | None = None
         self._adapters = {name: _load_adapter(model, Path(path)) for name, path in settings.adapters.items()}
 
     @property
     def cells(self) -> int:
         return int(c.llama_n_ctx(self._context))
-
-    @property
-    def cell_bytes(self) -> int:
-        values = KV_VALUE_BYTES
-        return int(self._model.kv_bytes_per_token * values[self._kv_type] / values["f16"])
 
     @property
     def batch_tokens(self) -> int:
@@ -223,6 +220,8 @@ class Context:
 
     def _without_surplus_drafts(self, feeds: Sequence[Feed]) -> Sequence[Feed]:
         """Drafts beyond the rows there are for them are dropped: a draft that is not computed is not accepted."""
+        if not any(feed.drafted for feed in feeds):
+            return feeds
         left = self._drafts
         kept = []
         for feed in feeds:
@@ -259,9 +258,12 @@ class Context:
         return told
 
     def _logits(self, row: int) -> Logits:
-        """llama.cpp's own row; it may be changed."""
+        """llama.cpp's own row; it may be changed. A view is no more than its address, so one made before serves again."""
         pointer = c.llama_get_logits_ith(self._context, row)
-        return np.ctypeslib.as_array(pointer, shape=(self._model.token_count,))
+        address = ctypes.addressof(pointer.contents)
+        if (found := self._rows.get(address)) is None:
+            found = self._rows[address] = np.ctypeslib.as_array(pointer, shape=(self._model.token_count,))
+        return found
 
     def _stop_sampler(self, slot: int) -> None:
         if (slot_sampler := self._samplers.pop(slot, None)) is not None:

@@ -24,6 +24,8 @@ SPOKEN_CONTROLS = (  # control tokens that belong to the text: calls of tools, a
     *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
 )
 
+RECENT_PIECES = 4096  # tokens whose bytes are at hand: nearly all of a text's, in less than a megabyte
+
 
 class Model:
     """A loaded model. Raises `ModelFileError` when it cannot be loaded."""
@@ -51,6 +53,7 @@ class Model:
             raise ModelFileError(f"{path} does not write text token by token; name a model with a decoder only.")
         self._token_count: int = c.llama_vocab_n_tokens(self._vocab)
         self._spoken = self._find_spoken_controls()
+        self._recent_piece = functools.lru_cache(RECENT_PIECES)(self._said_piece)
 
     @property
     def handle(self) -> Any:
@@ -150,7 +153,12 @@ class Model:
     @functools.cached_property
     def end_tokens(self) -> NDArray[np.int64]:
         """Ids of the tokens that end an answer: end of sequence, of turn, of message."""
-        return np.array([token for token in range(self._token_count) if self.is_end(token)], dtype=np.int64)
+        is_end = c.llama_vocab_is_eog
+        return np.array([token for token in range(self._token_count) if is_end(self._vocab, token)], dtype=np.int64)
+
+    @functools.cached_property
+    def _ends(self) -> frozenset[int]:
+        return frozenset(map(int, self.end_tokens))
 
     def metadata(self, key: str) -> str | None:
         size = 1024
@@ -186,7 +194,7 @@ class Model:
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for; none for control tokens, but those that mark parts of an answer."""
-        return self._spoken.get(token) or self._piece(token, is_control_shown=False)
+        return self._recent_piece(token)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of tokens, control tokens included."""
@@ -194,11 +202,11 @@ class Model:
         return b"".join(self._piece(token, is_control_shown=True) for token in tokens).decode(errors="replace")
 
     def is_end(self, token: int) -> bool:
-        return bool(c.llama_vocab_is_eog(self._vocab, token))
+        return token in self._ends
 
     def grammar_tokenizer(self) -> LLTokenizer:
         """For llguidance, which thus sees the very bytes that `piece` gives. Takes about a second for 150,000 tokens."""
-        texts = [self.piece(token) or b"\xff" + self.token_text(token).encode() for token in range(self._token_count)]
+        texts = [self._said_piece(token) or b"\xff" + self.token_text(token).encode() for token in range(self._token_count)]
         return LLTokenizer.from_llamacpp(
             tokens=texts,  # 0xff marks a control token, which no grammar matches as text
             vocab_ptr=self._vocab,
@@ -219,6 +227,9 @@ class Model:
             if len(tokens) == 1 and c.llama_vocab_is_control(self._vocab, tokens[0]):
                 found[tokens[0]] = text.encode()
         return found
+
+    def _said_piece(self, token: int) -> bytes:
+        return self._spoken.get(token) or self._piece(token, is_control_shown=False)
 
     def _piece(self, token: int, *, is_control_shown: bool) -> bytes:
         size = 64
