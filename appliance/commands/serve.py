@@ -13,7 +13,10 @@ from appliance.errors import RecipeError, several
 from appliance.recipe import Recipe, Serve
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
     from socket import socket
+
+    from fastapi import FastAPI
 
     from appliance.serving.auth import Gate
     from appliance.serving.memory_plan import Plan
@@ -59,7 +62,7 @@ def serve(model: str | None, tuned: Path | None, verify: bool, insecure_no_key: 
 
     with contextlib.closing(Workers()) as workers:
         workers.prepare()  # before this process imports what it needs itself
-        from appliance.serving import auth, server
+        from appliance.serving import auth, listening
 
         given = {name: value for name, value in flags.items() if value not in (None, ())}
         catalog = _Catalog(model, given, verify, tuned)
@@ -69,7 +72,7 @@ def serve(model: str | None, tuned: Path | None, verify: bool, insecure_no_key: 
             contextlib.closing(
                 auth.gate_for(settings, settings.host, settings.port, is_keyless_allowed=insecure_no_key)
             ) as gate,
-            server.bind(settings.host, settings.port) as sock,
+            listening.bind(settings.host, settings.port) as sock,
         ):
             asyncio.run(_serve(catalog, served, gate, sock, workers))
 
@@ -78,11 +81,12 @@ async def _serve(
     catalog: "_Catalog", served: "list[tuple[ServedModel, Serve]]", gate: "Gate", sock: "socket", workers: "Workers"
 ) -> None:
     """Loads the default model and answers until a signal comes."""
+    import asyncio
+
     from prometheus_client import CollectorRegistry
 
     from appliance import device
-    from appliance.serving import bandwidth, server
-    from appliance.serving.api.app import create_app
+    from appliance.serving import bandwidth
     from appliance.serving.machine_metrics import MachineCollector
     from appliance.serving.metrics import Metrics
 
@@ -94,16 +98,25 @@ async def _serve(
     pool = catalog.pool(served, metrics, workers)
     registry.register(MachineCollector(pool.processes))
     try:
-        await pool.start()
+        # The engine's process loads the model while this one loads its libraries.
+        _, (create_app, run) = await asyncio.gather(pool.start(), asyncio.to_thread(_http))
         app = create_app(pool, metrics, serve=settings, gate=gate)
         name = served[0][0].name
 
         def say_ready(url: str) -> None:
             click.echo(f"serving {name} on {url}")
 
-        await server.run(app, pool, sock, say_ready, grace_seconds=settings.grace_seconds)
+        await run(app, pool, sock, say_ready, grace_seconds=settings.grace_seconds)
     finally:
         await pool.close()
+
+
+def _http() -> "tuple[Callable[..., FastAPI], Callable[..., Coroutine[Any, Any, None]]]":
+    """What makes the application, and what runs it: half a second of imports."""
+    from appliance.serving import server
+    from appliance.serving.api.app import create_app
+
+    return create_app, server.run
 
 
 class _Catalog:

@@ -23,13 +23,13 @@ from appliance.errors import (
 )
 from appliance.keys import Key, KeyBook, Scope
 from appliance.recipe import Serve
-from appliance.serving.api.errors import error_response
 from appliance.serving.limits import RateLimit
 
 ASGIScope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[ASGIScope, Receive, Send], Awaitable[None]]
+Refuse = Callable[[ApplianceError, str], App]  # by the error and the path that was asked for
 
 OPEN_PATHS = ("/healthz", "/readyz", "/health")
 SCOPE_OF_PATH: tuple[tuple[str, Scope], ...] = (("/metrics", "metrics"), ("/admin", "admin"))
@@ -72,10 +72,10 @@ class Gate:
         self._rate = RateLimit(requests_per_minute)
         self._wrong_keys = RateLimit(WRONG_KEYS_PER_MINUTE)
 
-    def middleware(self, app: App, on_refused: Callable[[ApplianceError], None] | None = None) -> App:
+    def middleware(self, app: App, refuse: Refuse) -> App:
         """Puts `tenant` and `key_id` into the request's state: the id of its key, or "" without keys.
 
-        `on_refused` is told of every refusal, for metrics.
+        What is not admitted is answered by what `refuse` returns.
         """
 
         async def guarded(scope: ASGIScope, receive: Receive, send: Send) -> None:
@@ -87,9 +87,7 @@ class Gate:
                 try:
                     key_id = self._admit(scope)
                 except ApplianceError as error:
-                    if on_refused is not None:
-                        on_refused(error)
-                    await error_response(error, scope["path"])(scope, receive, send)
+                    await refuse(error, scope["path"])(scope, receive, send)
                     return
                 scope.setdefault("state", {}).update(tenant=key_id, key_id=key_id)
             await app(scope, receive, send)

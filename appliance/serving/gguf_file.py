@@ -207,8 +207,7 @@ class _Reader:
             self._strings_left -= count
             if self._strings_left < 0:
                 raise _Corrupt(f"an array of {count} strings, the limit is {MAX_STRINGS} in all")
-            for _ in range(count):
-                self._skip(self.take(_U64)[0])
+            self._skip_strings(count)
             return Skipped("string", count)
         if kind not in SCALARS:
             raise _Corrupt(f"an array of values of the unknown type {kind}")
@@ -234,6 +233,21 @@ class _Reader:
             raise _Truncated
         if self.at > MAX_HEADER_BYTES:
             raise _Corrupt(f"a header of more than {MAX_HEADER_BYTES >> 20} MiB")
+
+    def _skip_strings(self, count: int) -> None:
+        """A vocabulary and its merges are 300,000 of them: calls for each would be most of what reading a header takes."""
+        at, limit = self.at, min(self._size, MAX_HEADER_BYTES)
+        length_at, prefix = _U64.unpack_from, _U64.size
+        window, start = self._window, self._start
+        for _ in range(count):
+            if not start <= at <= start + len(window) - prefix:
+                self.at = at
+                self._claim(prefix)
+                window, start = self._window, self._start
+            at += prefix + length_at(window, at - start)[0]
+            if at > limit:
+                break
+        self._skip(at - self.at)
 
     def _claim(self, count: int) -> int:
         """Moves on by `count` bytes; returns where in the window they begin."""

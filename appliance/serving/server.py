@@ -1,4 +1,4 @@
-"""The HTTP server process: a socket taken before the model is loaded, and a shutdown that lets answers finish.
+"""The HTTP server process, with a shutdown that lets answers finish.
 
 SIGTERM or SIGINT starts a drain: the server still answers, refuses new requests with 503 and leaves once its engines are
 idle or the grace time is over. A second signal leaves at once.
@@ -14,42 +14,19 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from appliance.errors import ServerError
+from appliance.serving import listening
 from appliance.serving.api.connection import Connection
 from appliance.serving.engine import Models
 
 OVERTIME_SECONDS = 2.0
 LAST_BYTES_SECONDS = 5  # for a slow reader, once its answer is complete
-BACKLOG = 128
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet, so that clients are refused until there is a model to answer them."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        raise ServerError(f"serve.host: {host[:80]!r} is no address of this machine ({error}).") from error
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError as error:
-        sock.close()
-        raise _unavailable(host, port, error) from error
-    return sock
 
 
 async def run(
     app: FastAPI, models: Models, sock: socket.socket, on_ready: Callable[[str], None], *, grace_seconds: float
 ) -> None:
     """Serves until a signal ends it; `on_ready` is told the URL. Raises `ServerError` when the port is taken."""
-    host, port = sock.getsockname()[:2]
-    try:
-        sock.listen(BACKLOG)
-    except OSError as error:
-        raise _unavailable(host, port, error) from error
+    host, port = listening.begin(sock)
     url = f"http://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"http://{host}:{port}"
     _allow_connections()
     config = uvicorn.Config(
@@ -103,10 +80,3 @@ def _allow_connections() -> None:
     """As many files as the machine lets this process open: 1,024 connections are easily held by one person."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _unavailable(host: str, port: int, error: OSError) -> ServerError:
-    return ServerError(
-        f"Port {port} of {host} cannot be used ({error.strerror}); end the program that has it, or choose another "
-        "with --port (0 takes any free one)."
-    )

@@ -14,6 +14,7 @@ from appliance import config, keys, store_key
 from appliance.errors import ApplianceError, RecipeError
 from appliance.keys import KeyBook
 from appliance.recipe import Serve
+from appliance.serving.api.errors import error_response
 from appliance.serving.auth import WRONG_KEYS_PER_MINUTE, Gate, gate_for
 from appliance.store import Store
 
@@ -62,7 +63,12 @@ def ask(
         "client": (client, 5000),
         "server": (server, 8080),
     }
-    asyncio.run(gate.middleware(app, refused.append)(scope, receive, send))
+
+    def refuse(error: ApplianceError, path: str) -> Any:
+        refused.append(error)
+        return error_response(error, path)
+
+    asyncio.run(gate.middleware(app, refuse)(scope, receive, send))
     assert len(refused) == (reply.status != 200)
     return reply
 
@@ -275,7 +281,7 @@ def test_other_kinds_of_connection() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    guarded = open_gate().middleware(app)
+    guarded = open_gate().middleware(app, error_response)
     asyncio.run(guarded({"type": "lifespan"}, receive, send))
     asyncio.run(guarded({"type": "websocket", "path": "/", "headers": [(b"host", b"localhost")]}, receive, send))
     assert seen == ["lifespan"]

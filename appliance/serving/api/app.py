@@ -4,6 +4,7 @@ Knows nothing of tokens, llama.cpp or processes. Nothing that a client wrote is 
 another origin may read an answer.
 """
 
+import functools
 from typing import Any
 
 from fastapi import FastAPI
@@ -70,7 +71,7 @@ def create_app(served: Models, metrics: Metrics, *, serve: Serve, gate: Gate | N
     app.add_middleware(JsonBody)
     app.add_middleware(CancelWhenGone)
     if gate is not None:
-        app.add_middleware(gate.middleware, on_refused=lambda error: errors.record_refusal(metrics, error))
+        app.add_middleware(gate.middleware, refuse=functools.partial(errors.counted_response, metrics))
     app.add_middleware(AnswerUnexpected)
     app.add_middleware(RequestId)
     return app

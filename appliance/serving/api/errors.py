@@ -112,10 +112,11 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return error_body("; ".join(said[:MAX_PROBLEMS]) + rest, status=400, code="invalid_request", param=param)
 
 
-def record_refusal(metrics: Metrics, error: ApplianceError) -> None:
-    """Counts what a request was refused for; a server that failed did not refuse."""
+def counted_response(metrics: Metrics, error: ApplianceError, path: str) -> JSONResponse:
+    """As `error_response`; counts what the request was refused for. A server that failed did not refuse."""
     if isinstance(error, RequestError) and error.http_status != 500:
         metrics.record_refusal(error.api_code)
+    return error_response(error, path)
 
 
 def add_handlers(app: FastAPI, metrics: Metrics) -> None:
@@ -123,8 +124,7 @@ def add_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(ApplianceError)
     async def appliance_error(request: Request, error: ApplianceError) -> JSONResponse:
-        record_refusal(metrics, error)
-        return error_response(error, request.url.path)
+        return counted_response(metrics, error, request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
