@@ -70,19 +70,23 @@ class Backlog:
         raise QueueFull(f"{problem}. Try again in {seconds} s.", retry_after_seconds=seconds)
 
     def require_time(
-        self, left: float, unread: int, running: Sequence[Work], work: Callable[[Answer], Work], pace: Pace
+        self, left: float, own: Work, running: Sequence[Work], work: Callable[[Answer], Work], pace: Pace
     ) -> None:
-        """Raises when the answer to a prompt with `unread` tokens to be read could not begin in the seconds `left`:
-        `DeadlineExceeded` when it could not do so alone, `DeadlineTooShort` when others are in its way.
+        """Raises when `own` work finds too little time in the seconds `left`.
+
+        `DeadlineExceeded` when its answer could not begin even if it were alone. `DeadlineTooShort` when others are in its
+        way, so that it could not begin, or would be cut off where it would not be alone.
         """
-        reading = unread * pace.prompt_token_seconds
         waiting = [work(answer) for answer in self._answers]
-        wait = reading + pace.seconds_until_place(running, waiting, self._usable_slots(running))
-        told = f"The answer could begin in {wait:.1f} s, and the deadline is in {max(left, 0.0):.1f} s."
+        place = pace.seconds_until_place(running, waiting, self._usable_slots(running))
+        reading, writing = pace.reading_seconds(own), own.answer_tokens * pace.step_seconds(self._slots)
+        told = f"The answer could begin in {place + reading:.1f} s, and the deadline is in {max(left, 0.0):.1f} s."
         if left <= 0.0 or (pace.is_measured and left < reading):
             raise DeadlineExceeded(f"{told} Allow more time.")
-        if pace.is_measured and left < wait:
-            again = retry_after(wait - left)
+        whole = reading + writing if reading + writing <= left else reading
+        if pace.is_measured and left < place + whole:
+            told = f"The answer could be complete in {place + reading + writing:.1f} s, and the deadline is in {left:.1f} s."
+            again = retry_after(place + whole - left)
             raise DeadlineTooShort(f"{told} Allow more time, or try again in {again} s.", retry_after_seconds=again)
 
     def _tickets(self) -> list[Ticket]:

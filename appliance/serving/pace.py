@@ -119,17 +119,30 @@ class Pace:
         """Tokens that an answer still has to go, by the mean of those before it."""
         return min(max(self._answer_tokens - generated, 1.0), max_tokens - generated)
 
-    def seconds(self, work: Work, rows: int) -> float:
-        return work.prompt_tokens * self.prompt_token_seconds + work.answer_tokens * self.step_seconds(rows)
-
     def seconds_until_place(self, running: Sequence[Work], waiting: Sequence[Work], slots: int) -> float:
-        """When one more request, behind those that wait, gets a slot."""
-        rows = max(1, min(slots, len(running) + len(waiting)))
-        free_at = [0.0] * (slots - len(running)) + [self.seconds(work, rows) for work in running]
-        heapq.heapify(free_at)
+        """When one more request, behind those that wait, gets a slot.
+
+        A slot's work takes its own time, and longer for what others read beside each of its answers' tokens.
+        """
+        step = self.step_seconds(max(1, min(slots, len(running) + len(waiting))))
+        free: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)] * (slots - len(running))  # at, tokens to write, reading
+        free += [self._after(work, step) for work in running]
+        heapq.heapify(free)
         for work in waiting:
-            heapq.heapreplace(free_at, free_at[0] + self.seconds(work, rows))
-        return free_at[0]
+            heapq.heapreplace(free, self._after(work, step, *free[0]))
+        at, tokens, own = free[0]
+        others = sum(self.reading_seconds(work) for work in (*running, *waiting)) - own
+        return at + min(others, tokens * max(BUSY_STEP_SECONDS - step, 0.0))
+
+    def _after(
+        self, work: Work, step: float, at: float = 0.0, tokens: float = 0.0, reading: float = 0.0
+    ) -> tuple[float, float, float]:
+        """What there is of a slot after one more request."""
+        own = self.reading_seconds(work)
+        return at + own + work.answer_tokens * step, tokens + work.answer_tokens, reading + own
+
+    def reading_seconds(self, work: Work) -> float:
+        return work.prompt_tokens * self.prompt_token_seconds
 
 
 def retry_after(seconds: float) -> int:

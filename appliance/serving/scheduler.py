@@ -187,7 +187,8 @@ class Scheduler:
             answer.expected_cached = cached if answer.index == 0 else len(ticket.prompt) - 1
         if ticket.request.deadline_at is not None:
             left = ticket.request.deadline_at - time.monotonic()
-            self._backlog.require_time(left, len(ticket.prompt) - cached, running, self._work, self._pace)
+            own = Work(len(ticket.prompt) - cached, self._pace.expected_answer(ticket.max_tokens))
+            self._backlog.require_time(left, own, running, self._work, self._pace)
 
     def _work(self, answer: Answer) -> Work:
         job = answer.job

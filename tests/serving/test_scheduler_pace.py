@@ -58,10 +58,20 @@ def test_costs_between_two_measurements_are_interpolated() -> None:
 
 def test_wait_is_that_of_the_slot_that_comes_free_first() -> None:
     pace = measured(0.01, 0.1)
-    running = [Work(100, 20), Work(0, 5)]  # 3 s and 0.5 s
+    running = [Work(0, 30), Work(0, 5)]  # 3 s and 0.5 s
     assert pace.seconds_until_place(running, [], 2) == pytest.approx(0.5)
     assert pace.seconds_until_place(running, [Work(0, 10)], 2) == pytest.approx(1.5)
     assert pace.seconds_until_place(running, [Work(0, 10), Work(0, 20)], 2) == pytest.approx(3.0)
+    assert pace.seconds_until_place(running, [], 3) == 0.0
+
+
+def test_a_slot_comes_free_later_for_what_others_read_beside_it() -> None:
+    pace = measured(0.01, 0.1)
+    running = [Work(100, 20), Work(0, 5)]  # 1 s of reading; steps of 0.25 s leave 0.15 s for it beside each token
+    assert pace.seconds_until_place(running, [], 2) == pytest.approx(0.5 + 5 * 0.15)
+    assert pace.seconds_until_place(running, [Work(0, 10)], 2) == pytest.approx(1.5 + 1.0)
+    assert pace.seconds_until_place(running, [Work(50, 10)], 2) == pytest.approx(2.0 + 1.0)  # its own is there already
+    assert pace.seconds_until_place([Work(100, 20)], [], 1) == pytest.approx(3.0)
     assert pace.seconds_until_place(running, [], 3) == 0.0
 
 

@@ -69,6 +69,25 @@ def test_deadline_that_others_stand_in_the_way_of_is_told_when_to_come_back(benc
     bench.decoder.gate.set()
 
 
+def test_answer_that_others_would_cut_off_is_told_when_to_come_back(bench: Bench) -> None:
+    bench.client(1).end()
+    bench.idle()
+    bench.decoder.gate.clear()
+    pace = bench.scheduler._pace
+    pace._prompt_token_seconds = 0.0
+    for rows in range(1, bench.decoder.slots + 1):
+        for _ in range(100):
+            pace.costs.observe(rows, 1.0)
+    for first in range(bench.decoder.slots):
+        bench.client(first, max_tokens=4)  # a place comes free in 4 s
+    with pytest.raises(DeadlineTooShort, match=r"could be complete in 8\.0 s, and the deadline is in 6\.0 s"):
+        bench.client(50, max_tokens=4, wait=6.0)
+    waits = bench.client(51, max_tokens=4, wait=9.0)
+    bench.decoder.gate.set()
+    end = waits.finished()
+    assert (end.reason, end.is_deadline) == ("length", False)
+
+
 def test_drain_refuses_new_requests_and_finishes_the_others(bench: Bench) -> None:
     bench.decoder.gate.clear()
     clients = [bench.client(i) for i in range(1, 5)]
