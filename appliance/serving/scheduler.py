@@ -251,8 +251,9 @@ class Scheduler:
         self, feeds: Sequence[Feed], adapter: Adapter | None
     ) -> tuple[Mapping[int, Sequence[Sampled]] | None, float]:
         """What followed, and the seconds that it took."""
-        rows = sum(len(feed.tokens) for feed in feeds)
-        threads = self._threads.choose(rows)
+        is_text_read = any(feed.is_read for feed in feeds)
+        rows = sum(len(feed.tokens) for feed in feeds if not feed.is_read)
+        threads = self._threads.best(rows) if is_text_read else self._threads.choose(rows)
         self._decoder.use_threads(threads, self._prefill_threads)
         started = self._step_started_at = time.monotonic()
         try:
@@ -261,7 +262,7 @@ class Scheduler:
             self._step_started_at = None
         self._stepped_at = time.monotonic()
         seconds = self._stepped_at - started
-        if sampled is not None and not any(feed.is_read for feed in feeds):
+        if sampled is not None and not is_text_read:
             self._threads.observe(rows, threads, seconds)
         return sampled, seconds
 

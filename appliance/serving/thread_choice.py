@@ -31,7 +31,7 @@ class ThreadChoice:
         """Threads for a step that computes `rows` tokens of running answers."""
         if len(self._counts) == 1:
             return self._counts[0]
-        best = self._best(rows)
+        best = self.best(rows)
         if self._trial is None and self._is_due(rows, best):
             other = next(count for count in self._turn if count != best)
             self._trial = (other, TRIAL_STEPS)
@@ -54,7 +54,8 @@ class ThreadChoice:
             self._trial = (threads, left) if left else None
             self._steps = 0 if left == 0 else self._steps
 
-    def _best(self, rows: int) -> int:
+    def best(self, rows: int) -> int:
+        """The fastest as far as it is known; for a step that is not measured."""
         bucket = _bucket(rows)
         known = {count: cost for count in self._counts if (cost := self._costs.get((bucket, count))) is not None}
         return min(known, key=known.__getitem__) if known else self._counts[0]

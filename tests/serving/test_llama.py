@@ -1,5 +1,6 @@
 """The decoder over the real llama.cpp with a tiny random model: batches, shared cells, adapters, drafts, abort."""
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from appliance.errors import EngineFailed, ModelFileError
-from appliance.serving.decoder import MAX_DRAFT_TOKENS, Adapter, Feed, SnapshotRefused
-from appliance.serving.llama import Context, Model
+from appliance.serving.decoder import MAX_DRAFT_TOKENS, Adapter, Feed, Sampled, SnapshotRefused
+from appliance.serving.llama import Context, Model, library
 from appliance.serving.requests import Grammar, SamplingSettings
 from tests import tiny_gguf
 from tests.serving.llama_decoding import (
@@ -29,6 +30,7 @@ from tests.serving.llama_decoding import (
 SAME = 0.02  # flash attention adds up in f16, and in another order when cells lie elsewhere
 OTHER = 0.5
 A, B = Adapter("a", 1.0), Adapter("b", 1.0)
+LONG = PROMPT * 5  # read by itself
 LETTERS = Grammar(kind="regex", source="([a-f]{1,3} ){30}")
 
 
@@ -285,6 +287,43 @@ def test_abort_leaves_a_usable_context(context: Context) -> None:
     context.release(1)
     assert results[-1] is None
     assert generate(context, prompt=prompt, tokens=1) == expected
+
+
+def both(context: Context, seed: int) -> tuple[Sequence[Sampled], Sequence[Sampled]] | None:
+    """The last token of a prompt of slot 1 and an answer in slot 0, in one step; None when it was aborted."""
+    drawn, size = SamplingSettings(temperature=1.0, seed=seed), len(LONG)
+    for slot in (0, 1):
+        context.start(slot, drawn, None, None)
+    context.decode([Feed(0, LONG[:-1], 0, is_sampled=False)], None)
+    step = [Feed(0, LONG[-1:], size - 1, is_sampled=True), Feed(1, LONG, 0, is_sampled=True)]
+    if (told := context.decode(step, None)) is None:
+        context.remove(0, size - 1, -1)
+        context.remove(1, 0, -1)
+        told = context.decode(step, None)
+    return None if told is None else (told[0], told[1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_text_beside_answers_says_what_it_says_alone(context: Context, seed: int) -> None:
+    told = both(context, seed)
+    alone = generate(context, SamplingSettings(temperature=1.0, seed=seed), prompt=LONG, tokens=1, slot=2)
+    assert told is not None
+    assert [list(slot) for slot in told] == [list(alone)] * 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_drawn_of_a_step_that_is_aborted_halfway(
+    context: Context, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = both(context, seed)
+    context.clear()
+    calls = itertools.count(1)
+    real = library.c.llama_decode
+    monkeypatch.setattr(
+        library.c, "llama_decode", lambda *given: library.DECODE_ABORTED if next(calls) == 3 else real(*given)
+    )
+    assert both(context, seed) == expected
+    assert next(calls) == 6  # the first text, a step whose second pass was aborted, and both passes again
 
 
 def test_repacked_and_read_weights_compute_the_same(folder: Path) -> None:

@@ -37,6 +37,7 @@ from appliance.serving.requests import Grammar, SamplingSettings
 from appliance.serving.sampling import Logits
 
 PARKED_SEQUENCES = 64
+TILE_ROWS = 64  # ggml_fa_tile_config::Q
 
 
 class Context:
@@ -63,6 +64,7 @@ class Context:
         self._samplers: dict[int, SlotSampler] = {}
         self._candidates = Candidates(model.token_count)
         self._grammars = GrammarCompiler(model.grammar_tokenizer, model.end_tokens)
+        self._is_on_gpu = settings.gpu_layers > 0
         self._rows: dict[int, Logits] = {}  # by address
         values = KV_VALUE_BYTES
         self.cell_bytes = int(model.kv_bytes_per_token * values[settings.kv_type] / values["f16"])
@@ -105,16 +107,13 @@ class Context:
         self._abort_flag.lower()
         self._use_adapter(adapter)
         feeds = self._without_surplus_drafts(feeds)
-        is_text_read = any(feed.is_read for feed in feeds)
-        c.llama_set_n_threads(self._context, self._threads[0], self._threads[is_text_read])
-        rows = self._fill_batch(feeds)
-        library.forget_errors()
-        code = c.llama_decode(self._context, self._batch.native)
-        if code == library.DECODE_ABORTED:
-            return None
-        if code != 0:
-            raise EngineFailed(f"llama.cpp could not compute the batch (code {code}: {library.first_error()}).")
-        return {feed.slot: self._sample(feed, rows[feed.slot]) for feed in feeds if feed.is_sampled}
+        logits: dict[int, Sequence[Logits]] = {}
+        for part in self._passes(feeds):
+            logits = {slot: [row.copy() for row in rows] for slot, rows in logits.items()}  # else written over now
+            if (found := self._compute(part)) is None:
+                return None
+            logits |= found
+        return {feed.slot: self._sample(feed, logits[feed.slot]) for feed in feeds if feed.is_sampled}
 
     def use_threads(self, decode: int, prefill: int) -> None:
         self._threads = (decode, prefill)
@@ -231,6 +230,32 @@ class Context:
             kept.append(Feed(feed.slot, tokens, feed.position, feed.is_sampled, drafted))
         return kept
 
+    def _passes(self, feeds: Sequence[Feed]) -> Sequence[Sequence[Feed]]:
+        """On a CPU a long text is read by itself, and then answers go on: together they take up to twice as long.
+
+        From 64 rows on, llama.cpp's flash attention takes 64 at a time over every cell that one of them needs, so that one
+        row of an answer among those of a prompt makes all of them pass over both texts (`ggml-cpu/ops.cpp`, tiled path).
+        """
+        read = [feed for feed in feeds if feed.is_read]
+        is_tiled = not self._is_on_gpu and sum(len(feed.tokens) for feed in feeds) >= TILE_ROWS
+        if not is_tiled or not read or len(read) == len(feeds):
+            return (feeds,)
+        return (read, [feed for feed in feeds if not feed.is_read])
+
+    def _compute(self, feeds: Sequence[Feed]) -> dict[int, Sequence[Logits]] | None:
+        """Rows of logits by slot, where something is to be sampled; None when aborted."""
+        is_text_read = any(feed.is_read for feed in feeds)
+        c.llama_set_n_threads(self._context, self._threads[0], self._threads[is_text_read])
+        rows = self._fill_batch(feeds)
+        library.forget_errors()
+        code = c.llama_decode(self._context, self._batch.native)
+        if code == library.DECODE_ABORTED:
+            return None
+        if code != 0:
+            raise EngineFailed(f"llama.cpp could not compute the batch (code {code}: {library.first_error()}).")
+        sampled = (feed for feed in feeds if feed.is_sampled)
+        return {feed.slot: [self._logits(rows[feed.slot] + i) for i in range(1 + feed.drafted)] for feed in sampled}
+
     def _fill_batch(self, feeds: Sequence[Feed]) -> Mapping[int, int]:
         """Writes the batch; returns the first row of logits of each slot that is sampled."""
         total = sum(len(feed.tokens) for feed in feeds)
@@ -243,15 +268,15 @@ class Context:
             rows[feed.slot] = self._batch.add(feed.tokens, feed.position, feed.slot, outputs)
         return rows
 
-    def _sample(self, feed: Feed, row: int) -> Sequence[Sampled]:
+    def _sample(self, feed: Feed, logits: Sequence[Logits]) -> Sequence[Sampled]:
         """Samples after the last token that is sure, and after each draft that sampling agreed with."""
         slot_sampler = self._samplers[feed.slot]
         drafts = feed.tokens[len(feed.tokens) - feed.drafted :]
-        told = [slot_sampler.sample(self._logits(row))]
+        told = [slot_sampler.sample(logits[0])]
         for number, draft in enumerate(drafts, start=1):
             if told[-1].token != draft or self.is_end(draft):
                 break
-            told.append(slot_sampler.sample(self._logits(row + number)))
+            told.append(slot_sampler.sample(logits[number]))
         if len(told) <= feed.drafted:
             end = feed.position + len(feed.tokens) - feed.drafted + len(told) - 1
             self.remove(feed.slot, end, -1)
