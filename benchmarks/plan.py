@@ -67,7 +67,7 @@ async def _decode_4(trial: Trial) -> Sequence[Figure]:
 
 CHATS: Mapping[str, ChatRows] = {
     "start": ChatRows(servers=LIKE_WITH_LIKE, run=starts.start),  # the first request of all, so first
-    "decode": ChatRows(servers=tuple(SERVERS), run=_decode, rounds={EXAMPLE: 2, LLAMA_CPP_SERVER: 2}),
+    "decode": ChatRows(servers=tuple(SERVERS), run=_decode, rounds={EXAMPLE: 1, LLAMA_CPP_SERVER: 2}),
     "cold": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.cold),
     "beside": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.beside),
     "schema": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.schema, rounds=dict.fromkeys(LIKE_WITH_LIKE, 2)),
