@@ -105,11 +105,6 @@ class Soak:
         )
         return line.slope * self.seconds / 2
 
-    def threads(self, process: str) -> int:
-        """The most there were in the first half: some are made when they are first needed, and stay."""
-        first = [sample.threads for sample in self.samples[process] if sample.seconds < self.seconds / 2]
-        return max(self.idle_before[process].threads, *first)
-
     def summary(self) -> dict[str, Any]:
         outcomes = collections.Counter(each.outcome for each in self.ended)
         return {

@@ -22,6 +22,7 @@ class Recall:
         self._prefixes = prefixes
         self._notify = notify
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "recall")
+        self._reader.submit(bool)  # starts its thread now: an engine has as many when it is new as when it is old
         self._files: dict[Prefix, concurrent.futures.Future[SavedCells | None]] = {}
 
     @property

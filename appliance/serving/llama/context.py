@@ -247,12 +247,8 @@ class Context:
         is_text_read = any(feed.is_read for feed in feeds)
         c.llama_set_n_threads(self._context, self._threads[0], self._threads[is_text_read])
         rows = self._fill_batch(feeds)
-        library.forget_errors()
-        code = c.llama_decode(self._context, self._batch.native)
-        if code == library.DECODE_ABORTED:
+        if not library.decode(self._context, self._batch.native):
             return None
-        if code != 0:
-            raise EngineFailed(f"llama.cpp could not compute the batch (code {code}: {library.first_error()}).")
         sampled = (feed for feed in feeds if feed.is_sampled)
         return {feed.slot: [self._logits(rows[feed.slot] + i) for i in range(1 + feed.drafted)] for feed in sampled}
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from llama_cpp import llama_cpp as c
 
+from appliance.errors import EngineFailed
+
 LOG_WARNING, LOG_ERROR = 3, 4  # ggml.h; llama_cpp's own `_logger.py` has them wrong
 DECODE_ABORTED = 2
 KV_TYPES = {"f16": c.GGML_TYPE_F16, "q8_0": c.GGML_TYPE_Q8_0}
@@ -36,6 +38,15 @@ def first_error() -> str:
 
 def last_error() -> str:
     return _log_tail[-1] if _log_tail else "llama.cpp gives no reason"
+
+
+def decode(context: Any, batch: Any) -> bool:
+    """Computes a `llama_batch`; False when aborted. Raises `EngineFailed`."""
+    forget_errors()
+    code: int = c.llama_decode(context, batch)
+    if code not in (0, DECODE_ABORTED):
+        raise EngineFailed(f"llama.cpp could not compute the batch (code {code}: {first_error()}).")
+    return code == 0
 
 
 class AbortFlag:

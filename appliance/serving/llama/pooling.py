@@ -139,12 +139,8 @@ class PoolingContext:
             self._batch.clear()
             for sequence, start, tokens in parts:
                 self._batch.add(tokens, start, sequence, len(tokens))
-            library.forget_errors()
-            code = c.llama_decode(self._context, self._batch.native)
-            if code == library.DECODE_ABORTED:
+            if not library.decode(self._context, self._batch.native):
                 return None
-            if code != 0:
-                raise EngineFailed(f"llama.cpp could not compute the batch (code {code}: {library.first_error()}).")
             for sequence, _, _ in parts:
                 pointer = c.llama_get_embeddings_seq(self._context, sequence)
                 outputs[sequence] = np.ctypeslib.as_array(pointer, shape=(width,)).copy()
