@@ -40,10 +40,19 @@ def vocabulary(controls: Sequence[str] = ()) -> list[str]:
 
 def write(path: Path, *, template: str | None = CHATML, seed: int = 7, controls: Sequence[str] = ()) -> Path:
     """Writes the chat model to `path` and returns it; `controls` are more control tokens."""
-    writer = _qwen3_writer(path, controls)
+    writer = _writer(path, controls=controls)
     if template is not None:
         writer.add_chat_template(template)
     return _finished(writer, path, _tensors(np.random.default_rng(seed), len(controls)))
+
+
+def write_sliding(path: Path, window: int) -> Path:
+    """Writes a chat model of Gemma 3's architecture, whose tokens see no further back than `window`."""
+    writer = _writer(path, "gemma3")
+    writer.add_sliding_window(window)
+    random = np.random.default_rng(7)
+    names = [f"blk.{layer}.post_{part}_norm.weight" for layer in range(LAYERS) for part in ("attention", "ffw")]
+    return _finished(writer, path, [*_tensors(random), *((name, _ones(HIDDEN)) for name in names)])
 
 
 def write_adapter(path: Path, seed: int = 1, *, rank: int = 4) -> Path:
@@ -66,7 +75,7 @@ def write_embedding(path: Path, *, is_causal: bool = False, seed: int = 7) -> Pa
     """Writes a model that embeds: BERT with the mean of all tokens, or a causal one with its last token."""
     random = np.random.default_rng(seed)
     if is_causal:
-        writer = _qwen3_writer(path)
+        writer = _writer(path)
         writer.add_pooling_type(gguf.PoolingType.LAST)
         writer.add_add_eos_token(True)
         return _finished(writer, path, _tensors(random))
@@ -78,7 +87,7 @@ def write_embedding(path: Path, *, is_causal: bool = False, seed: int = 7) -> Pa
 def write_reranker(path: Path, *, is_causal: bool = False, seed: int = 7) -> Path:
     """Writes a model that scores a document for a query: BERT with one output, or a causal one with a template."""
     random = np.random.default_rng(seed)
-    writer = _qwen3_writer(path) if is_causal else _bert_writer(path)
+    writer = _writer(path) if is_causal else _bert_writer(path)
     writer.add_pooling_type(gguf.PoolingType.RANK)
     if is_causal:
         writer.add_chat_template([{"name": "rerank", "template": RERANK_TEMPLATE}])
@@ -90,8 +99,8 @@ def write_reranker(path: Path, *, is_causal: bool = False, seed: int = 7) -> Pat
     return _finished(writer, path, [*_bert_tensors(random), head, bias])
 
 
-def _qwen3_writer(path: Path, controls: Sequence[str] = ()) -> gguf.GGUFWriter:
-    writer = gguf.GGUFWriter(str(path), "qwen3")
+def _writer(path: Path, architecture: str = "qwen3", controls: Sequence[str] = ()) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("tiny")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_block_count(LAYERS)

@@ -1,7 +1,7 @@
 """What the scheduler asks of the thing that computes: the `Decoder` contract. Knows nothing of llama.cpp.
 
-A sequence is a run of cells of the KV memory, named by a number: 0 to `slots` - 1 are for running answers, the rest up to
-`sequences` - 1 are for parked prefixes. Sequences may share cells: `copy` computes nothing and takes no cells.
+A slot holds one sequence: the tokens of an answer, whose keys and values are cells of the KV memory. Each slot has cells of
+its own, `context_tokens` of them: sequences share nothing, so that none is slower for what the others hold.
 """
 
 import dataclasses
@@ -70,6 +70,15 @@ class Adapter:
 SavedCells = bytes | bytearray | memoryview
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SavedPart:
+    """The saved cells of positions `start` to `end`; `cells` may hold others, too."""
+
+    cells: SavedCells
+    start: int
+    end: int
+
+
 class SnapshotRefused(Exception):
     """Saved cells do not fit this model, its settings, or the free memory."""
 
@@ -85,13 +94,6 @@ class Decoder(Protocol):
     def slots(self) -> int: ...
 
     @property
-    def sequences(self) -> int: ...
-
-    @property
-    def cells(self) -> int:
-        """Tokens that all sequences together can hold, shared ones counted once."""
-
-    @property
     def context_tokens(self) -> int:
         """Per sequence."""
 
@@ -101,7 +103,7 @@ class Decoder(Protocol):
 
     @property
     def can_share(self) -> bool:
-        """Whether `copy`, `remove` of a tail, `save` and drafts work: not so for recurrent and sliding-window models."""
+        """Whether `remove` of a tail, `save`, `move` and drafts work: not so for recurrent and sliding-window models."""
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Any thread. Raises `RequestError` with the position of a mistake, or for what is too large or takes too long."""
@@ -109,7 +111,7 @@ class Decoder(Protocol):
     def start(
         self, slot: int, sampling: SamplingSettings, grammar: CompiledGrammar | None, top_logprobs: int | None
     ) -> None:
-        """Prepares the sampler of an empty slot."""
+        """Prepares the sampler of a slot."""
 
     def decode(self, feeds: Sequence[Feed], adapter: Adapter | None) -> Mapping[int, Sequence[Sampled]] | None:
         """Computes one batch; for each slot that asked, what follows: one token, and one more for each draft that was right.
@@ -129,20 +131,29 @@ class Decoder(Protocol):
         probabilities were asked for.
         """
 
-    def copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Lets `target` hold the cells of `source` from position `start` to `end` too."""
+    def remove(self, slot: int, start: int, end: int) -> None:
+        """Takes positions out of a sequence; -1 is the end."""
 
-    def remove(self, sequence: int, start: int, end: int) -> None:
-        """Takes positions out of a sequence; -1 is the end. Cells that no other sequence holds are free."""
-
-    def save(self, sequence: int) -> SavedCells:
+    def save(self, slot: int) -> SavedCells:
         """The cells of a sequence and their positions."""
 
-    def restore(self, sequence: int, data: SavedCells) -> None:
-        """Fills an empty sequence with what `save` gave, at the same positions. Raises `SnapshotRefused`."""
+    def restore(self, slot: int, parts: Sequence[SavedPart]) -> None:
+        """Replaces a sequence by saved parts, one behind the other from position 0 on.
 
-    def release(self, slot: int) -> None:
-        """Forgets the slot's sequence and sampler."""
+        Raises `SnapshotRefused`, and then the sequence is empty.
+        """
+
+    def join(self, parts: Sequence[SavedPart]) -> SavedCells:
+        """Saved cells of all parts, one behind the other. Raises `SnapshotRefused`."""
+
+    def check(self, cells: SavedCells, tokens: int) -> None:
+        """Raises `SnapshotRefused` unless these are the cells of positions 0 to `tokens` - 1, as this model has them."""
+
+    def move(self, source: int, target: int) -> None:
+        """Gives sequence and sampler of one slot to another, which loses its own sequence."""
+
+    def release(self, slot: int, kept: int) -> None:
+        """Forgets the slot's sampler, and its sequence but for the first `kept` tokens."""
 
     def clear(self) -> None:
         """Forgets every sequence and sampler, after a failure."""

@@ -22,7 +22,6 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
     adapters: dict[str, str] = {}  # name to the path of its LoRA GGUF file
     slots: int
     context_tokens: int  # of one request
-    cells: int  # tokens of the KV memory: slots x context
     cache_tokens: int = 0  # of prefixes kept in ordinary memory after their request has ended
     threads_decode: int
     threads_prefill: int
@@ -38,3 +37,8 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
     system_prompts: tuple[str, ...] = ()
     is_speculating: bool = True
     notes: tuple[str, ...] = ()  # what was stepped down from what was asked, for a person
+
+    @property
+    def cells(self) -> int:
+        """Tokens of the KV memory."""
+        return self.slots * self.context_tokens

@@ -14,7 +14,6 @@ from appliance.serving.memory_prediction import (
     layer_bytes,
     mib,
     output_rows,
-    padded_cells,
 )
 
 DRIVER_BYTES = 512 * MIB  # the driver's context and kernels, and what the desktop may want meanwhile
@@ -53,8 +52,7 @@ def choose(header: GgufHeader, choice: Choice, gpus: Sequence[Gpu], asked: int, 
 
 def _needs(header: GgufHeader, choice: Choice) -> list[int]:
     """Bytes of each layer with its part of the KV cache, in the order in which they go to the GPU."""
-    cells = padded_cells(choice.cells)
-    kv = [cells * kv_cell_bytes(header, layer, choice.kv_type) for layer in range(header.block_count)]
+    kv = [choice.cells * kv_cell_bytes(header, layer, choice.kv_type) for layer in range(header.block_count)]
     return [weights + cache for weights, cache in zip(layer_bytes(header), [*kv, 0], strict=True)][::-1]
 
 

@@ -1,5 +1,5 @@
-"""What the scheduler does while nobody asks: reads the operator's prefixes, copies what is cached out of the KV memory, so
-that it can leave at once when a request comes, and writes shared prefixes to disk.
+"""What the scheduler does while nobody asks: reads the operator's prefixes, copies what answers left in their slots into the
+cache, so that the slots can be used at once when a request comes, and writes shared prefixes to disk.
 
 All give way to requests: reading goes on in small chunks and gives up its slot, writing happens in a thread of its own.
 """
@@ -16,7 +16,6 @@ from appliance.serving.job import Job
 from appliance.serving.pace import Pace
 from appliance.serving.prefixes import Prefixes
 from appliance.serving.requests import SamplingSettings
-from appliance.serving.running import Running
 from appliance.serving.snapshots import Prefix, SnapshotStore
 
 SETTLE_SECONDS = 0.3  # without a step before anything is copied or written: the next turn often comes at once
@@ -31,12 +30,9 @@ Decode = Callable[[Sequence[Feed], Adapter | None], tuple[Mapping[int, Sequence[
 class IdleWork:
     """Work in units of one decode call or one file. `work` runs in the scheduler's thread without its lock."""
 
-    def __init__(
-        self, decoder: Decoder, prefixes: Prefixes, running: Running, pace: Pace, store: SnapshotStore | None
-    ) -> None:
+    def __init__(self, decoder: Decoder, prefixes: Prefixes, pace: Pace, store: SnapshotStore | None) -> None:
         self._decoder = decoder
         self._prefixes = prefixes
-        self._running = running
         self._pace = pace
         self._store = store
         self._warm: list[Prefix] = []
@@ -75,26 +71,23 @@ class IdleWork:
             self._decoder.remove(feed.slot, job.computed, -1)
             return
         job.computed += len(feed.tokens)
-        self._prefixes.publish(job, job.computed)
         if not job.is_reading:
             self.pause()
             del self._warm[0]
 
     def pause(self) -> None:
-        """Gives the slot back; what was read stays in the cache."""
+        """Gives the slot back; what was read stays there until the slot is needed."""
         if (job := self._job) is not None:
             self._job = None
-            self._prefixes.leave(job)
-            self._decoder.release(job.slot)
-            self._running.free_slots.append(job.slot)
+            self._prefixes.leave(job, job.computed)
 
     def save_one(self, notify: Callable[[], None]) -> bool:
-        """Copies a prefix out of the KV memory, or begins to write one to disk; `notify` is called when it is written."""
+        """Copies a prefix into the cache, or begins to write one to disk; `notify` is called when it is written."""
         if self._prefixes.save_one():
             return True
         if self._store is None or self.is_writing or (prefix := self._prefixes.worth_saving()) is None:
             return False
-        if (payload := self._prefixes.save(prefix, self._running.free_slots[-1])) is not None:
+        if (payload := self._prefixes.save(prefix)) is not None:
             self._writing = self._writer.submit(self._store.write, prefix, payload, self._give_way)
             self._writing.add_done_callback(lambda _: notify())
         return True
@@ -117,13 +110,11 @@ class IdleWork:
 
     def _begin(self, prefix: Prefix) -> Job:
         size = len(prefix.tokens)
-        job = Job(list(prefix.tokens), size, size, prefix.adapter, None)
-        match = self._prefixes.plan(job)
-        assert match is not None, "nothing runs, so everything parked can make room"
-        job.slot = self._running.free_slots.pop()
+        job = Job(list(prefix.tokens), size, prefix.adapter, None)
+        place = self._prefixes.choose(job)
         self._job = job
-        self._decoder.start(job.slot, SamplingSettings(), None, None)
-        self._prefixes.reserve(job, match)
+        self._decoder.start(place.slot, SamplingSettings(), None, None)
+        self._prefixes.enter(job, place)
         return job
 
 

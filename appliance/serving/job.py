@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from appliance.serving.cache import Node
 from appliance.serving.decoder import Adapter, CompiledGrammar, Sampled
 from appliance.serving.events import (
     Event,
@@ -33,26 +32,18 @@ class Vocabulary(Protocol):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Job:
-    """A sequence to compute: known tokens, how many of them have their cells, and what it holds of the KV memory."""
+    """A sequence to compute: known tokens, how many of them have their cells, and where."""
 
     tokens: list[int]  # prompt, then what was sampled
     prompt_tokens: int
-    capacity: int  # cells it may need at most
     adapter: Adapter | None
     owner: str | None  # whose prompt it is; None: the operator's
     slot: int = -1
     computed: int = 0
-    shared: int = 0  # of the computed: cells that belong to nodes of the prefix cache
-    published: int = 0  # tokens whose cells were offered to the prefix cache, or came from it
-    locks: list[Node] = dataclasses.field(default_factory=list)
 
     @property
     def is_reading(self) -> bool:
         return self.computed < self.prompt_tokens
-
-    @property
-    def own_cells(self) -> int:
-        return self.computed - self.shared
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -149,7 +149,6 @@ def _plan(outset: _Outset, asked: Serve, *, chunk_tokens: int = IDLE_CHUNK_TOKEN
         adapters={name: str(path.absolute()) for name, path in model.adapters.items()},
         slots=fitted.slots,
         context_tokens=fitted.context_tokens,
-        cells=fitted.cells,
         cache_tokens=fitted.cache_tokens,
         threads_decode=asked.threads or machine.physical_cores,
         threads_prefill=asked.prefill_threads or machine.usable_cores,

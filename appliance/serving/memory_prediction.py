@@ -48,8 +48,13 @@ class Choice:
 
     @property
     def cells(self) -> int:
-        """Of the KV memory; cached prefixes are kept beside it."""
-        return self.slots * self.context_tokens
+        """Of the KV memory, of which each slot has its own; cached prefixes are kept beside it."""
+        return self.slots * padded_cells(self.context_tokens)
+
+    @property
+    def copied_tokens(self) -> int:
+        """Cells that are copied at once, on their way between slots and the cache."""
+        return self.context_tokens if self.slots > 1 or self.cache_tokens else 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +66,7 @@ class MemoryPrediction:
     weights_idle_bytes: int  # mapped, but hardly read again: sources of copies, embeddings. Not part of the total.
     adapter_bytes: int
     kv_bytes: int
-    cache_bytes: int  # cached prefixes, once there are as many as may be
+    cache_bytes: int  # cached prefixes, once there are as many as may be, and one that is being copied
     compute_bytes: int
     output_bytes: int  # a row of logits for each token that may be sampled in one batch
     process_bytes: int
@@ -103,7 +108,7 @@ def predict(
     """`is_pooling`: for embedding or ranking, where every token of a batch has a row of output."""
     file_bytes, copied, idle, on_gpus = _weights(header, choice, cpu_features)
     cell = [kv_cell_bytes(header, layer, choice.kv_type) for layer in range(header.block_count)]
-    kv = [size * padded_cells(choice.cells) for size in cell]
+    kv = [size * choice.cells for size in cell]
     first_on_gpu = header.block_count + 1 - choice.gpu_layers
     tokens = compute_tokens(header, choice, is_pooling=is_pooling)
     rows = tokens if is_pooling else output_rows(choice)
@@ -114,7 +119,7 @@ def predict(
         weights_idle_bytes=idle,
         adapter_bytes=adapter_bytes,
         kv_bytes=sum(kv[: max(0, first_on_gpu)]),
-        cache_bytes=sum(cell) * choice.cache_tokens,
+        cache_bytes=sum(cell) * (choice.cache_tokens + choice.copied_tokens),
         compute_bytes=compute_bytes(header, choice, tokens, rows),
         output_bytes=4 * vocabulary * rows,
         process_bytes=PROCESS_BYTES + vocabulary * (VOCABULARY_TOKEN_BYTES + ANSWER_TOKEN_BYTES),
@@ -150,8 +155,8 @@ def compute_tokens(header: GgufHeader, choice: Choice, *, is_pooling: bool = Fal
 
 
 def output_rows(choice: Choice) -> int:
-    """Rows of logits: one for each slot and one more for saving, and those of drafts."""
-    return choice.slots + 1 + batch_drafts(choice.slots)
+    """Rows of logits: one for each slot, and those of drafts."""
+    return choice.slots + batch_drafts(choice.slots)
 
 
 def compute_bytes(header: GgufHeader, choice: Choice, tokens: int, rows: int) -> int:
@@ -161,11 +166,10 @@ def compute_bytes(header: GgufHeader, choice: Choice, tokens: int, rows: int) ->
     three matrices of the width of its feed-forward part, what goes into it three times (as input, around attention, around
     feed-forward), and the queries, whose place is too small for the former. At the end, rows of logits are held instead.
     """
-    sequences = choice.slots + 1
-    tokens = -(-tokens // sequences) * sequences
+    tokens = -(-tokens // choice.slots) * choice.slots
     hidden, feed_forward = header.embedding_length, _feed_forward(header)
     queries = max(header.head_counts, default=0) * header.key_length
-    mask = 2 * tokens * padded_cells(choice.cells if is_causal(header) else tokens)
+    mask = 2 * tokens * padded_cells(choice.context_tokens if is_causal(header) else tokens)
     layer = mask + 4 * tokens * (3 * feed_forward + 3 * hidden + queries)
     logits = 4 * (rows * header.vocabulary_tokens + (tokens + rows) * hidden)
     work = tokens * max(feed_forward, queries, hidden) * WORK_VALUE_BYTES

@@ -1,62 +1,88 @@
-"""The KV memory's book-keeping: what running jobs reserve, what the prefix cache holds, what goes to and comes from disk.
-
-Running jobs' reservations and the cache's cells together never exceed those there are. Used from the scheduler's thread.
+"""The beginnings of prompts that are known: in slots, in the prefix cache and on disk; how they come into a slot, and what
+stays when an answer is over. Used from the scheduler's thread.
 """
 
 import collections
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 
 from appliance.serving.cache import Match, PrefixCache, common_length
-from appliance.serving.decoder import Decoder, SavedCells, SnapshotRefused
+from appliance.serving.decoder import Decoder, SavedCells, SavedPart, SnapshotRefused
 from appliance.serving.job import Job
+from appliance.serving.slots import Slots
 from appliance.serving.snapshots import Prefix, SnapshotStore
 
 SNAPSHOT_TOKENS = 32  # a shorter prefix is read as fast as it is loaded
 RECALL_TOKENS = 64  # what loading a file must save before a request waits for it
+COPY_RATIO = 16  # a slot is copied whole: not for the sake of fewer than one of so many tokens
 SIGHTINGS = 2  # of a shared prefix, before it is written to disk
 REMEMBERED = 64  # shared prefixes whose sightings are counted
 
 logger = logging.getLogger("appliance.serving")
 
 
-class Prefixes:
-    """Reserves cells for jobs, attaches what is cached, and keeps what jobs have computed."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """The longest beginning of a prompt that is known: in a slot, or else in the cache."""
 
-    def __init__(self, decoder: Decoder, cells: int, cache_tokens: int, store: SnapshotStore | None) -> None:
-        can_share = self.can_share = decoder.can_share and decoder.sequences > decoder.slots
+    length: int
+    match: Match
+    slot: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """A free slot for a job, and what it begins with there."""
+
+    slot: int
+    source: Source
+
+
+class Prefixes:
+    """Puts jobs into slots with what is known of their prompts, and keeps what they have computed."""
+
+    def __init__(self, decoder: Decoder, cache_tokens: int, store: SnapshotStore | None) -> None:
+        can_share = self.can_share = decoder.can_share
         self._decoder = decoder
         self._store = store if can_share else None
-        sequences = range(decoder.slots, decoder.sequences) if can_share else range(0)
-        self._cache = PrefixCache(decoder, sequences, cache_tokens if can_share else 0)
-        self._reserved: dict[Job, None] = {}
+        mapped_tokens = 0 if self._store is None else self._store.limit_bytes // decoder.cell_bytes
+        self._cache = PrefixCache(decoder.join, cache_tokens if can_share else 0, mapped_tokens)
+        self._slots = Slots(decoder.slots)
         self._operators: list[Prefix] = []  # whatever begins like one of these may be shared by all
         self._sightings: collections.OrderedDict[Prefix, int] = collections.OrderedDict()
         self._used: set[Prefix] = set()  # since the files were last told
         self._tried: set[Prefix] = set()  # to write, whatever came of it
-        self.cells = cells
+
+    @property
+    def cells(self) -> int:
+        return self._slots.count * self._decoder.context_tokens
 
     @property
     def used_cells(self) -> int:
-        """Cells in use now, reservations aside."""
-        return self._cache.cells + sum(job.own_cells for job in self._reserved)
+        """By running answers and what the last ones left."""
+        return self.running_cells + sum(len(left.prefix.tokens) for left in self._slots.left.values())
 
     @property
     def running_cells(self) -> int:
-        return self.used_cells - self._cache.free_cells
+        return sum(job.computed for job in self._slots.running.values())
 
     @property
     def saved_tokens(self) -> int:
         """Of cached prefixes, in ordinary memory."""
-        return self._cache.saved_tokens
+        return self._cache.tokens
 
     @property
     def saved_limit(self) -> int:
-        return self._cache.saved_limit
+        return self._cache.limit
+
+    @property
+    def has_free_slot(self) -> bool:
+        return len(self._slots.running) < self._slots.count
 
     def cached_tokens(self, job: Job) -> int:
         """How much of the prompt need not be computed now; the last token always is."""
-        return self._match(job).length
+        return self._source(_prompt(job)).length
 
     def known_tokens(self, job: Job) -> int:
         """As `cached_tokens`, with what would be loaded from disk."""
@@ -64,52 +90,51 @@ class Prefixes:
         return self.cached_tokens(job) if on_disk is None else len(on_disk.tokens)
 
     def has(self, prefix: Prefix) -> bool:
-        """Whether all of it is cached."""
-        size = len(prefix.tokens)
-        return self._cache.match(prefix.adapter, prefix.owner, prefix.tokens, size).length == size
+        """Whether all of it is known."""
+        return self._source(prefix).length == len(prefix.tokens)
 
-    def plan(self, job: Job) -> Match | None:
-        """What the job would share when it got its cells now; None when running jobs hold too many."""
-        # A node that would be shared may hold more than it saves: then nothing is.
-        for match in (self._match(job), self._cache.match(job.adapter, job.owner, job.tokens, 0)):
-            self._cache.lock(match.node)
-            available = self._free + self._cache.free_cells
-            self._cache.unlock(match.node)
-            if _needed(job, match) <= available:
-                return match
-        return None
+    def choose(self, job: Job) -> Place:
+        """Where the job would go now; there must be a free slot."""
+        source = self._source(_prompt(job))
+        return Place(self._slots.choose(source.slot), source)
 
-    def reserve(self, job: Job, match: Match) -> None:
-        """Promises the job its cells and attaches what it shares; what nobody shares any more leaves the KV memory."""
-        self._cache.lock(match.node)
-        self._cache.park(_needed(job, match) - self._free)
-        self._cache.unlock(match.node)
-        self._reserved[job] = None
-        if match.length:
-            match = self._cache.attach(match, job.slot)
-            job.locks.append(match.node)
-        job.computed = job.shared = job.published = match.length
+    def enter(self, job: Job, place: Place) -> None:
+        """Gives the job its slot, with what is known of its prompt; what was left there goes into the cache."""
+        slot, source = place.slot, place.source
+        if source.slot == slot:
+            if source.length < len(self._slots.left[slot].prefix.tokens):
+                self._keep(slot)
+            self._decoder.remove(slot, source.length, -1)
+            job.computed = source.length
+        else:
+            parts = self._parts(source)
+            self._keep(slot)
+            job.computed = self._fill(slot, parts, source)
+        self._slots.enter(slot, job)
+
+    def leave(self, job: Job, known_tokens: int) -> None:
+        """Takes the job's slot back; what it has computed of its `known_tokens` stays there until the slot is needed."""
+        kept = min(known_tokens, job.computed) if self.can_share else 0
+        self._decoder.release(job.slot, kept)
+        self._slots.leave(job, Prefix(tuple(job.tokens[:kept]), job.adapter, job.owner))
+        job.computed = 0
+
+    def close_gaps(self) -> None:
+        """Moves running answers until they are side by side."""
+        if not self.can_share:
+            return
+        for source, target in self._slots.moves():
+            self._keep(target)
+            self._decoder.move(source, target)
+            self._slots.moved(source, target)
 
     def save_one(self) -> bool:
-        """Copies cached cells that nobody uses into ordinary memory, for an idle moment; False when all are there."""
-        return self._cache.save_one()
-
-    def publish(self, job: Job, known_tokens: int) -> None:
-        """Lets others share what the job has computed, and parks it for those to come."""
-        prefix = Prefix(tuple(job.tokens[:known_tokens]), job.adapter, job.owner)
-        common = 0 if job.owner is None else self._operator_length(prefix)
-        if common and self._cache.match(job.adapter, None, prefix.tokens, common).length >= min(job.published, common):
-            self._keep(job, Prefix(prefix.tokens[:common], job.adapter))  # not what is a tenant's already
-        self._keep(job, prefix)
-        job.published = known_tokens
-
-    def leave(self, job: Job) -> None:
-        """Takes back the job's reservation and its hold on shared cells; its sequence is empty."""
-        for node in job.locks:
-            self._cache.unlock(node)
-        job.locks.clear()
-        job.shared = job.computed = 0
-        self._reserved.pop(job, None)
+        """Copies what was left in a slot into the cache, for an idle moment; False when all is there."""
+        for slot, left in self._slots.left.items():
+            if not left.is_cached:
+                self._keep(slot)
+                return True
+        return False
 
     @property
     def operators(self) -> Sequence[Prefix]:
@@ -159,100 +184,120 @@ class Prefixes:
                 return prefix
         return None
 
-    def save(self, prefix: Prefix, scratch: int) -> SavedCells | None:
-        """The cells of a cached prefix, put together in the empty sequence `scratch`; None when they find no room there."""
+    def save(self, prefix: Prefix) -> SavedCells | None:
+        """The cells of a known prefix; None when they cannot be put together."""
         self._tried.add(prefix)
         size = len(prefix.tokens)
-        match = self._cache.match(prefix.adapter, prefix.owner, prefix.tokens, size)
-        if match.node.start == 0 and match.node.end == size and match.node.saved is not None:
-            return match.node.saved.cells
-        if not self._make_room(match.cells_to_load, match):
-            return None
-        match = self._cache.attach(match, scratch)
+        source = self._source(prefix)
+        parts = self._parts(dataclasses.replace(source, slot=None) if source.match.length == size else source)
         try:
-            return self._decoder.save(scratch) if match.length == size else None
-        finally:
-            self._decoder.remove(scratch, 0, -1)
-            self._cache.unlock(match.node)
+            return self._decoder.join(parts) if source.length == size else None
+        except SnapshotRefused as error:
+            logger.warning("event=prefix_not_saved tokens=%d reason=%r", size, str(error))
+            return None
 
     def restorable(self) -> Iterator[tuple[Prefix, SavedCells]]:
-        """Prefixes on disk that are not cached and find room, the last used last. Reads files: not for a held lock."""
+        """Prefixes on disk that are not known, the last used last. Reads files: not for a held lock."""
         if self._store is None:
             return
-        chosen, room = [], self._free + self._cache.saved_limit
-        for prefix in self._store.prefixes():
-            if len(prefix.tokens) <= min(room, self._free):
-                chosen.append(prefix)
-                room -= len(prefix.tokens)
-        for prefix in reversed(chosen):
+        for prefix in reversed(self._store.prefixes()):
             if not self.has(prefix) and (payload := self._store.read(prefix)) is not None:
                 yield prefix, payload
 
     def worth_recalling(self, job: Job) -> Prefix | None:
-        """The longest beginning of the job's prompt that is on disk, if it saves enough and would find room now."""
+        """The longest beginning of the job's prompt that is on disk, if it saves enough."""
         if self._store is None:
             return None
         found = self._store.longest(job.adapter, job.owner, job.tokens[: job.prompt_tokens - 1])
-        if found is None or len(found.tokens) < self.cached_tokens(job) + RECALL_TOKENS:
-            return None
-        return found if len(found.tokens) <= self._free + self._cache.free_cells else None
+        return found if found is not None and len(found.tokens) >= self.cached_tokens(job) + RECALL_TOKENS else None
 
     def read(self, prefix: Prefix) -> SavedCells | None:
         """Its cells from disk, or None when the file does not hold. Any thread."""
         return None if self._store is None else self._store.read(prefix)
 
-    def restore(self, prefix: Prefix, payload: SavedCells, scratch: int) -> None:
-        """Caches a prefix from its cells, through the empty sequence `scratch`, if others can make room for it."""
+    def restore(self, prefix: Prefix, payload: SavedCells) -> None:
+        """Caches what was read from disk; it stays in the file's pages."""
         assert self._store is not None
-        if not self._make_room(len(prefix.tokens)):
-            return
+        size = len(prefix.tokens)
         try:
-            self._decoder.restore(scratch, payload)
-            self._cache.insert(prefix.adapter, prefix.owner, prefix.tokens, scratch)
-            logger.info("event=prefix_restored tokens=%d bytes=%d", len(prefix.tokens), len(payload))
+            self._decoder.check(payload, size)
         except SnapshotRefused as error:
             self._store.discard(prefix, str(error))
-        finally:
-            self._decoder.remove(scratch, 0, -1)
+            return
+        whole = SavedPart(payload, 0, size)
+        if self._cache.insert(prefix.adapter, prefix.owner, prefix.tokens, lambda: whole, is_mapped=True):
+            logger.info("event=prefix_restored tokens=%d bytes=%d", size, len(payload))
 
     def clear(self) -> None:
         """After the decoder has forgotten its sequences, and no job is left."""
         self._cache.clear()
-        self._reserved.clear()
+        self._slots.clear()
 
-    @property
-    def _free(self) -> int:
-        """Cells that are neither parked nor promised."""
-        return self.cells - self._cache.cells - sum(job.capacity - job.shared for job in self._reserved)
+    def _source(self, wanted: Prefix) -> Source:
+        """The longest known beginning; one in a free slot, which need not be copied, before another of the same length."""
+        match = self._cache.match(wanted.adapter, wanted.owner, wanted.tokens)
+        best, is_best_free = Source(match.length, match), False
+        for slot, held in self._slots.held() if self.can_share else ():
+            length, is_free = self._shared_length(held, wanted), slot not in self._slots.running
+            is_worth_it = is_free or length * COPY_RATIO >= len(held.tokens)
+            if is_worth_it and length and (length, is_free) > (best.length, is_best_free):
+                best, is_best_free = Source(length, match, slot), is_free
+        return best
 
-    def _make_room(self, cells: int, match: Match | None = None) -> bool:
-        """Whether so many cells are free now, or could be made so by parking others than the match's."""
-        if match is not None:
-            self._cache.lock(match.node)
-        if is_possible := cells <= self._free + self._cache.free_cells:
-            self._cache.park(cells - self._free)
-        if match is not None:
-            self._cache.unlock(match.node)
-        return is_possible
+    def _shared_length(self, held: Prefix, wanted: Prefix) -> int:
+        """How much of what a slot holds may be used: another tenant's only as far as it is the operator's text."""
+        if held.adapter != wanted.adapter:
+            return 0
+        length = common_length(held.tokens, wanted.tokens)
+        return length if held.owner in (None, wanted.owner) else min(length, self._operator_length(held))
 
-    def _match(self, job: Job) -> Match:
-        return self._cache.match(job.adapter, job.owner, job.tokens, job.prompt_tokens - 1)
+    def _parts(self, source: Source) -> list[SavedPart]:
+        if source.slot is not None:
+            return [SavedPart(self._decoder.save(source.slot), 0, source.length)]
+        return self._cache.parts(source.match)
+
+    def _fill(self, slot: int, parts: Sequence[SavedPart], source: Source) -> int:
+        """Puts saved cells into a slot; returns how many tokens it holds then."""
+        if not parts:
+            if slot in self._slots.left:
+                self._decoder.remove(slot, 0, -1)
+            return 0
+        try:
+            self._decoder.restore(slot, parts)
+        except SnapshotRefused as error:
+            logger.warning("event=prefix_not_loaded tokens=%d reason=%r", source.length, str(error))
+            if source.slot is None:
+                self._cache.forget(source.match)
+            return 0
+        return source.length
+
+    def _keep(self, slot: int) -> None:
+        """Copies what was left in a slot into the cache, unless it is there or finds no place."""
+        left = self._slots.left.get(slot)
+        if left is None or left.is_cached:
+            return
+        self._slots.note_cached(slot)
+        saved: list[SavedPart] = []
+        prefix, size = left.prefix, len(left.prefix.tokens)
+
+        def save() -> SavedPart:
+            if not saved:
+                saved.append(SavedPart(self._decoder.save(slot), 0, size))
+            return saved[0]
+
+        common = 0 if prefix.owner is None else self._operator_length(prefix)
+        if common:
+            self._cache.insert(prefix.adapter, None, prefix.tokens[:common], save)
+        self._cache.insert(prefix.adapter, prefix.owner, prefix.tokens, save)
 
     def _operator_length(self, prefix: Prefix) -> int:
         same = [each.tokens for each in self._operators if each.adapter == prefix.adapter]
         return max((common_length(tokens, prefix.tokens) for tokens in same), default=0)
 
-    def _keep(self, job: Job, prefix: Prefix) -> None:
-        node, added = self._cache.insert(prefix.adapter, prefix.owner, prefix.tokens, job.slot, job.locks)
-        if node is not None:
-            job.shared += added
-            if node not in job.locks:
-                job.locks.append(self._cache.lock(node))
 
-
-def _needed(job: Job, match: Match) -> int:
-    """Cells that the job takes when it shares the match."""
-    return job.capacity - match.length + match.cells_to_load
+def _prompt(job: Job) -> Prefix:
+    """What may be shared of a prompt: its last token is always computed."""
+    return Prefix(tuple(job.tokens[: job.prompt_tokens - 1]), job.adapter, job.owner)
 
 
 def awaited_length(reader: Job, waiter: Job) -> int:

@@ -162,7 +162,6 @@ def _load(path: Path, base: Path | None = None) -> None:
         adapters={} if base is None else {name: str(path)},
         slots=1,
         context_tokens=CONTEXT_TOKENS,
-        cells=CONTEXT_TOKENS,
         threads_decode=1,
         threads_prefill=1,
         kv_type="f16",

@@ -1,4 +1,4 @@
-"""Brings back prefixes from disk for requests that begin like one that the KV memory no longer holds.
+"""Brings back prefixes from disk for requests that begin like one that memory no longer holds.
 
 Files are read in a thread of its own, beside the answers that run; the request waits for its file, and others overtake it.
 """
@@ -43,12 +43,12 @@ class Recall:
         answer.recalled = None
         return False
 
-    def settle(self, scratch: int) -> None:
-        """Caches what has been read, through the empty sequence `scratch`."""
+    def settle(self) -> None:
+        """Caches what has been read."""
         for prefix in [prefix for prefix, file in self._files.items() if file.done()]:
             payload = self._files.pop(prefix).result()
             if payload is not None and not self._prefixes.has(prefix):
-                self._prefixes.restore(prefix, payload, scratch)
+                self._prefixes.restore(prefix, payload)
 
     def close(self) -> None:
         """Waits for the file being read."""

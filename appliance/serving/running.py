@@ -29,24 +29,22 @@ class Running:
         self._weight_bytes = weight_bytes
         self._composer = Composer(pace, gate)
         self.answers: list[Answer] = []
-        self.free_slots = list(range(decoder.slots))
 
     def admit(self, answer: Answer, now: float) -> bool:
-        """Gives the answer a slot and its cells; False when it has to wait for either.
+        """Gives the answer a slot and what is known of its prompt; False when it has to wait.
 
         Raises as `Decoder.start` does, and then has changed nothing; when the cells fail, the answer is among `answers`.
         """
-        if not self.free_slots or (match := self._prefixes.plan(answer.job)) is None:
+        if not self._prefixes.has_free_slot:
             return False
         request, job = answer.ticket.request, answer.job
         sampling = request.sampling
         if sampling.seed is not None:
             sampling = msgspec.structs.replace(sampling, seed=sampling.seed + answer.index)
-        slot = self.free_slots[-1]
-        self._decoder.start(slot, sampling, answer.ticket.grammar, request.top_logprobs)
-        job.slot = self.free_slots.pop()
+        place = self._prefixes.choose(job)
+        self._decoder.start(place.slot, sampling, answer.ticket.grammar, request.top_logprobs)
         self.answers.append(answer)
-        self._prefixes.reserve(job, match)
+        self._prefixes.enter(job, place)
         if answer.index == 0:
             self._prefixes.see(job, answer.ticket.shared_tokens)
         answer.cached = job.computed
@@ -75,6 +73,7 @@ class Running:
         return False
 
     def compose(self) -> Batch:
+        self._prefixes.close_gaps()
         return self._composer.compose(self.answers)
 
     def take(self, batch: Batch, sampled: Mapping[int, Sequence[Sampled]], seconds: float, now: float) -> StepStats:
@@ -91,8 +90,6 @@ class Running:
                 prompt_tokens += len(feed.tokens)
             right = max(0, len(given) - 1)
             job.computed += len(feed.tokens) - feed.drafted + right
-            if not answer.is_decoding:
-                self._prefixes.publish(job, job.computed)
             if feed.drafted and self._gate is not None and answer.record is not None:
                 self._gate.learn(answer.record, feed.drafted, right)
                 drafted, accepted = drafted + feed.drafted, accepted + right
@@ -134,17 +131,13 @@ class Running:
                 self._decoder.remove(feed.slot, answer.job.computed, -1)
 
     def leave(self, answer: Answer) -> None:
-        """Frees the slot; what was computed stays in the cache."""
+        """Frees the slot; what was computed stays there until the slot is needed."""
         self.answers.remove(answer)
-        self._prefixes.publish(answer.job, answer.known_tokens)
-        self._prefixes.leave(answer.job)
-        self._decoder.release(answer.job.slot)
-        self.free_slots.append(answer.job.slot)
+        self._prefixes.leave(answer.job, answer.known_tokens)
 
     def clear(self) -> None:
         """After a failure, with no answer left."""
         self.answers.clear()
-        self.free_slots = list(range(self._decoder.slots))
         self._prefixes.clear()
         self._decoder.clear()
 

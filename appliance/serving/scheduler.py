@@ -2,9 +2,9 @@
 
 Each step computes the running answers first and fills what room is left with prompts, so that a long prompt never freezes
 an answer. `Scheduler` is used from any thread. Its parts: `job.py` (a request's state), `backlog.py` (who waits),
-`running.py` (who has a slot), `batch.py` (what a step computes), `prefixes.py` (who holds which cells), `recall.py` (what
-comes back from disk), `idle.py` (what is done while nobody asks). Knows nothing of llama.cpp (a `Decoder` does the
-computing), of HTTP or of templates.
+`running.py` (who is answered), `slots.py` (where), `prefixes.py` (what is known of a prompt), `batch.py` (what a step
+computes), `recall.py` (what comes back from disk), `idle.py` (what is done while nobody asks). Knows nothing of llama.cpp
+(a `Decoder` does the computing), of HTTP or of templates.
 """
 
 import logging
@@ -68,10 +68,10 @@ class Scheduler:
         self._threads, self._prefill_threads = ThreadChoice(settings.threads_decode), settings.threads_prefill
         self._gate = Gate(self._pace.costs) if settings.is_speculating and decoder.can_share else None
         self._changed = threading.Condition()  # guards everything below
-        self._prefixes = Prefixes(decoder, min(decoder.cells, settings.cells), settings.cache_tokens, snapshots)
+        self._prefixes = Prefixes(decoder, settings.cache_tokens, snapshots)
         self._backlog = Backlog(decoder.slots, settings.queue_requests, settings.queue_tokens)
         self._running = Running(decoder, self._prefixes, self._pace, self._gate, weight_bytes)
-        self._idle = IdleWork(decoder, self._prefixes, self._running, self._pace, snapshots)
+        self._idle = IdleWork(decoder, self._prefixes, self._pace, snapshots)
         self._recall = Recall(self._prefixes, self._notify)
         self._tickets: dict[str, Ticket] = {}
         self._in_flight: Sequence[Answer] = ()  # answers of the decode call now running
@@ -95,7 +95,7 @@ class Scheduler:
         The first `shared_tokens` of the prompt hold no visitor's text. Raises `PromptTooLong`, `QueueFull`,
         `DeadlineExceeded`, `DeadlineTooShort`, `ShuttingDown` or `EngineFailed`, and then delivers nothing.
         """
-        limit = min(self._decoder.context_tokens, self._prefixes.cells)
+        limit = self._decoder.context_tokens
         if not 0 < len(prompt) < limit:
             raise PromptTooLong(
                 f"The prompt has {len(prompt)} tokens; it must have 1 to {limit - 1}. Shorten it, or start the server "
@@ -128,7 +128,7 @@ class Scheduler:
 
     def warm(self, prefix: Sequence[int], adapter: Adapter | None = None) -> None:
         """Reads an operator's prefix when nothing else is to be done, for all tenants; writes it to disk too."""
-        limit = min(self._decoder.context_tokens, self._prefixes.cells)
+        limit = self._decoder.context_tokens
         if not self._decoder.can_share or not 0 < len(prefix) < limit:
             reason = "its length" if self._decoder.can_share else "this model's memory cannot be shared"
             logger.warning("event=prefix_not_warmed tokens=%d limit=%d reason=%r", len(prefix), limit - 1, reason)
@@ -171,8 +171,7 @@ class Scheduler:
     def _answer(self, ticket: Ticket, index: int) -> Answer:
         request = ticket.request
         adapter = None if request.adapter is None else Adapter(request.adapter, request.adapter_scale)
-        capacity = len(ticket.prompt) + ticket.max_tokens
-        job = Job(list(ticket.prompt), len(ticket.prompt), capacity, adapter, request.tenant)
+        job = Job(list(ticket.prompt), len(ticket.prompt), adapter, request.tenant)
         return Answer(ticket, index, job, TextStream(request.stop))
 
     def _require_place(self, ticket: Ticket) -> None:
@@ -218,7 +217,7 @@ class Scheduler:
     def _restore(self) -> None:
         for prefix, payload in self._prefixes.restorable():
             with self._changed:
-                self._prefixes.restore(prefix, payload, self._running.free_slots[-1])
+                self._prefixes.restore(prefix, payload)
 
     def _step(self) -> None:
         """Decodes one batch and hands out what came of it; without requests, does idle work or waits."""
@@ -295,10 +294,9 @@ class Scheduler:
         """Gives slots to those that wait, in order; those are overtaken that wait for another's reading, or for a file."""
         if self._backlog:
             self._idle.pause()
-        if self._running.free_slots:
-            self._recall.settle(self._running.free_slots[-1])
+        self._recall.settle()
         for answer in list(self._backlog):
-            if not self._running.free_slots:
+            if not self._prefixes.has_free_slot:
                 return
             if answer.is_over or self._running.has_to_wait(answer) or self._recall.has_to_wait(answer):
                 continue

@@ -82,12 +82,10 @@ def measuring_settings(
     settings: EngineSettings, *, answers: int, prompt_tokens: int, answer_tokens: int, chunk_tokens: int | None = None
 ) -> EngineSettings:
     """The same way of loading, with room for what is measured and no more."""
-    room = answers * answer_tokens + prompt_tokens
     return msgspec.structs.replace(
         settings,
         slots=answers,
         context_tokens=max(prompt_tokens, answer_tokens) + 1,
-        cells=room + answers,
         cache_tokens=0,
         chunk_tokens=chunk_tokens or settings.chunk_tokens,
         adapters={},

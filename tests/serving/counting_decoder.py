@@ -12,6 +12,7 @@ from appliance.serving.decoder import (
     Feed,
     Sampled,
     SavedCells,
+    SavedPart,
     SnapshotRefused,
     batch_tokens,
 )
@@ -69,12 +70,10 @@ class CountingDecoder:
 
     slots: int = 2
     context_tokens: int = 64
-    cells: int = 0
-    sequences: int = 0
     can_share: bool = True
     follow: Callable[[tuple[int, ...]], int] = lambda history: END if history[-1] == 99 else history[-1] + 1
     cell_bytes: int = CELL_BYTES
-    held: dict[int, dict[int, Cell]] = field(default_factory=dict)  # cells by position, by sequence
+    held: dict[int, dict[int, Cell]] = field(default_factory=dict)  # cells by position, by slot
     samplers: dict[int, Sampler] = field(default_factory=dict)
     started: list[Sampler] = field(default_factory=list)
     failures: list[Exception] = field(default_factory=list)
@@ -86,15 +85,14 @@ class CountingDecoder:
     adapters: list[Adapter | None] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     computed: int = 0  # tokens
-    most_cells: int = 0
+    copied: int = 0  # tokens saved, joined and restored
+    moves: int = 0
     hold_at: int = -1  # closes the gate before this decode call
     aborts: int = 0
     threads: list[tuple[int, int]] = field(default_factory=list)  # by decode call
     is_closed: bool = False
 
     def __post_init__(self) -> None:
-        self.sequences = self.sequences or (self.slots + 8 if self.can_share else self.slots)
-        self.cells = self.cells or self.slots * self.context_tokens
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)  # one count per decode call begun
@@ -105,7 +103,7 @@ class CountingDecoder:
 
     @property
     def used_cells(self) -> int:
-        return len({id(cell) for cells in self.held.values() for cell in cells.values()})
+        return sum(len(cells) for cells in self.held.values())
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         raise NotImplementedError
@@ -114,7 +112,7 @@ class CountingDecoder:
         self, slot: int, sampling: SamplingSettings, grammar: CompiledGrammar | None, top_logprobs: int | None
     ) -> None:
         self._require(0 <= slot < self.slots, f"start of slot {slot}")
-        self._require(slot not in self.samplers and not self.held.get(slot), f"slot {slot} is not empty")
+        self._require(slot not in self.samplers, f"slot {slot} is not free")
         if self.start_failures:
             raise self.start_failures.pop()
         self.samplers[slot] = Sampler(sampling, grammar, top_logprobs)
@@ -133,6 +131,8 @@ class CountingDecoder:
                 self._append(feed.slot, feed.tokens[: len(feed.tokens) // 2], feed.position, adapter)
             return None
         self._require(len({feed.slot for feed in feeds}) == len(feeds) <= self.slots, "a slot is fed twice")
+        extent = max(self.samplers) - min(self.samplers) + 1
+        self._require(not self.can_share or extent == len(self.samplers), f"answers in slots {sorted(self.samplers)}")
         tokens = sum(len(feed.tokens) for feed in feeds)
         self._require(0 < tokens <= batch_tokens(self.slots), f"batch of {tokens} tokens")
         self._require(sum(feed.drafted for feed in feeds) <= MAX_BATCH_DRAFTS, "too many drafts")
@@ -147,44 +147,45 @@ class CountingDecoder:
             return sampler.grammar.tokens
         return ()
 
-    def copy(self, source: int, target: int, start: int, end: int) -> None:
-        self._require(self.can_share, "copy in a model that cannot share")
-        self._require(source != target and 0 <= target < self.sequences, f"copy to {target}")
-        cells, into = self.held.get(source, {}), self.held.setdefault(target, {})
-        for position in range(start, end):
-            self._require(position in cells, f"copy of position {position}, which sequence {source} does not hold")
-            self._require(position not in into, f"copy over position {position} of sequence {target}")
-            into[position] = cells[position]
-
-    def remove(self, sequence: int, start: int, end: int) -> None:
-        self._require(0 <= sequence < self.sequences and self.can_share, f"remove from {sequence}")
+    def remove(self, slot: int, start: int, end: int) -> None:
+        self._require(0 <= slot < self.slots and (self.can_share or (start, end) == (0, -1)), f"remove from {slot}")
         if self.remove_failures:
             raise self.remove_failures.pop()
-        cells = self.held.get(sequence, {})
+        cells = self.held.get(slot, {})
         for position in [each for each in cells if each >= start and (end == -1 or each < end)]:
             del cells[position]
 
-    def save(self, sequence: int) -> bytes:
-        cells = self.held[sequence]
-        start = min(cells)
-        self._require(sorted(cells) == list(range(start, start + len(cells))), f"save of sequence {sequence} with holes")
-        adapter = cells[start].adapter
-        told = None if adapter is None else [adapter.name, adapter.scale]
-        return json.dumps([start, told, [[cells[at].token, cells[at].digest] for at in sorted(cells)]]).encode()
+    def save(self, slot: int) -> bytes:
+        self._require(self.can_share, "save in a model that cannot share")
+        return self._packed(self.held[slot])
 
-    def restore(self, sequence: int, data: SavedCells) -> None:
-        self._require(not self.held.get(sequence), f"restore into sequence {sequence}, which is not empty")
-        start, told, saved = json.loads(bytes(data))
-        if self.restore_failures or any(token == -1 for token, _ in saved):
-            raise SnapshotRefused(self.restore_failures.pop() if self.restore_failures else "The cells are of another size.")
-        adapter = None if told is None else Adapter(*told)
-        self.held[sequence] = {at: Cell(token, digest, adapter) for at, (token, digest) in enumerate(saved, start)}
-        self._count()
+    def join(self, parts: Sequence[SavedPart]) -> bytes:
+        return self._packed(self._joined(parts))
 
-    def release(self, slot: int) -> None:
-        self._require(0 <= slot < self.slots, f"release of slot {slot}")
+    def check(self, cells: SavedCells, tokens: int) -> None:
+        self._joined([SavedPart(cells, 0, tokens)])
+
+    def restore(self, slot: int, parts: Sequence[SavedPart]) -> None:
+        self._require(self.can_share and 0 <= slot < self.slots, f"restore into slot {slot}")
         self.held.pop(slot, None)
+        if self.restore_failures:
+            raise SnapshotRefused(self.restore_failures.pop())
+        self.held[slot] = self._joined(parts)
+        self._require(0 < len(self.held[slot]) <= self.context_tokens, f"restore of {len(self.held[slot])} tokens")
+
+    def move(self, source: int, target: int) -> None:
+        self._require(self.can_share and target not in self.samplers, f"move of slot {source} to {target}")
+        self.moves += 1
+        self.held[target], self.samplers[target] = self.held.pop(source), self.samplers.pop(source)
+
+    def release(self, slot: int, kept: int) -> None:
+        self._require(0 <= slot < self.slots, f"release of slot {slot}")
         self.samplers.pop(slot, None)
+        cells = self.held.pop(slot, {})
+        self._require(self.can_share or not kept, "a model that cannot share keeps nothing")
+        self._require(kept <= len(cells), f"{kept} tokens to be kept of {len(cells)}")
+        if kept:
+            self.held[slot] = {at: cells[at] for at in range(kept)}
 
     def clear(self) -> None:
         self.held.clear()
@@ -246,16 +247,31 @@ class CountingDecoder:
         self._extend(cells, tokens, adapter)
         self._require(len(cells) <= self.context_tokens, f"{len(cells)} tokens in a context of {self.context_tokens}")
         self.computed += len(tokens)
-        self._count()
 
     def _extend(self, cells: dict[int, Cell], tokens: Sequence[int], adapter: Adapter | None) -> None:
         for token in tokens:
             before = cells[len(cells) - 1].digest if cells else 0
             cells[len(cells)] = Cell(token, hash((before, token)), adapter)
 
-    def _count(self) -> None:
-        self.most_cells = max(self.most_cells, used := self.used_cells)
-        self._require(used <= self.cells, f"{used} cells are used, there are {self.cells}")
+    def _packed(self, cells: Mapping[int, Cell]) -> bytes:
+        start = min(cells)
+        self._require(sorted(cells) == list(range(start, start + len(cells))), "saved cells with holes")
+        self.copied += len(cells)
+        adapter = cells[start].adapter
+        told = None if adapter is None else [adapter.name, adapter.scale]
+        return json.dumps([start, told, [[cells[at].token, cells[at].digest] for at in sorted(cells)]]).encode()
+
+    def _joined(self, parts: Sequence[SavedPart]) -> dict[int, Cell]:
+        joined: dict[int, Cell] = {}
+        for part in parts:
+            self._require(not joined or max(joined) + 1 == part.start < part.end, f"a part begins at {part.start}")
+            start, told, saved = json.loads(bytes(part.cells))
+            if start > part.start or start + len(saved) < part.end or any(token == -1 for token, _ in saved):
+                raise SnapshotRefused("The cells are of another size.")
+            adapter = None if told is None else Adapter(*told)
+            joined |= {at: Cell(*saved[at - start], adapter) for at in range(part.start, part.end)}
+        self.copied += len(joined)
+        return joined
 
     def _require(self, is_right: bool, problem: str) -> None:
         if not is_right:

@@ -28,7 +28,6 @@ def engine_settings(path: Path, **changes: Any) -> EngineSettings:
         "kind": "chat",
         "slots": 3,
         "context_tokens": 256,
-        "cells": 1024,
         "threads_decode": 1,
         "threads_prefill": 2,
         "kv_type": "f16",

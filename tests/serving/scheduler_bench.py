@@ -26,7 +26,6 @@ def settings_for(decoder: CountingDecoder, **changes: Any) -> EngineSettings:
         "kind": "chat",
         "slots": decoder.slots,
         "context_tokens": decoder.context_tokens,
-        "cells": decoder.cells,
         "threads_decode": 1,
         "threads_prefill": 1,
         "kv_type": "f16",

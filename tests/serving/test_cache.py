@@ -1,10 +1,14 @@
-"""The radix tree: what is found is right, what is in use stays, and its book-keeping matches the memory."""
+"""The radix tree: what is found is right, and its book-keeping matches the bytes it holds."""
 
+import json
+from collections.abc import Sequence
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.serving.cache import Node, PrefixCache, common_length
-from appliance.serving.decoder import Adapter, Feed
+from appliance.serving.cache import PrefixCache, Saved, common_length
+from appliance.serving.decoder import Adapter, Feed, SavedCells, SavedPart
 from appliance.serving.requests import SamplingSettings
 from tests.serving.counting_decoder import CountingDecoder
 
@@ -12,55 +16,86 @@ LONG = tuple(range(100, 200))
 
 
 class Memory:
-    """A cache over a counting decoder, whose slot 0 computes what is inserted and slot 1 what is attached."""
+    """A cache over a counting decoder, whose slot 0 computes what is inserted and slot 1 takes what is found."""
 
-    def __init__(self, parked: int = 6, saved_limit: int = 0) -> None:
-        self.decoder = CountingDecoder(slots=2, context_tokens=400, cells=10_000, sequences=2 + parked)
-        self.cache = PrefixCache(self.decoder, range(2, 2 + parked), saved_limit)
+    def __init__(self, limit: int = 1000, mapped_limit: int = 0) -> None:
+        self.decoder = CountingDecoder(slots=2, context_tokens=400)
+        self.cache = PrefixCache(self.decoder.join, limit, mapped_limit)
 
-    def insert(self, tokens: tuple[int, ...], owner: str | None = "a", adapter: Adapter | None = None) -> int:
+    def saved(self, tokens: tuple[int, ...], adapter: Adapter | None = None) -> SavedPart:
         self.decoder.start(0, SamplingSettings(), None, None)
         self.decoder.decode([Feed(0, tokens, 0, False)], adapter)
-        _, added = self.cache.insert(adapter, owner, tokens, 0)
-        self.decoder.release(0)
-        return added
+        cells = self.decoder.save(0)
+        self.decoder.release(0, 0)
+        return SavedPart(cells, 0, len(tokens))
+
+    def insert(
+        self,
+        tokens: tuple[int, ...],
+        owner: str | None = "a",
+        adapter: Adapter | None = None,
+        *,
+        longer: tuple[int, ...] = (),
+        is_mapped: bool = False,
+    ) -> bool:
+        """`longer` is what the slot holds behind the tokens."""
+        return self.cache.insert(
+            adapter, owner, tokens, lambda: self.saved((*tokens, *longer), adapter), is_mapped=is_mapped
+        )
 
     def length(self, tokens: tuple[int, ...], owner: str | None = "a", adapter: Adapter | None = None) -> int:
-        return self.cache.match(adapter, owner, tokens, len(tokens)).length
+        return self.cache.match(adapter, owner, tokens).length
 
-    def attach(self, tokens: tuple[int, ...], owner: str | None = "a", adapter: Adapter | None = None) -> tuple[Node, int]:
-        """Attaches what is known of the tokens and computes the rest on top, which checks every cell."""
-        match = self.cache.match(adapter, owner, tokens, len(tokens) - 1)
+    def load(self, tokens: tuple[int, ...], owner: str | None = "a", adapter: Adapter | None = None) -> int:
+        """Takes what is known of the tokens and computes the rest on top, which checks every cell."""
+        match = self.cache.match(adapter, owner, tokens[:-1])
         self.decoder.start(1, SamplingSettings(), None, None)
-        match = self.cache.attach(match, 1)
+        if match.length:
+            self.decoder.restore(1, self.cache.parts(match))
         self.decoder.decode([Feed(1, tokens[match.length :], match.length, True)], adapter)
-        self.decoder.release(1)
-        return match.node, match.length
+        self.decoder.release(1, 0)
+        return match.length
+
+    def bytes_tokens(self) -> int:
+        """Tokens in all the bytes that are held in memory."""
+        saved: set[Saved] = {each.saved for each in self.cache._nodes if each.saved and not each.saved.is_mapped}
+        return sum(len(self.decoder._joined([SavedPart(each.cells, *extent(each.cells))])) for each in saved)
+
+
+def extent(cells: SavedCells) -> tuple[int, int]:
+    start, _, saved = json.loads(bytes(cells))
+    return start, start + len(saved)
 
 
 def test_prefixes_are_stored_once() -> None:
     memory = Memory()
-    assert memory.insert(LONG) == 100
-    assert memory.insert(LONG) == 0
-    assert memory.insert((*LONG[:60], 1, 2)) == 2
+    assert memory.insert(LONG)
+    before = memory.decoder.computed
+    assert memory.insert(LONG)
+    assert memory.decoder.computed == before, "nothing is saved for what is there"
+    assert memory.insert((*LONG[:60], 1, 2))
     assert memory.length((*LONG[:60], 1, 2, 3)) == 62
     assert memory.length((*LONG, 5)) == 100
     assert memory.length(LONG[:70]) == 70
-    assert memory.cache.cells == memory.decoder.used_cells == 102
+    assert memory.cache.tokens == memory.bytes_tokens() == 102
+    for text in ((*LONG, 5), (*LONG[:60], 1, 2, 3), (*LONG[:80], 1)):
+        assert memory.load(text) == len(text) - 1
 
 
-def test_continued_conversation_needs_no_further_sequence() -> None:
-    memory = Memory(parked=1)
+def test_continued_conversation_is_one_piece() -> None:
+    memory = Memory()
     for end in (20, 50, 100):
-        memory.insert(LONG[:end])
-    assert memory.length(LONG) == 100
+        memory.insert(LONG[:end], longer=(1, 2))
+    assert len(memory.cache._nodes) == 1
+    assert memory.cache.tokens == memory.bytes_tokens() == 100
+    assert memory.load((*LONG, 5)) == 100
 
 
 def test_owners_and_adapters_are_apart_and_the_operators_text_is_for_all() -> None:
     memory = Memory()
     memory.insert(LONG[:40], owner=None)
     memory.insert(LONG[:80], owner="a")
-    assert memory.cache.cells == memory.decoder.used_cells == 80
+    assert memory.cache.tokens == memory.bytes_tokens() == 80
     assert memory.length(LONG, owner="a") == 80
     assert memory.length(LONG, owner="b") == 40
     assert memory.length(LONG, owner=None) == 40
@@ -79,226 +114,135 @@ def test_longest_of_two_owners_wins() -> None:
 
 
 def test_oldest_end_goes_first_and_beginnings_stay() -> None:
-    memory = Memory()
+    memory = Memory(limit=56)
     memory.insert((*LONG[:50], 1, 1, 1))
     memory.insert((*LONG[:50], 2, 2, 2))
-    memory.attach((*LONG[:50], 1, 1, 1, 9))
-    for node in list(memory.cache._nodes):
-        node.users = 0
-    memory.cache.park(2)
-    assert memory.length((*LONG[:50], 2, 2, 2)) == 51
+    memory.load((*LONG[:50], 1, 1, 1, 9))
+    memory.insert((7, 7))
+    assert memory.length((*LONG[:50], 2, 2, 2)) == 50
     assert memory.length((*LONG[:50], 1, 1, 1)) == 53
-    memory.cache.park(4)
+    memory.insert((8, 8))
     assert memory.length((*LONG[:50], 1, 1, 1)) == 50
-    assert memory.cache.cells == memory.decoder.used_cells == 50
+    assert memory.load((*LONG[:50], 3)) == 50
+    assert memory.cache.tokens == memory.bytes_tokens() == 54
 
 
-def test_operators_text_goes_last() -> None:
-    memory = Memory()
+def test_operators_text_stays_before_any_tenants() -> None:
+    memory = Memory(limit=45)
     memory.insert(LONG[:40], owner=None)
     memory.insert((1, 2, 3), owner="a")
-    memory.cache.park(3)
+    assert not memory.insert((4, 5, 6, 7, 8, 9), owner="a")
+    assert memory.insert((4, 5, 6, 7, 8), owner="a")
     assert memory.length(LONG, owner=None) == 40
-    memory.cache.park(1000)
-    assert memory.cache.cells == memory.decoder.used_cells == 0
+    assert memory.length((1, 2, 3)) == 0
+    assert memory.insert((1, 2, 3), owner=None)
+    assert memory.length((4, 5, 6, 7, 8)) == 0
 
 
-def test_what_is_in_use_stays() -> None:
-    memory = Memory(parked=2)
-    memory.insert(LONG)
-    node, _ = memory.attach((*LONG[:60], 7))
-    memory.cache.park(1000)
+def test_what_finds_no_place_pushes_nothing_out() -> None:
+    memory = Memory(limit=50)
+    memory.insert(LONG[:40])
+    computed = memory.decoder.computed
+    assert not memory.insert(tuple(range(500, 560)))
+    assert (memory.length(LONG), memory.cache.tokens, memory.decoder.computed) == (40, 40, computed)
+    assert not Memory(limit=0).insert((1,))
+
+
+def test_what_is_continued_does_not_make_room_for_its_end() -> None:
+    memory = Memory(limit=100)
+    memory.insert(LONG[:90])
+    assert memory.insert((*LONG[:60], *range(1, 11)))
+    assert memory.load((*LONG[:60], *range(1, 11), 5)) == 70
+    assert memory.length(LONG) == 90
+    assert memory.insert((*LONG[:60], *range(11, 31)))
     assert memory.length(LONG) == 60
-    assert memory.insert((1, 2, 3)) == 3
-    assert memory.insert((4, 5, 6)) == 3  # takes the sequence of the one before
-    assert memory.length(LONG) == 60
-    assert memory.insert((*LONG[:30], 7)) == 0  # would need two more sequences
-    memory.cache.unlock(node)
-    memory.cache.park(1000)
-    assert memory.cache.cells == memory.decoder.used_cells == 0
-
-
-def test_what_another_holds_does_not_grow() -> None:
-    memory = Memory()
-    memory.insert(LONG[:50])
-    memory.attach((*LONG[:50], 9))
-    memory.insert(LONG[:80])
-    memory.cache.park(1000)
-    assert memory.length(LONG) == 50
-
-
-def test_nothing_is_kept_without_sequences() -> None:
-    memory = Memory(parked=0)
-    assert memory.insert(LONG) == 0
-    assert memory.length(LONG) == 0
+    assert memory.cache.tokens == memory.bytes_tokens() == 90
 
 
 def test_trees_of_scales_that_clients_choose_do_not_pile_up() -> None:
-    memory = Memory(parked=2)
+    memory = Memory(limit=6)
     for scale in range(50):
         memory.insert((1, 2, 3), adapter=Adapter("x", float(scale)))
     assert len(memory.cache._roots) <= 4
 
 
-def test_saved_prefixes_leave_the_kv_memory_and_come_back() -> None:
-    memory = Memory(saved_limit=200)
+def test_cells_in_files_have_a_limit_of_their_own() -> None:
+    memory = Memory(limit=0, mapped_limit=100)
+    assert memory.insert(LONG[:60], is_mapped=True)
+    assert memory.insert((1, 2, 3), is_mapped=True)
+    assert not memory.insert((4, 5, 6))
+    assert memory.cache.tokens == 0
+    assert memory.load(LONG) == 60
+    assert memory.insert(tuple(range(500, 550)), is_mapped=True)
+    assert (memory.length((1, 2, 3)), memory.length(LONG)) == (0, 0)
+
+
+def test_cells_from_a_file_continue_those_in_memory_and_are_continued() -> None:
+    memory = Memory(limit=100, mapped_limit=100)
+    memory.insert(LONG[:30])
+    memory.insert(LONG[:60], is_mapped=True)
+    memory.insert(LONG[:90])
+    memory.insert((*LONG[:45], 1, 2))
+    for text in ((*LONG[:90], 5), (*LONG[:45], 1, 2, 3), (*LONG[:50], 9)):
+        assert memory.load(text) == len(text) - 1
+    assert memory.cache.tokens == memory.bytes_tokens() == 30 + 30 + 2
+
+
+def test_forgotten_cells_go_with_what_continues_them() -> None:
+    memory = Memory()
+    memory.insert(LONG[:40], owner=None)
     memory.insert(LONG)
-    memory.insert((*LONG[:60], 7, 8))
-    memory.cache.park()
-    assert memory.cache.cells == memory.decoder.used_cells == 0
-    assert memory.cache.saved_tokens == 102
-    computed = memory.decoder.computed
-    for text in ((*LONG, 5), (*LONG[:60], 7, 8, 9), (*LONG[:80], 1)):
-        node, length = memory.attach(text)
-        assert length == len(text) - 1
-        memory.cache.unlock(node)
-    assert memory.decoder.computed - computed == 3
-    assert memory.cache.cells == memory.decoder.used_cells == 102
-
-
-def test_idle_moments_save_what_then_leaves_without_being_copied() -> None:
-    memory = Memory(saved_limit=200)
-    memory.insert(LONG)
-    node, _ = memory.attach((*LONG, 5))
-    assert memory.cache.save_one() is False, "it is in use"
-    memory.cache.unlock(node)
-    assert memory.cache.save_one() is True
-    assert memory.cache.save_one() is False
-    assert (memory.cache.cells, memory.cache.saved_tokens) == (100, 100)
-    memory.decoder.save = None  # type: ignore[assignment,method-assign]
-    memory.cache.park()
-    assert (memory.cache.cells, memory.length(LONG)) == (0, 100)
-
-
-def test_last_used_are_saved_and_the_rest_stays_until_its_room_is_needed() -> None:
-    memory = Memory(saved_limit=100)
-    for first in (100, 300, 500):
-        memory.insert(tuple(range(first, first + 50)))
-    memory.cache.park()
-    assert (memory.cache.cells, memory.cache.saved_tokens) == (50, 100)
-    memory.cache.park(30)
-    assert [memory.length(tuple(range(first, first + 50))) for first in (100, 300, 500)] == [20, 50, 50]
-    memory.insert(tuple(range(700, 750)))
-    memory.cache.park()
-    assert [memory.length(tuple(range(first, first + 50))) for first in (100, 300, 500, 700)] == [20, 0, 50, 50]
-    assert (memory.cache.cells, memory.cache.saved_tokens) == (20, 100)
-
-
-def test_what_a_saved_prefix_continues_with_is_saved_alone() -> None:
-    memory = Memory(saved_limit=200)
-    memory.insert(LONG[:50])
-    memory.cache.park()
-    memory.insert(LONG)
-    assert memory.cache.cells == memory.decoder.used_cells == 50
-    memory.cache.park()
-    assert (memory.cache.cells, memory.cache.saved_tokens) == (0, 100)
-    assert memory.attach((*LONG, 5))[1] == 100
-
-
-def test_text_that_leaves_a_saved_prefix_halfway_splits_it() -> None:
-    memory = Memory(saved_limit=200)
-    memory.insert(LONG)
-    memory.cache.park()
-    assert memory.insert((*LONG[:60], 7, 8)) == 62, "with the beginning, which is in the KV memory now"
-    assert memory.cache.cells == memory.decoder.used_cells == 62
-    for text in ((*LONG, 5), (*LONG[:60], 7, 8, 9)):
-        node, length = memory.attach(text)
-        assert length == len(text) - 1
-        memory.cache.unlock(node)
-    memory.cache.park()
-    assert (memory.cache.cells, memory.cache.saved_tokens) == (0, 60 + 2 + 100)
-
-
-def test_cells_that_cannot_be_loaded_are_forgotten_with_what_continues_them() -> None:
-    memory = Memory(saved_limit=200)
-    memory.insert(LONG[:40])
-    memory.cache.park()
-    memory.insert(LONG[:80])
-    memory.cache.park()
-    memory.insert(LONG)
-    memory.cache.park()
-    memory.decoder.restore_failures += ["no memory"]
-    assert memory.attach((*LONG, 5))[1] == 0
-    assert (memory.length(LONG), memory.cache.cells, memory.cache.saved_tokens) == (0, 0, 0)
-
-
-def test_cells_that_find_no_sequence_are_loaded_another_time() -> None:
-    memory = Memory(parked=1, saved_limit=200)
-    memory.insert(LONG)
-    memory.cache.park()
     memory.insert((1, 2, 3))
-    node, _ = memory.attach((1, 2, 3, 4))
-    assert memory.attach((*LONG, 5))[1] == 0
-    memory.cache.unlock(node)
-    assert memory.attach((*LONG, 5))[1] == 100
+    memory.cache.forget(memory.cache.match(None, "a", LONG))
+    assert (memory.length(LONG), memory.length((1, 2, 3)), memory.cache.tokens) == (0, 3, 3)
 
 
-def test_cells_that_cannot_be_loaded_leave_what_others_use_behind_them() -> None:
-    memory = Memory(saved_limit=200)
-    memory.insert(LONG[:40])
-    memory.cache.park()
-    memory.insert(LONG)
-    child = memory.cache.match(None, "a", LONG, 100).node
-    memory.cache.lock(child)
-    memory.decoder.restore_failures += ["no memory"]
-    assert memory.attach((*LONG, 5))[1] == 0
-    assert (memory.length(LONG), memory.cache.cells, memory.decoder.used_cells) == (100, 60, 60)
-    memory.cache.unlock(child)
+def test_parts_outlive_what_is_forgotten() -> None:
+    memory = Memory(limit=100)
+    memory.insert(LONG[:60])
+    memory.insert((*LONG[:30], 1, 2, 3))
+    parts = memory.cache.parts(memory.cache.match(None, "a", LONG[:60]))
+    memory.cache.forget(memory.cache.match(None, "a", LONG[:60]))
+    assert len(memory.decoder._joined(parts)) == 60
 
 
 tokens = st.lists(st.integers(1, 2), min_size=2, max_size=6).map(
     lambda blocks: tuple(token for block in blocks for token in range(block * 100, block * 100 + 20))
 )
 owners = st.sampled_from([None, "a", "b"])
+actions = st.sampled_from(["insert", "insert", "map", "load", "load", "forget", "clear"])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
-    parked=st.integers(0, 6),
-    saved_limit=st.sampled_from([0, 30, 100, 1000]),
-    script=st.lists(
-        st.tuples(
-            st.sampled_from(["insert", "attach", "unlock", "park", "room", "save", "break", "clear"]),
-            tokens,
-            owners,
-            st.integers(1, 60),
-        ),
-        max_size=30,
-    ),
+    limit=st.sampled_from([0, 30, 100, 1000]),
+    mapped_limit=st.sampled_from([0, 100]),
+    script=st.lists(st.tuples(actions, tokens, owners, st.integers(1, 60)), max_size=30),
 )
-def test_random_use(parked: int, saved_limit: int, script: list[tuple[str, tuple[int, ...], str | None, int]]) -> None:
-    memory, held, known = Memory(parked, saved_limit), [], []
+def test_random_use(limit: int, mapped_limit: int, script: Sequence[tuple[str, tuple[int, ...], str | None, int]]) -> None:
+    memory = Memory(limit, mapped_limit)
+    known: list[tuple[tuple[int, ...], str | None]] = []
     for action, text, owner, number in script:
-        if action == "insert":
-            memory.insert(text[:-number], owner) if number < len(text) else None
+        if action in ("insert", "map") and number < len(text):
+            before = memory.length(text, owner)
+            is_kept = memory.insert(text[:-number], owner, longer=text[-number:], is_mapped=action == "map")
+            assert memory.length(text, owner) >= (len(text) - number if is_kept else before)
             known.append((text, owner))
-        elif action == "attach":
-            node, length = memory.attach(text, owner)
-            held.append((node, text[:length], owner))
+        elif action == "load":
+            length = memory.load(text, owner)
             assert length <= max((common_length(each, text) for each, of in known if of in (None, owner)), default=0)
-        elif action == "unlock" and held:
-            memory.cache.unlock(held.pop(number % len(held))[0])
-        elif action == "save":
-            memory.cache.save_one()
-        elif action == "break" and number < 20 and not memory.decoder.restore_failures:
-            memory.decoder.restore_failures.append("broken")
-        elif action == "park":
-            memory.cache.park()
-            assert saved_limit < 1000 or memory.cache.free_cells == 0
-        elif action == "room":
-            memory.cache.park(number)
-        elif action == "clear" and not held and number < 10:
-            memory.decoder.clear()
+        elif action == "forget" and (match := memory.cache.match(None, owner, text)).length:
+            memory.cache.forget(match)
+            assert memory.length(text, owner) == 0 or owner is not None
+        elif action == "clear" and number < 10:
             memory.cache.clear()
-        for _, text_held, of in held:
-            assert memory.length(text_held, of) == len(text_held)
-        assert memory.cache.cells == memory.decoder.used_cells
-        assert 0 <= memory.cache.free_cells <= memory.cache.cells
-        assert memory.cache.saved_tokens == sum(node.saved_tokens for node in memory.cache._nodes) <= saved_limit
-        assert all(node.saved or node.sequence is not None for node in memory.cache._nodes)
-    for node, _, _ in held:
-        memory.cache.unlock(node)
-    assert memory.cache.free_cells == memory.cache.cells
-    memory.cache.park(10_000)
-    assert memory.decoder.used_cells == 0
+        assert memory.cache.tokens == memory.bytes_tokens() <= limit
+        nodes = memory.cache._nodes
+        assert memory.cache._held[True] == sum(len(each.tokens) for each in nodes if each.saved and each.saved.is_mapped)
+        assert memory.cache._held[True] <= mapped_limit
     assert memory.decoder.problems == []
+
+
+@pytest.mark.parametrize(("first", "second", "length"), [((), (1,), 0), ((1, 2, 3), (1, 2, 4), 2), (LONG, LONG, 100)])
+def test_common_length(first: tuple[int, ...], second: tuple[int, ...], length: int) -> None:
+    assert common_length(first, second) == length

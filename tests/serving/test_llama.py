@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from appliance.errors import EngineFailed, ModelFileError
-from appliance.serving.decoder import MAX_DRAFT_TOKENS, Adapter, Feed, Sampled, SnapshotRefused
+from appliance.serving.decoder import MAX_DRAFT_TOKENS, Adapter, Feed, SavedPart, SnapshotRefused
 from appliance.serving.llama import Context, Model, library
+from appliance.serving.llama.sampler import SlotSampler
 from appliance.serving.requests import Grammar, SamplingSettings
 from tests import tiny_gguf
 from tests.serving.llama_decoding import (
@@ -62,8 +63,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_sizes(context: Context) -> None:
-    assert (context.slots, context.context_tokens, context.cells) == (3, 256, 1024)
-    assert context.sequences > context.slots
+    assert (context.slots, context.context_tokens, context.cells) == (3, 256, 768)
     assert context.can_share
     assert context.cell_bytes == tiny_gguf.LAYERS * 2 * tiny_gguf.KV_HEADS * tiny_gguf.HEAD_WIDTH * 2
 
@@ -129,77 +129,120 @@ def test_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) -> No
         open_context(folder / "tiny.gguf", adapters={"other": str(folder / "tiny.gguf")})
 
 
-def test_copied_cells_are_as_good_as_computed_ones(context: Context) -> None:
-    expected = logprobs(context, PROMPT)
-    parked = context.sequences - 1
-    context.start(0, GREEDY, None, None)
-    decode(context, [Feed(0, PROMPT, 0, is_sampled=True)])
-    context.copy(0, parked, 0, 10)
-    context.release(0)
-    for slot in (2, 1):
-        context.copy(parked, slot, 0, 10)
-        context.start(slot, GREEDY, None, ALL)
-        found = decode(context, [Feed(slot, PROMPT[10:], 10, is_sampled=True)])
-        assert difference(in_order(found[slot][0]), expected) < SAME
-    context.remove(parked, 0, -1)
+def read(context: Context, tokens: Sequence[int], slot: int = 0) -> None:
+    context.start(slot, GREEDY, None, None)
+    for at in range(0, len(tokens), 200):
+        decode(context, [Feed(slot, tokens[at : at + 200], at, is_sampled=False)])
 
 
-def test_saved_cells_are_as_good_as_computed_ones(context: Context, folder: Path) -> None:
+def after(context: Context, slot: int, tokens: Sequence[int], held: int) -> np.ndarray:
+    """Log probabilities after the tokens, of which the slot holds the first."""
+    context.start(slot, GREEDY, None, ALL)
+    return in_order(decode(context, [Feed(slot, tokens[held:], held, is_sampled=True)])[slot][0])
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5], ids=["fewer slots", "as many", "more slots"])
+def test_saved_cells_are_as_good_as_computed_ones(context: Context, folder: Path, slots: int) -> None:
     expected = logprobs(context, PROMPT)
-    parked = context.slots
-    context.start(0, GREEDY, None, None)
-    decode(context, [Feed(0, PROMPT[:10], 0, is_sampled=False)])
-    context.copy(0, parked, 0, 10)
-    saved = context.save(parked)
-    assert len(saved) == len(context.save(0))
-    assert saved == context.save(parked), "saving changes nothing"
-    context.clear()
-    other = open_context(folder / "tiny.gguf")
-    for each in (context, other):
-        each.restore(each.sequences - 1, saved)
-        each.copy(each.sequences - 1, 1, 0, 10)
-        each.start(1, GREEDY, None, ALL)
-        found = decode(each, [Feed(1, PROMPT[10:], 10, is_sampled=True)])
-        assert difference(in_order(found[1][0]), expected) < SAME
+    read(context, PROMPT[:10], slot=2)
+    saved = context.save(2)
+    assert saved == context.save(2), "saving changes nothing"
+    context.check(saved, 10)
+    assert 0 < len(saved) - 10 * context.cell_bytes < 500
+    other = open_context(folder / "tiny.gguf", slots=slots)
+    for held in (10, 6):
+        other.restore(0, [SavedPart(saved, 0, held)])
+        assert difference(after(other, 0, PROMPT, held), expected) < SAME
     other.close()
 
 
-def test_a_part_comes_back_at_its_place(context: Context) -> None:
-    """Behind others, cells mean what they meant: the logits of the whole, and the same bytes."""
-    context.start(0, GREEDY, None, ALL)
-    whole = decode(context, [Feed(0, PROMPT, 0, is_sampled=True)])
-    expected = in_order(whole[0][0])
-    first, second = context.slots, context.slots + 1
-    context.copy(0, first, 0, 6)
-    context.copy(0, second, 6, 10)
-    parts = [bytes(context.save(first)), bytes(context.save(second))]
-    context.clear()
-    for target, part in zip((second, first), parts, strict=True):
-        context.restore(target, part)
-        assert bytes(context.save(target)) == part
-    context.copy(second, 1, 0, 6)
-    context.copy(first, 1, 6, 10)
-    context.start(1, GREEDY, None, ALL)
-    found = decode(context, [Feed(1, PROMPT[10:], 10, is_sampled=True)])
-    assert difference(in_order(found[1][0]), expected) < SAME
-
-
-def test_saved_cells_that_do_not_fit_are_refused(context: Context, folder: Path) -> None:
-    context.start(0, GREEDY, None, None)
-    decode(context, [Feed(0, PROMPT * 8, 0, is_sampled=False)])
-    saved = context.save(0)
+def test_parts_are_joined_where_they_were_cut(context: Context) -> None:
+    expected = logprobs(context, PROMPT)
+    read(context, PROMPT)
+    read(context, [*PROMPT[:8], 1, 2, 3, 4, 5], slot=1)
+    whole, other = context.save(0), context.save(1)
     context.release(0)
-    quantized = open_context(folder / "tiny.gguf", kv_type="q8_0", cells=256)
-    small = open_context(folder / "tiny.gguf", cells=256)
-    small.start(0, GREEDY, None, None)
-    decode(small, [Feed(0, PROMPT * 9, 0, is_sampled=False)])
-    for each, data in ((context, b""), (context, b"x" * 500), (context, saved[:-100]), (quantized, saved), (small, saved)):
+    middle = context.join([SavedPart(whole, 6, 12)])
+    parts = [SavedPart(other, 0, 7), SavedPart(middle, 7, 11), SavedPart(whole, 11, 13)]
+    context.restore(2, parts)
+    assert difference(after(context, 2, PROMPT, 13), expected) < SAME
+    joined = context.join(parts)
+    context.check(joined, 13)
+    context.restore(0, [SavedPart(joined, 0, 13)])
+    again = context.save(0)
+    assert context.join([SavedPart(again, 0, 6), SavedPart(again, 6, 13)]) == again
+
+
+def test_what_a_slot_held_before_is_gone_with_what_it_gets(context: Context) -> None:
+    read(context, PROMPT)
+    saved = context.save(0)
+    read(context, LONG, slot=1)
+    context.restore(1, [SavedPart(saved, 0, 5)])
+    assert difference(after(context, 1, PROMPT, 5), logprobs(context, PROMPT, slot=2)) < SAME
+
+
+def test_answers_move_with_cells_and_sampler(context: Context) -> None:
+    drawn = SamplingSettings(temperature=1.0, seed=3, repeat_penalty=1.3)
+    expected = [each.token for each in generate(context, drawn, tokens=20)]
+    context.start(0, drawn, None, None)
+    told = [decode(context, [Feed(0, PROMPT, 0, is_sampled=True)])[0][0].token]
+    slot = 0
+    while len(told) < len(expected):
+        if len(told) % 6 == 0:
+            context.move(slot, (slot + 2) % 3)
+            slot = (slot + 2) % 3
+        feed = Feed(slot, told[-1:], len(PROMPT) + len(told) - 1, is_sampled=True)
+        told.append(decode(context, [feed])[slot][0].token)
+    assert told == expected
+
+
+def test_a_slot_keeps_the_beginning_it_is_told_to(context: Context) -> None:
+    read(context, LONG)
+    context.release(0, kept=9)
+    assert difference(after(context, 0, PROMPT, 9), logprobs(context, PROMPT, slot=1)) < SAME
+
+
+def test_order_of_feeds_and_gaps_between_slots_change_nothing(folder: Path) -> None:
+    context = open_context(folder / "tiny.gguf", slots=6)
+    prompts = {slot: [*PROMPT, slot] for slot in (4, 0, 5, 2)}
+    for slot in prompts:
+        context.start(slot, GREEDY, None, ALL)
+    together = decode(context, [Feed(slot, prompt, 0, is_sampled=True) for slot, prompt in prompts.items()])
+    for slot, prompt in prompts.items():
+        assert difference(in_order(together[slot][0]), logprobs(context, prompt, slot=1)) < SAME
+    context.close()
+
+
+def test_saved_cells_that_do_not_fit_are_refused(folder: Path) -> None:
+    context = open_context(folder / "tiny.gguf", context_tokens=512)
+    read(context, PROMPT * 16)  # 272 tokens; the smallest memory has room for 256
+    saved = context.save(0)
+    quantized = open_context(folder / "tiny.gguf", kv_type="q8_0")
+    small = open_context(folder / "tiny.gguf", context_tokens=200)
+    size = len(PROMPT) * 16
+    longer, behind = SavedPart(saved, 0, size + 1), SavedPart(saved, 5, size)
+    for each, parts in (
+        (context, [SavedPart(b"", 0, 1)]),
+        (context, [SavedPart(b"x" * 500, 0, 1)]),
+        (context, [SavedPart(saved[:-100], 0, size)]),
+        (context, [longer]),
+        (quantized, [SavedPart(saved, 0, size)]),
+        (small, [SavedPart(saved, 0, size)]),
+    ):
+        each.clear()
+        read(each, PROMPT, slot=1)
         with pytest.raises(SnapshotRefused):
-            each.restore(each.slots, data)
-        assert len(each.save(each.slots)) == len(each.save(each.slots + 1)), "cells were left behind"
+            each.restore(1, parts)
+        assert difference(after(each, 1, PROMPT, 0), logprobs(each, PROMPT, slot=2)) < SAME, "cells were left behind"
+    small.restore(0, [SavedPart(saved, 0, 200)])  # as much as it takes
+    for cells, tokens in ((saved, size - 1), (saved, size + 1), (context.join([behind]), size - 5)):
+        with pytest.raises(SnapshotRefused):
+            context.check(cells, tokens)
+    with pytest.raises(SnapshotRefused):
+        quantized.check(saved, size)
     assert quantized.cell_bytes == context.cell_bytes * 34 // 64
-    quantized.close()
-    small.close()
+    for each in (context, quantized, small):
+        each.close()
 
 
 def sometimes_wrong(truth: Sequence[int]) -> Drafter:
@@ -238,7 +281,7 @@ def test_sequence_after_rejected_drafts_is_clean(context: Context) -> None:
 
 
 def test_more_drafts_than_there_are_rows_are_left_out(folder: Path) -> None:
-    context = open_context(folder / "tiny.gguf", slots=8, cells=2048)
+    context = open_context(folder / "tiny.gguf", slots=8)
     truth = [each.token for each in generate(context, tokens=12)]
     for slot in range(8):
         context.start(slot, GREEDY, None, None)
@@ -257,11 +300,12 @@ def test_too_large_a_batch_is_an_error_and_not_a_crash(context: Context) -> None
 
 
 def test_full_memory_is_an_error_and_the_rest_goes_on(folder: Path) -> None:
-    context = open_context(folder / "tiny.gguf", cells=256)
-    context.start(0, GREEDY, None, None)
-    decode(context, [Feed(0, [5] * 200, 0, is_sampled=True)])
+    context = open_context(folder / "tiny.gguf")
+    for slot in (0, 1):
+        context.start(slot, GREEDY, None, None)
+        decode(context, [Feed(slot, [5] * 200, 0, is_sampled=True)])
     with pytest.raises(EngineFailed, match="could not compute"):
-        context.decode([Feed(1, [5] * 200, 0, is_sampled=False)], None)
+        context.decode([Feed(1, [5] * 57, 200, is_sampled=False)], None)
     assert decode(context, [Feed(0, [5], 200, is_sampled=True)])[0]
     context.close()
 
@@ -289,41 +333,40 @@ def test_abort_leaves_a_usable_context(context: Context) -> None:
     assert generate(context, prompt=prompt, tokens=1) == expected
 
 
-def both(context: Context, seed: int) -> tuple[Sequence[Sampled], Sequence[Sampled]] | None:
-    """The last token of a prompt of slot 1 and an answer in slot 0, in one step; None when it was aborted."""
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("window", [0, 24])
+def test_text_beside_answers_says_what_it_says_alone(tmp_path: Path, folder: Path, seed: int, window: int) -> None:
+    """In streams of their own, and where a sliding window makes all share one memory."""
+    context = open_context(tiny_gguf.write_sliding(tmp_path / "s.gguf", window) if window else folder / "tiny.gguf")
+    assert context.can_share == (window == 0)
     drawn, size = SamplingSettings(temperature=1.0, seed=seed), len(LONG)
     for slot in (0, 1):
         context.start(slot, drawn, None, None)
     context.decode([Feed(0, LONG[:-1], 0, is_sampled=False)], None)
-    step = [Feed(0, LONG[-1:], size - 1, is_sampled=True), Feed(1, LONG, 0, is_sampled=True)]
-    if (told := context.decode(step, None)) is None:
-        context.remove(0, size - 1, -1)
-        context.remove(1, 0, -1)
-        told = context.decode(step, None)
-    return None if told is None else (told[0], told[1])
+    told = decode(context, [Feed(0, LONG[-1:], size - 1, is_sampled=True), Feed(1, LONG, 0, is_sampled=True)])
+    alone = generate(context, drawn, prompt=LONG, tokens=1, slot=2)
+    assert [list(told[slot]) for slot in (0, 1)] == [list(alone)] * 2
+    context.close()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_text_beside_answers_says_what_it_says_alone(context: Context, seed: int) -> None:
-    told = both(context, seed)
-    alone = generate(context, SamplingSettings(temperature=1.0, seed=seed), prompt=LONG, tokens=1, slot=2)
-    assert told is not None
-    assert [list(slot) for slot in told] == [list(alone)] * 2
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("aborted_call", [1, 2])
 def test_nothing_is_drawn_of_a_step_that_is_aborted_halfway(
-    context: Context, seed: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aborted_call: int
 ) -> None:
-    expected = both(context, seed)
-    context.clear()
+    context = open_context(tiny_gguf.write_sliding(tmp_path / "s.gguf", 24))
+    for slot in (0, 1):
+        context.start(slot, GREEDY, None, None)
+    context.decode([Feed(0, PROMPT, 0, is_sampled=False)], None)
     calls = itertools.count(1)
     real = library.c.llama_decode
     monkeypatch.setattr(
-        library.c, "llama_decode", lambda *given: library.DECODE_ABORTED if next(calls) == 3 else real(*given)
+        library.c, "llama_decode", lambda *given: library.DECODE_ABORTED if next(calls) == aborted_call else real(*given)
     )
-    assert both(context, seed) == expected
-    assert next(calls) == 6  # the first text, a step whose second pass was aborted, and both passes again
+    drawn: list[object] = []
+    monkeypatch.setattr(SlotSampler, "sample", lambda _, row: drawn.append(row))
+    assert context.decode([Feed(0, [5], len(PROMPT), is_sampled=True), Feed(1, LONG, 0, is_sampled=True)], None) is None
+    assert (drawn, next(calls)) == ([], aborted_call + 1)
+    context.close()
 
 
 def test_repacked_and_read_weights_compute_the_same(folder: Path) -> None:

@@ -28,7 +28,7 @@ COMPACT = {"x-guidance": {"whitespace_flexible": False}}  # white space without 
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Context]:
-    context = open_context(tiny_gguf.write(tmp_path_factory.mktemp("llama") / "tiny.gguf"))
+    context = open_context(tiny_gguf.write(tmp_path_factory.mktemp("llama") / "tiny.gguf"), context_tokens=1024)
     yield context
     context.close()
 

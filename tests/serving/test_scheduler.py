@@ -204,8 +204,8 @@ def test_sampler_that_cannot_be_made_fails_its_request_alone(bench: Bench, error
 
 
 def test_slot_is_not_lost_with_cells_that_cannot_be_had() -> None:
-    with Bench(CountingDecoder(slots=1, context_tokens=80, cells=80)) as bench:
-        assert bench.client(*range(1, 41)).reason() == "length"  # what is parked has to make room for the next
+    with Bench(CountingDecoder(slots=1, context_tokens=80)) as bench:
+        assert bench.client(*range(1, 41)).reason() == "length"  # what it leaves has to make room for the next
         bench.idle()
         bench.decoder.remove_failures.append(EngineFailed("no part of it can be forgotten"))
         assert bench.client(*range(100, 160)).failed().code == "engine_failed"

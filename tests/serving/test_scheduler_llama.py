@@ -99,7 +99,7 @@ def test_together_they_say_what_each_says_alone(engine: Engine) -> None:
 @pytest.mark.parametrize("slots", [1, 2, 4])
 def test_any_number_of_requests_over_any_number_of_slots(folder: Path, slots: int, requests: int) -> None:
     prompts = [SYSTEM[: 9 * number] + QUESTION + bytes_of(number) for number in range(requests)]
-    with Engine(folder / "tiny.gguf", slots=slots, cells=slots * 256 + 256) as engine:
+    with Engine(folder / "tiny.gguf", slots=slots) as engine:
         alone = [engine.client(prompt, tenant="alone") for prompt in prompts[:1]]
         for prompt in prompts[1:]:
             alone[-1].end()

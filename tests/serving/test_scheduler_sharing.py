@@ -12,7 +12,7 @@ from appliance.errors import EngineFailed
 from appliance.serving.decoder import Adapter
 from appliance.serving.events import Finished
 from appliance.serving.snapshots import Identity, Prefix, SnapshotStore
-from tests.serving.counting_decoder import END, CountingDecoder
+from tests.serving.counting_decoder import CountingDecoder
 from tests.serving.scheduler_bench import Bench, Client, numbers, until
 
 SYSTEM = tuple(range(100, 140))
@@ -24,8 +24,8 @@ def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("appliance.serving.scheduler.SETTLE_SECONDS", 0.0)
 
 
-def bench_of(*, context_tokens: int = 200, cells: int = 1000, slots: int = 2, **rest: Any) -> Bench:
-    return Bench(CountingDecoder(slots=slots, context_tokens=context_tokens, cells=cells), **rest)
+def bench_of(*, context_tokens: int = 200, slots: int = 2, cache_tokens: int = 1000, **rest: Any) -> Bench:
+    return Bench(CountingDecoder(slots=slots, context_tokens=context_tokens), cache_tokens=cache_tokens, **rest)
 
 
 def cached(client: Client) -> int:
@@ -139,16 +139,16 @@ def test_operators_prefix_that_a_visitor_read_first_is_for_all_too() -> None:
         assert bench.decoder.computed == len(SYSTEM) + 2 * (3 + 4)
 
 
-def test_cells_of_a_tenant_do_not_become_the_operators_later() -> None:
+def test_what_another_has_behind_the_operators_text_stays_its_own() -> None:
     with bench_of() as bench:
-        bench.decoder.hold_at = 1
-        client = bench.client(*SYSTEM, 1, 2, 3)
-        until(lambda: not bench.decoder.gate.is_set())
         bench.scheduler.warm(SYSTEM)
-        bench.decoder.gate.set()
-        client.end()
         bench.idle()
-        assert bench.scheduler.load().kv_cells_used == bench.decoder.used_cells == len(SYSTEM) + 3 + 4 + len(SYSTEM)
+        secret = (*SYSTEM, 8, 8, 8, 8)
+        for other in ("b", "c"):  # it is in a slot first, and in the cache then
+            assert cached(bench.client(*secret, 1, tenant="a")) >= len(SYSTEM)
+            assert cached(bench.client(*secret, 1, tenant=other)) == len(SYSTEM)
+            for _ in range(2):
+                bench.client(9, tenant="d").end()
 
 
 def test_reading_ahead_gives_way_to_requests() -> None:
@@ -181,40 +181,56 @@ def test_prefix_whose_reading_cannot_begin_is_not_tried_for_ever() -> None:
         assert len(bench.decoder.start_failures) == 2
 
 
-def test_request_waits_for_cells_and_not_only_for_a_slot() -> None:
-    with bench_of(cells=250, slots=4) as bench:
-        bench.decoder.gate.clear()
-        clients = [bench.client(first, max_tokens=110) for first in (1, 2, 3, 4)]
-        until(lambda: bench.scheduler.load().running == 2)
-        assert bench.scheduler.load().waiting == 2
-        bench.decoder.follow = lambda history: END if len(history) > 20 else history[-1]
-        bench.decoder.gate.set()
-        assert [client.reason() for client in clients] == ["stop"] * 4
-        assert bench.decoder.most_cells <= 250
-
-
-def test_small_request_does_not_overtake_one_that_waits_for_cells() -> None:
-    decoder = CountingDecoder(slots=4, context_tokens=200, cells=250, follow=lambda history: history[-1])
-    with Bench(decoder) as bench:
-        decoder.gate.clear()
-        clients = [bench.client(first, max_tokens=limit, seed=first) for first, limit in ((1, 100), (2, 199), (3, 1))]
-        decoder.gate.set()
-        assert [client.reason() for client in clients] == ["length"] * 3
-        assert [sampler.sampling.seed for sampler in decoder.started] == [1, 2, 3]
-
-
-def test_parked_prefixes_make_room_oldest_first() -> None:
-    with bench_of(cells=200, slots=1) as bench:
+def test_cached_prefixes_make_room_oldest_first() -> None:
+    with bench_of(slots=1, cache_tokens=125) as bench:
         for first in (1, 50, 100):
             bench.client(*range(first, first + 40), max_tokens=1).end()
-            bench.idle()
         assert cached(bench.client(*range(1, 41), 99, max_tokens=1)) == 40  # used again: now the youngest
-        bench.idle()
-        assert bench.client(*range(1000, 1080), max_tokens=20).reason() == "length"
-        bench.idle()
+        assert bench.client(*range(1000, 1060), max_tokens=1).reason() == "length"
+        assert cached(bench.client(7, max_tokens=1)) == 0
         assert cached(bench.client(*range(1, 41), 99, max_tokens=1)) == 40
+        assert cached(bench.client(*range(50, 90), 99, max_tokens=1)) == 0
+
+
+@pytest.mark.parametrize("cache_tokens", [0, 1000])
+def test_slot_is_copied_for_another_answer_whatever_the_cache_holds(cache_tokens: int) -> None:
+    with bench_of(slots=3, cache_tokens=cache_tokens) as bench:
+        bench.decoder.gate.clear()
+        long = tuple(range(100, 180))
+        clients = [bench.client(*long, last) for last in (1, 2, 3)]
+        bench.decoder.gate.set()
+        assert [cached(client) for client in clients] == [0, 80, 80]
+
+
+def test_next_turn_is_answered_in_the_slot_of_the_last_without_a_copy() -> None:
+    with bench_of(slots=2, cache_tokens=0) as bench:
+        bench.client(*SYSTEM, max_tokens=2).end()
         bench.idle()
-        assert cached(bench.client(*range(50, 90), 99, max_tokens=1)) < 40
+        assert cached(bench.client(*SYSTEM, 140, 9)) == len(SYSTEM) + 1
+        assert bench.decoder.copied == 0
+
+
+def test_answers_move_together_when_one_between_them_ends() -> None:
+    """llama.cpp reads the weights once for neighbouring slots; the decoder refuses a batch with gaps."""
+    decoder = CountingDecoder(slots=5, context_tokens=200, follow=lambda history: history[-1])
+    with Bench(decoder, queue_requests=5, cache_tokens=1000) as bench:
+        decoder.gate.clear()
+        limits = (30, 5, 60, 10, 90)
+        clients = [bench.client(first, max_tokens=limit) for first, limit in enumerate(limits, start=1)]
+        decoder.gate.set()
+        assert [client.finished().generated_tokens for client in clients] == list(limits)
+        assert [client.text for client in clients] == [f"{first} " * limit for first, limit in enumerate(limits, start=1)]
+        assert decoder.moves > 0
+
+
+def test_answers_of_a_model_that_cannot_share_stay_where_they_are() -> None:
+    decoder = CountingDecoder(slots=3, context_tokens=200, can_share=False, follow=lambda history: history[-1])
+    with Bench(decoder) as bench:
+        decoder.gate.clear()
+        clients = [bench.client(first, max_tokens=limit) for first, limit in ((1, 20), (2, 3), (3, 30))]
+        decoder.gate.set()
+        assert [client.finished().generated_tokens for client in clients] == [20, 3, 30]
+        assert decoder.moves == decoder.copied == 0
 
 
 def test_adapters_take_turns_and_are_never_mixed() -> None:
@@ -269,7 +285,7 @@ def test_shared_prefix_outlives_a_restart(tmp_path: Path) -> None:
 
 def test_nothing_is_copied_while_the_next_request_may_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("appliance.serving.scheduler.SETTLE_SECONDS", 0.1)
-    with bench_of(cache_tokens=400) as bench:
+    with bench_of(cache_tokens=400, slots=1) as bench:
         bench.client(*SYSTEM, 1).end()
         bench.idle()
         assert bench.scheduler.load().cached_tokens == 0
@@ -313,6 +329,10 @@ def test_visitors_text_is_never_written(tmp_path: Path) -> None:
 LONG_SYSTEM = tuple(range(1000, 1100))
 
 
+def small_bench(folder: Path) -> Bench:
+    return bench_of(slots=2, cache_tokens=200, snapshots=store_in(folder))
+
+
 def pushed_out(bench: Bench) -> None:
     """Two requests under one system prompt, which is on disk then, and whose cells make room for others'."""
     for last in (1, 2):
@@ -328,7 +348,7 @@ def pushed_out(bench: Bench) -> None:
 
 
 def test_prefix_that_memory_has_lost_comes_back_from_disk(tmp_path: Path) -> None:
-    with bench_of(cells=400, snapshots=store_in(tmp_path)) as bench:
+    with small_bench(tmp_path) as bench:
         pushed_out(bench)
         before = bench.decoder.computed
         again = bench.client(*LONG_SYSTEM, 5, tenant="a")
@@ -338,7 +358,7 @@ def test_prefix_that_memory_has_lost_comes_back_from_disk(tmp_path: Path) -> Non
 
 
 def test_others_are_answered_while_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with bench_of(cells=400, snapshots=store_in(tmp_path)) as bench:
+    with small_bench(tmp_path) as bench:
         pushed_out(bench)
         is_read = threading.Event()
         read = SnapshotStore.read
@@ -357,7 +377,7 @@ def test_others_are_answered_while_a_file_is_read(tmp_path: Path, monkeypatch: p
 
 
 def test_broken_file_is_deleted_and_the_prefix_read(tmp_path: Path) -> None:
-    with bench_of(cells=400, snapshots=store_in(tmp_path)) as bench:
+    with small_bench(tmp_path) as bench:
         pushed_out(bench)
         (path,) = tmp_path.glob("*.prefix")
         content = path.read_bytes()
@@ -367,14 +387,16 @@ def test_broken_file_is_deleted_and_the_prefix_read(tmp_path: Path) -> None:
         assert not path.exists()
 
 
-def test_file_that_finds_no_room_is_not_waited_for(tmp_path: Path) -> None:
-    with bench_of(cells=400, snapshots=store_in(tmp_path)) as bench:
-        pushed_out(bench)
-        bench.decoder.gate.clear()
-        big = bench.client(*range(5000, 5150), max_tokens=40)
-        again = bench.client(*LONG_SYSTEM, 5, tenant="a", max_tokens=90)
-        bench.decoder.gate.set()
-        assert big.reason() == again.reason() == "length"
+def test_file_is_of_use_without_any_cache(tmp_path: Path) -> None:
+    with bench_of(snapshots=store_in(tmp_path)) as bench:
+        bench.scheduler.warm(SYSTEM)
+        until(lambda: len(list(tmp_path.glob("*.prefix"))) == 1)
+    with bench_of(slots=1, cache_tokens=0, snapshots=store_in(tmp_path)) as bench:
+        bench.scheduler.warm(SYSTEM)
+        for last in (5, 6):
+            assert cached(bench.client(*SYSTEM, last)) == len(SYSTEM)
+            assert cached(bench.client(1, 2, 3)) == 0
+        assert bench.scheduler.load().cached_tokens == 0
 
 
 def test_refused_snapshot_is_deleted_and_the_prefix_read(tmp_path: Path) -> None:

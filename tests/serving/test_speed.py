@@ -47,7 +47,7 @@ def everything_fits(_: EngineSettings) -> bool:
 
 @pytest.mark.parametrize("changes", [{}, {"is_mapped": False, "is_repacked": True}, {"kv_type": "q8_0"}, {"slots": 1}])
 def test_meter_does_all_tasks(path: Path, changes: dict[str, Any]) -> None:
-    settings = engine_settings(path, cells=512, chunk_tokens=128, **changes)
+    settings = engine_settings(path, context_tokens=512, chunk_tokens=128, **changes)
     tasks = [
         ReadPrompt(tokens=300, chunk_tokens=128, threads=2),
         WriteAnswers(answers=settings.slots, steps=8, threads=1),
@@ -79,7 +79,7 @@ def test_meter_says_how_its_process_died(path: Path) -> None:
 
 
 def test_task_beyond_the_memory_is_an_error_with_its_reason(path: Path) -> None:
-    with Meter(engine_settings(path, cells=256)) as meter, pytest.raises(EngineFailed, match="could not compute the batch"):
+    with Meter(engine_settings(path)) as meter, pytest.raises(EngineFailed, match="could not compute the batch"):
         meter.seconds(ReadPrompt(tokens=600, chunk_tokens=64, threads=1))
 
 
@@ -130,7 +130,7 @@ def test_processes_take_turns_where_memory_is_short() -> None:
 def test_measure_fills_the_table(path: Path) -> None:
     said: list[tuple[float, str]] = []
     result = speed.measure(
-        engine_settings(path, context_tokens=1024, cells=2048, queue_requests=2, queue_tokens=4096),
+        engine_settings(path, context_tokens=1024, queue_requests=2, queue_tokens=4096),
         bandwidth=1e9,
         fits=everything_fits,
         on_progress=lambda *each: said.append(each),
@@ -154,7 +154,7 @@ def test_fewer_answers_where_memory_is_short(path: Path, most: int, answers: Seq
     assert extent.answers == tuple(answers)
     assert list(extent.prompts) == [32]
     settings = extent.settings(engine_settings(path))
-    assert settings.cells >= settings.slots * (extent.answer_prompt_tokens + extent.steps) + 32
+    assert settings.context_tokens > max(32, extent.answer_prompt_tokens + extent.steps)
 
 
 def test_others_are_told_from_this_process_and_its_children(tmp_path: Path) -> None:

@@ -78,7 +78,6 @@ def settings(name: str = "tiny", **fields: Any) -> EngineSettings:
         "kind": "chat",
         "slots": 2,
         "context_tokens": 64,
-        "cells": 128,
         "threads_decode": 1,
         "threads_prefill": 1,
         "kv_type": "f16",

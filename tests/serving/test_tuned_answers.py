@@ -35,7 +35,7 @@ def model(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(model: Path, **changes: Any) -> EngineSettings:
-    usual = {"is_repacked": True, "cells": 1024, "queue_requests": 20, "queue_tokens": 10_000, "is_speculating": False}
+    usual = {"is_repacked": True, "queue_requests": 20, "queue_tokens": 10_000, "is_speculating": False}
     return engine_settings(model, **{**usual, **changes})
 
 
@@ -106,7 +106,7 @@ def test_chunk_sizes(model: Path, asked: Any, expected: Any, chunk_tokens: int) 
 
 @pytest.mark.parametrize("slots", [1, 2, 8])
 def test_slots(model: Path, asked: Any, expected: Any, slots: int) -> None:
-    assert_same(expected, answers(settings(model, slots=slots, cells=slots * 256 + 256), asked))
+    assert_same(expected, answers(settings(model, slots=slots), asked))
 
 
 @pytest.mark.parametrize(("is_mapped", "is_repacked"), LAYOUTS)

@@ -39,7 +39,6 @@ from tests.serving.test_supervisor import NUMBERS, Listener, in_loop, settings, 
 
 HELLO = ChatPrompt(messages=({"role": "user", "content": "hello"},))
 ENDLESS = TextPrompt(text="the use ")
-CELLS = 2048
 NEVER_ENDING_TEMPLATE = (
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     "{{ messages[0]['content'] if messages[0]['content'] == 'quick' else '' }}"
@@ -60,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of(path: Path, **fields: Any) -> EngineSettings:
-    plain = {"model_path": str(path), "context_tokens": 1000, "cells": CELLS, "queue_requests": 8, "is_speculating": False}
+    plain = {"model_path": str(path), "context_tokens": 1000, "queue_requests": 8, "is_speculating": False}
     return settings(path.stem, **{**plain, "queue_tokens": 100_000, **fields})
 
 
@@ -176,14 +175,14 @@ async def test_a_template_that_never_ends_costs_a_restart_and_no_more(folder: Pa
 @in_loop
 async def test_embeddings_and_scores(folder: Path) -> None:
     now = time.monotonic()
-    async with engine_of(of(folder / "vectors.gguf", kind="embedding", context_tokens=128, cells=256)) as (engine, _):
+    async with engine_of(of(folder / "vectors.gguf", kind="embedding", context_tokens=128)) as (engine, _):
         pooled = await engine.pool(PoolingRequest(id="a", inputs=("the use", "using", (6, 7, 8)), arrived_at=now))
         assert [len(vector) for vector in pooled.vectors] == [4 * engine.model.embedding_width] * 3
         with pytest.raises(PromptTooLong):
             await engine.pool(PoolingRequest(id="b", inputs=("x " * 999,), arrived_at=now))
         with pytest.raises(RequestError, match="writes no text"):
             await engine.submit(ask())
-    async with engine_of(of(folder / "reranker.gguf", kind="rerank", context_tokens=128, cells=256)) as (engine, _):
+    async with engine_of(of(folder / "reranker.gguf", kind="rerank", context_tokens=128)) as (engine, _):
         pooled = await engine.pool(PoolingRequest(id="a", inputs=("the use", "a", "b"), query="use", arrived_at=now))
         assert len(pooled.scores) == 3
 

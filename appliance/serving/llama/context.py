@@ -1,12 +1,14 @@
 """The working memory of a chat model: many sequences that are decoded together. Implements `Decoder`; owns its model.
 
-One KV memory is shared by all sequences, so that a batch may mix decode tokens and prompt chunks of any length. Flash
-attention is always on: without it, every cell of the memory costs as much in each decode as one that is attended to.
+Each slot has a KV memory of its own (a "stream"): in one that all share, attention passes over the cells of every other
+answer, which costs a tenth with eight short answers and a third with eight long ones. llama.cpp computes streams with
+neighbouring numbers together, as many tokens of each as all of them have, so that feeds are given to it in order. Memory
+that cannot be moved (a recurrent state, a sliding window) is shared, because gaps could not be closed there. Flash attention
+is always on: without it, every cell of the memory costs as much in each decode as one that is attended to.
 """
 
-import contextlib
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from appliance.serving.decoder import (
     Feed,
     Sampled,
     SavedCells,
+    SavedPart,
     SnapshotRefused,
     batch_drafts,
     batch_tokens,
@@ -29,14 +32,13 @@ from appliance.serving.decoder import (
 from appliance.serving.engine_settings import KV_VALUE_BYTES, EngineSettings
 from appliance.serving.grammar import CompiledGrammar as LlguidanceGrammar
 from appliance.serving.grammar import GrammarCompiler
-from appliance.serving.llama import library, sampler
+from appliance.serving.llama import library, sampler, saved_cells
 from appliance.serving.llama.batch import Batch
 from appliance.serving.llama.model import Model
 from appliance.serving.llama.sampler import Candidates, SlotSampler
 from appliance.serving.requests import Grammar, SamplingSettings
 from appliance.serving.sampling import Logits
 
-PARKED_SEQUENCES = 64
 TILE_ROWS = 64  # ggml_fa_tile_config::Q
 
 
@@ -47,14 +49,14 @@ class Context:
         self._model = model
         self.slots, self.context_tokens = settings.slots, settings.context_tokens
         self.can_share = model.can_share
-        self.sequences = self.slots + PARKED_SEQUENCES if self.can_share else self.slots
         is_drafting = self.can_share and settings.is_speculating
         self._drafts = batch_drafts(self.slots) if is_drafting else 0
         self._threads = (settings.threads_decode, settings.threads_prefill)
+        self._kv_type = library.KV_TYPES[settings.kv_type]
         self._context = c.llama_init_from_model(model.handle, self._params(settings))
         if not self._context:
             raise EnvironmentIncomplete(
-                f"No memory for {settings.cells} tokens of {self.slots} requests: {library.last_error()}; "
+                f"No memory for {self.slots} requests of {self.context_tokens} tokens: {library.last_error()}; "
                 "lower --slots, --context-tokens or --cache-tokens."
             )
         self._memory = c.llama_get_memory(self._context)
@@ -106,7 +108,7 @@ class Context:
     def decode(self, feeds: Sequence[Feed], adapter: Adapter | None) -> Mapping[int, Sequence[Sampled]] | None:
         self._abort_flag.lower()
         self._use_adapter(adapter)
-        feeds = self._without_surplus_drafts(feeds)
+        feeds = self._without_surplus_drafts(sorted(feeds, key=lambda feed: feed.slot))
         logits: dict[int, Sequence[Logits]] = {}
         for part in self._passes(feeds):
             logits = {slot: [row.copy() for row in rows] for slot, rows in logits.items()}  # else written over now
@@ -121,35 +123,46 @@ class Context:
     def forced(self, slot: int) -> Sequence[int]:
         return self._samplers[slot].forced()
 
-    def copy(self, source: int, target: int, start: int, end: int) -> None:
-        c.llama_memory_seq_cp(self._memory, self._id(source), self._id(target), start, end)
-
-    def remove(self, sequence: int, start: int, end: int) -> None:
-        if not c.llama_memory_seq_rm(self._memory, self._id(sequence), start, end):
+    def remove(self, slot: int, start: int, end: int) -> None:
+        if not c.llama_memory_seq_rm(self._memory, slot, start, end):
             raise EngineFailed("This model cannot forget a part of a sequence; the whole sequence must be released.")
 
-    def save(self, sequence: int) -> memoryview:
-        with self._lent(sequence) as number:
-            if sequence >= self.slots:
-                c.llama_memory_seq_cp(self._memory, self._id(sequence), number, -1, -1)
-            size = c.llama_state_seq_get_size(self._context, number)
-            data = np.empty(size, dtype=np.uint8)  # 100 MB and more: never a second copy, nor zeros first
-            written = c.llama_state_seq_get_data(self._context, _pointer(data), size, number)
+    def save(self, slot: int) -> memoryview:
+        size = c.llama_state_seq_get_size(self._context, slot)
+        data = np.empty(size, dtype=np.uint8)  # 100 MB and more: never a second copy, nor zeros first
+        written = c.llama_state_seq_get_data(self._context, _pointer(data), size, slot)
         if written != size:
             raise EngineFailed(f"Saving a sequence failed: {written} of {size} bytes were written.")
         return data.data
 
-    def restore(self, sequence: int, data: SavedCells) -> None:
-        with self._lent(sequence) as number:
-            taken = c.llama_state_seq_set_data(self._context, _pointer(np.frombuffer(data, np.uint8)), len(data), number)
-            if taken == 0:
-                c.llama_memory_seq_rm(self._memory, number, -1, -1)
-                raise SnapshotRefused(f"{len(data)} bytes of saved cells were not taken: {library.last_error()}")
-            if sequence >= self.slots:
-                c.llama_memory_seq_cp(self._memory, number, self._id(sequence), -1, -1)
+    def restore(self, slot: int, parts: Sequence[SavedPart]) -> None:
+        self.remove(slot, 0, -1)
+        is_whole = len(parts) == 1 and saved_cells.can_be_taken(parts[0], self.slots, self.context_tokens)
+        data = np.frombuffer(parts[0].cells, np.uint8) if is_whole else saved_cells.join(parts, self.slots)
+        library.forget_errors()
+        if c.llama_state_seq_set_data(self._context, _pointer(data), len(data), slot) == 0:
+            self.remove(slot, 0, -1)
+            raise SnapshotRefused(f"{len(data)} bytes of saved cells were not taken: {library.last_error()}")
+        if is_whole:
+            self.remove(slot, parts[0].end, -1)
 
-    def release(self, slot: int) -> None:
-        c.llama_memory_seq_rm(self._memory, self._id(slot), -1, -1)
+    def join(self, parts: Sequence[SavedPart]) -> memoryview:
+        if len(parts) == 1 and saved_cells.is_whole(parts[0]):
+            return memoryview(parts[0].cells)
+        return saved_cells.join(parts, self.slots).data
+
+    def check(self, cells: SavedCells, tokens: int) -> None:
+        saved_cells.check(cells, tokens, self.cell_bytes, self._kv_type)
+
+    def move(self, source: int, target: int) -> None:
+        cells = self.save(source)
+        self.restore(target, [SavedPart(cells, 0, c.llama_memory_seq_pos_max(self._memory, source) + 1)])
+        self._stop_sampler(target)
+        self._samplers[target] = self._samplers.pop(source)
+        self.remove(source, 0, -1)
+
+    def release(self, slot: int, kept: int = 0) -> None:
+        self.remove(slot, kept, -1)
         self._stop_sampler(slot)
 
     def clear(self) -> None:
@@ -178,33 +191,14 @@ class Context:
         params = c.llama_context_default_params()
         params.n_ctx = settings.cells
         params.n_batch = params.n_ubatch = batch_tokens(self.slots, settings.chunk_tokens)
-        params.n_seq_max = self.slots + 1  # one more to save parked sequences through
-        params.n_outputs_max = params.n_seq_max + self._drafts  # rows of logits, not one for each token of a batch
+        params.n_seq_max = self.slots
+        params.n_outputs_max = self.slots + self._drafts  # rows of logits, not one for each token of a batch
         params.n_threads, params.n_threads_batch = self._threads
-        params.kv_unified = True
+        params.kv_unified = not self.can_share
         params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.type_k = params.type_v = library.KV_TYPES[settings.kv_type]
+        params.type_k = params.type_v = self._kv_type
         params.swa_full = False  # all of the text would be kept only to allow sharing, which is not done
         return params
-
-    def _id(self, sequence: int) -> int:
-        """llama.cpp's number: the one behind the slots is for saving and restoring.
-
-        Batches may name numbers below n_seq_max only, and saving writes none above, but the unified KV memory itself has
-        room for 256 sequences whatever n_seq_max is; and each one below costs a row of logits.
-        """
-        return sequence if sequence < self.slots else sequence + 1
-
-    @contextlib.contextmanager
-    def _lent(self, sequence: int) -> Iterator[int]:
-        """A number by which the sequence can be saved and restored; one that is lent for it holds nothing afterwards."""
-        if sequence < self.slots:
-            yield sequence
-            return
-        try:
-            yield self.slots
-        finally:
-            c.llama_memory_seq_rm(self._memory, self.slots, -1, -1)
 
     def _use_adapter(self, adapter: Adapter | None) -> None:
         if adapter == self._adapter:
@@ -231,13 +225,13 @@ class Context:
         return kept
 
     def _passes(self, feeds: Sequence[Feed]) -> Sequence[Sequence[Feed]]:
-        """On a CPU a long text is read by itself, and then answers go on: together they take up to twice as long.
+        """In a shared memory on a CPU a long text is read by itself: together with answers it takes up to twice as long.
 
         From 64 rows on, llama.cpp's flash attention takes 64 at a time over every cell that one of them needs, so that one
         row of an answer among those of a prompt makes all of them pass over both texts (`ggml-cpu/ops.cpp`, tiled path).
         """
         read = [feed for feed in feeds if feed.is_read]
-        is_tiled = not self._is_on_gpu and sum(len(feed.tokens) for feed in feeds) >= TILE_ROWS
+        is_tiled = not self.can_share and not self._is_on_gpu and sum(len(feed.tokens) for feed in feeds) >= TILE_ROWS
         if not is_tiled or not read or len(read) == len(feeds):
             return (feeds,)
         return (read, [feed for feed in feeds if not feed.is_read])
