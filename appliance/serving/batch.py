@@ -13,6 +13,8 @@ from appliance.serving.job import Answer
 from appliance.serving.pace import Pace
 from appliance.serving.speculation import Gate, Proposal
 
+SHORTEST_PART_TOKENS = 32  # of a prompt that is read beside others: fewer take as long
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
@@ -31,6 +33,7 @@ class Composer:
         self._pace = pace
         self._gate = gate
         self._turns: list[Adapter | None] = []  # longest ago first
+        self._is_first_served = False
 
     def compose(self, answers: Sequence[Answer]) -> Batch:
         """The next batch of these running answers, of which there is at least one."""
@@ -49,7 +52,9 @@ class Composer:
             room -= max(0, count - 1 - MAX_DRAFT_TOKENS)
             parts.append((answer, _feed(answer, count, drafts.get(answer, ()))))
             rows += count
-        for answer, count in _shares(reading, room):
+        # In turns, so that a short question does not wait for a long document, and the document only twice as long as alone.
+        self._is_first_served ^= len(reading) > 1
+        for answer, count in _shares(reading, room, is_first_served=self._is_first_served):
             parts.append((answer, _feed(answer, count, ())))
         return Batch(adapter, parts)
 
@@ -86,22 +91,25 @@ def _feed(answer: Answer, count: int, drafts: Sequence[int]) -> Feed:
     return Feed(job.slot, tokens, job.computed, is_sampled=end == len(job.tokens), drafted=len(drafts))
 
 
-def _shares(reading: Sequence[Answer], room: int) -> list[tuple[Answer, int]]:
-    """Splits the room among prompts: half for the first that came, the rest to those that are nearest to their answer.
+def _shares(reading: Sequence[Answer], room: int, *, is_first_served: bool) -> list[tuple[Answer, int]]:
+    """Splits the room among prompts: first served is the one that came first, or else the one that is nearest to its answer.
 
-    So a short question does not wait for a long document to be read, and the document is delayed by a factor of two at most.
+    A part of a prompt is as long as can be, because each one in a batch costs a pass over the weights.
     """
-    if not reading:
-        return []
     left = {answer: answer.job.prompt_tokens - answer.job.computed for answer in reading}
-    counts = dict.fromkeys(reading, 0)
-    first, room_left = reading[0], room
     if len(reading) == 1:
         # In equal parts: a last part of a few tokens takes nearly as long as one of fifty.
-        parts = math.ceil(left[first] / room) if room > 0 else 0
-        return [(first, math.ceil(left[first] / parts))] if parts else []
-    for answer, limit in [(first, (room + 1) // 2), *((each, room) for each in sorted(reading, key=left.__getitem__))]:
-        count = min(limit, room_left, left[answer] - counts[answer])
-        counts[answer] += count
-        room_left -= count
-    return [(answer, count) for answer, count in counts.items() if count > 0]
+        parts = math.ceil(left[reading[0]] / room) if room > 0 else 0
+        return [(reading[0], math.ceil(left[reading[0]] / parts))] if parts else []
+    order = sorted(reading, key=left.__getitem__)
+    if is_first_served and order:
+        order.remove(reading[0])
+        order.insert(0, reading[0])
+    shares: list[tuple[Answer, int]] = []
+    for answer in order:
+        count = min(room, left[answer])
+        if count < min(left[answer], SHORTEST_PART_TOKENS if shares else 1):
+            break
+        shares.append((answer, count))
+        room -= count
+    return shares

@@ -1,5 +1,6 @@
 """Every request ends exactly once, slots come back, and nobody waits behind a long prompt."""
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -245,8 +246,19 @@ def test_short_prompt_overtakes_a_long_one_that_came_first() -> None:
         assert long.reason() == short.reason() == "length"
         assert [len(batch) for batch in bench.decoder.batches].index(2) <= 1
         assert bench.listener.requests[0].prompt_tokens == 60
-        shares = next(batch for batch in bench.decoder.batches if len(batch) == 2)
-        assert shares[0] >= shares[1]
+        assert next(batch for batch in bench.decoder.batches if len(batch) == 2) == [60, 256 - 60]
+
+
+def test_two_documents_are_read_in_turns_and_not_in_halves() -> None:
+    """Each part costs a pass over the weights, whatever its length."""
+    with Bench(CountingDecoder(context_tokens=2000)) as bench:
+        bench.decoder.gate.clear()
+        clients = [bench.client(*([1] * 1500), max_tokens=1), bench.client(*([2] * 1000), max_tokens=1)]
+        bench.decoder.gate.set()
+        assert [client.reason() for client in clients] == ["length"] * 2
+        both = bench.decoder.feeds[1:7]  # the second came during the first step
+        assert [[len(feed.tokens) for feed in feeds] for feeds in both] == [[256]] * 6
+        assert all(one[0].slot != other[0].slot for one, other in itertools.pairwise(both))
 
 
 def test_tokens_that_a_grammar_decides_are_not_sampled_one_by_one() -> None:
