@@ -23,7 +23,7 @@ USER_TIME, SYSTEM_TIME = 11, 12  # behind the name in /proc/PID/stat
 class PeakMemory:
     """Of all processes of a server together, in bytes.
 
-    `anonymous` and `resident` are the largest sums that were sampled; `kernel_resident` is the sum of each process's own
+    `anonymous`, `resident` and `file` are the largest sums that were sampled; `kernel_resident` is the sum of each process's own
     peak (VmHWM), file pages included, which no sample can miss. `exact_anonymous` is smaps_rollup's figure at the end:
     what `anonymous` (RssAnon, which is cheap and may lag by some pages per thread) is to be judged by. `by_process` is the
     same by what the processes do.
@@ -31,6 +31,7 @@ class PeakMemory:
 
     anonymous: int = 0
     resident: int = 0
+    file: int = 0
     kernel_resident: int = 0
     by_process: dict[str, int] = dataclasses.field(default_factory=dict)
     samples: int = 0
@@ -105,6 +106,7 @@ def _look(pid: int, peak: PeakMemory) -> None:
     peak.samples += 1
     peak.anonymous = max(peak.anonymous, sum(table.get("RssAnon", 0) for table in tables))
     peak.resident = max(peak.resident, sum(table.get("VmRSS", 0) for table in tables))
+    peak.file = max(peak.file, sum(table.get("RssFile", 0) for table in tables))
     peak.kernel_resident = max(peak.kernel_resident, sum(table.get("VmHWM", 0) for table in tables))
 
 

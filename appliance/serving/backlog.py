@@ -58,7 +58,7 @@ class Backlog:
             return
         ahead = tickets[: max(too_many, must_go) - 1]
         waiting = [work(answer) for answer in self._answers if answer.ticket in ahead]
-        seconds = retry_after(pace.seconds_until_place(running, waiting, self._usable_slots(running)))
+        seconds = retry_after(pace.seconds_until_place(running, waiting, self._slots))
         if too_many > 0:
             problem = (
                 f"{len(running)} answers are running and {len(tickets)} requests wait; the limit is {self._slots} running "
@@ -78,7 +78,7 @@ class Backlog:
         way, so that it could not begin, or would be cut off where it would not be alone.
         """
         waiting = [work(answer) for answer in self._answers]
-        place = pace.seconds_until_place(running, waiting, self._usable_slots(running))
+        place = pace.seconds_until_place(running, waiting, self._slots)
         reading, writing = pace.reading_seconds(own), own.answer_tokens * pace.step_seconds(self._slots)
         told = f"The answer could begin in {place + reading:.1f} s, and the deadline is in {max(left, 0.0):.1f} s."
         if left <= 0.0 or (pace.is_measured and left < reading):
@@ -92,7 +92,3 @@ class Backlog:
     def _tickets(self) -> list[Ticket]:
         tickets = dict.fromkeys(answer.ticket for answer in self._answers)
         return [ticket for ticket in tickets if ticket.started_at is None]
-
-    def _usable_slots(self, running: Sequence[Work]) -> int:
-        """While some wait beside running answers, free slots are of no use: what lacks is KV memory."""
-        return len(running) if self._answers and running else self._slots

@@ -191,7 +191,7 @@ class Hosted:
                 model_sha256=settings.sha256,
                 template_sha256=self._model.template_sha256,
                 kv_type=settings.kv_type,
-                layout=f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}, unified, flash attention",
+                layout=f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}, flash attention",
                 adapters=adapters,
             )
             store = SnapshotStore(Path(settings.snapshot_folder), settings.snapshot_bytes, identity)
