@@ -64,7 +64,7 @@ class Row:
             "weights copied": (predicted.weights_copied_bytes, measured.weights_copied),
             "KV": (predicted.kv_bytes, measured.kv),
             "computing": (predicted.compute_bytes, measured.computing),
-            "the rest": (predicted.process_bytes + predicted.output_bytes, measured.peak - known),
+            "the rest": (predicted.process_bytes + predicted.output_bytes + predicted.cache_bytes, measured.peak - known),
         }
 
 

@@ -23,8 +23,8 @@ USER_TIME, SYSTEM_TIME = 11, 12  # behind the name in /proc/PID/stat
 class PeakMemory:
     """Of all processes of a server together, in bytes.
 
-    `anonymous`, `resident` and `file` are the largest sums that were sampled; `kernel_resident` is the sum of each process's own
-    peak (VmHWM), file pages included, which no sample can miss. `exact_anonymous` is smaps_rollup's figure at the end:
+    `anonymous`, `resident` and `file` are the largest sums that were sampled; `kernel_resident` is the sum of each process's
+    own peak (VmHWM), file pages included, which no sample can miss. `exact_anonymous` is smaps_rollup's figure at the end:
     what `anonymous` (RssAnon, which is cheap and may lag by some pages per thread) is to be judged by. `by_process` is the
     same by what the processes do.
     """

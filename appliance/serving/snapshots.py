@@ -6,6 +6,7 @@ reveal nothing of a text. Any thread may use `SnapshotStore`; it knows nothing o
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -18,9 +19,12 @@ import stat
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from appliance.errors import EnvironmentIncomplete
 from appliance.serving.decoder import Adapter, SavedCells
@@ -32,6 +36,10 @@ PARTIAL_SUFFIX = ".partial"
 PIECE_BYTES = 1 << 20  # read or written without a pause
 LONGEST_HEADER_BYTES = 16 * 2**20  # a million token ids are 8 MB
 _FRONT = struct.Struct("<8sI32s")
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 logger = logging.getLogger("appliance.serving")
 
@@ -130,11 +138,10 @@ class SnapshotStore:
                 header = self._header(file)
                 if header.prefix != prefix:
                     raise _Refused("it holds another prefix than at start")
-                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            payload = memoryview(pages)[header.payload_at :]
+                payload = _mapped(file)[header.payload_at :]
             if len(payload) != header.payload_bytes or _sha256(payload) != header.payload_sha256:
                 raise _Refused("its content does not match its checksum")
-        except (OSError, ValueError, _Refused, _OfAnother) as error:  # ValueError: an empty file has no pages
+        except (OSError, _Refused, _OfAnother) as error:
             self._forget(prefix, path, str(error))
             return None
         _touch(path)
@@ -278,6 +285,18 @@ def _open(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise _Refused(f"its mode is {mode:04o} and its owner {status.st_uid}, expected 0600 and {os.geteuid()}")
     return os.fdopen(descriptor, "rb")
+
+
+def _mapped(file: BinaryIO) -> memoryview:
+    """The file's pages, until nobody holds them any more. Python's own `mmap` would keep the file open meanwhile."""
+    size = os.fstat(file.fileno()).st_size
+    address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    pages = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(pages, _libc.munmap, address, size)
+    return np.frombuffer(pages, np.uint8).data.toreadonly()
 
 
 def _pieces(data: SavedCells) -> Iterator[memoryview]:

@@ -215,3 +215,19 @@ def test_vanished_file_is_no_error(tmp_path: Path) -> None:
     store.touch(PREFIX)
     assert store.prefixes() == [PREFIX]
     assert store.read(PREFIX) is None
+
+
+def test_what_is_read_keeps_no_file_open_and_is_unmapped_in_the_end(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    store.write(Prefix((1, 2)), b"payload" * 10_000)
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir()))
+    held = store.read(Prefix((1, 2)))
+    assert held == b"payload" * 10_000
+    assert len(list(descriptors.iterdir())) == before
+    (path,) = tmp_path.rglob("*.prefix")
+    assert str(path) in Path("/proc/self/maps").read_text()
+    path.unlink()
+    assert bytes(held[-7:]) == b"payload"
+    del held
+    assert str(path) not in Path("/proc/self/maps").read_text()
