@@ -296,7 +296,7 @@ def _mapped(file: BinaryIO) -> memoryview:
         raise OSError(code, os.strerror(code))
     pages = (ctypes.c_ubyte * size).from_address(address)
     weakref.finalize(pages, _libc.munmap, address, size)
-    return np.frombuffer(pages, np.uint8).data.toreadonly()
+    return np.frombuffer(memoryview(pages), np.uint8).data.toreadonly()
 
 
 def _pieces(data: SavedCells) -> Iterator[memoryview]:
