@@ -23,7 +23,7 @@ from benchmarks.servers import Launch, Running, Server, ready, running, started
 PATIENCE_SECONDS = 300.0
 DECODE_TOKENS: Mapping[int, int] = {1: 128, 4: 64, 8: 48}  # answer length by the number of streams: some seconds each
 SHORT_TOKENS = 24
-COLD_TOKENS, COLD_PROMPTS = 500, 2
+COLD_TOKENS, COLD_PROMPTS = 500, 1
 SYSTEM_TOKENS, VISITORS = 1000, 2
 # One slot and a cache as large: what pushes a prefix out of both must be read, which takes the most time of all.
 PREFIX_SLOTS, PREFIX_CONTEXT_TOKENS, PREFIX_CACHE_TOKENS = 1, 1152, 1152

@@ -5,6 +5,7 @@ verdicts of the speculation `Gate`; it changes no answer.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -92,9 +93,10 @@ def _feed(answer: Answer, count: int, drafts: Sequence[int]) -> Feed:
 
 
 def _shares(reading: Sequence[Answer], room: int, *, is_first_served: bool) -> list[tuple[Answer, int]]:
-    """Splits the room among prompts: first served is the one that came first, or else the one that is nearest to its answer.
+    """Splits the room among prompts: what is short goes first, in half of it, and the rest to the one that came first.
 
-    A part of a prompt is as long as can be, because each one in a batch costs a pass over the weights.
+    Where none is short, the first that came is served, or else the one that is nearest to its answer. A part of a prompt is
+    as long as can be, because each one in a batch costs a pass over the weights.
     """
     left = {answer: answer.job.prompt_tokens - answer.job.computed for answer in reading}
     if len(reading) == 1:
@@ -102,9 +104,9 @@ def _shares(reading: Sequence[Answer], room: int, *, is_first_served: bool) -> l
         parts = math.ceil(left[reading[0]] / room) if room > 0 else 0
         return [(reading[0], math.ceil(left[reading[0]] / parts))] if parts else []
     order = sorted(reading, key=left.__getitem__)
-    if is_first_served and order:
-        order.remove(reading[0])
-        order.insert(0, reading[0])
+    short = sum(1 for total in itertools.accumulate(left[answer] for answer in order) if total <= room // 2)
+    if order and (short or is_first_served):
+        order = list(dict.fromkeys([*order[:short], reading[0], *order]))
     shares: list[tuple[Answer, int]] = []
     for answer in order:
         count = min(room, left[answer])

@@ -15,7 +15,7 @@ from appliance.serving.snapshots import Prefix, SnapshotStore
 
 SNAPSHOT_TOKENS = 32  # a shorter prefix is read as fast as it is loaded
 RECALL_TOKENS = 64  # what loading a file must save before a request waits for it
-COPY_RATIO = 16  # a slot is copied whole: not for the sake of fewer than one of so many tokens
+COPY_RATIO = 16  # a slot is copied whole: not for the sake of fewer tokens than one of so many, while somebody waits
 SIGHTINGS = 2  # of a shared prefix, before it is written to disk
 REMEMBERED = 64  # shared prefixes whose sightings are counted
 
@@ -102,7 +102,8 @@ class Prefixes:
         """Gives the job its slot, with what is known of its prompt; what was left there goes into the cache."""
         slot, source = place.slot, place.source
         if source.slot == slot:
-            if source.length < len(self._slots.left[slot].prefix.tokens):
+            lost = len(self._slots.left[slot].prefix.tokens) - source.length
+            if lost * COPY_RATIO > source.length:
                 self._keep(slot)
             self._decoder.remove(slot, source.length, -1)
             job.computed = source.length
