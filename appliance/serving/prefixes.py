@@ -190,9 +190,8 @@ class Prefixes:
         self._tried.add(prefix)
         size = len(prefix.tokens)
         source = self._source(prefix)
-        parts = self._parts(dataclasses.replace(source, slot=None) if source.match.length == size else source)
         try:
-            return self._decoder.join(parts) if source.length == size else None
+            return self._decoder.join(self._parts(source)) if source.length == size else None
         except SnapshotRefused as error:
             logger.warning("event=prefix_not_saved tokens=%d reason=%r", size, str(error))
             return None
@@ -253,7 +252,8 @@ class Prefixes:
         return length if held.owner in (None, wanted.owner) else min(length, self._operator_length(held))
 
     def _parts(self, source: Source) -> list[SavedPart]:
-        if source.slot is not None:
+        """The cells for another slot: the cache's, which need not be saved any more, if it has as many."""
+        if source.slot is not None and source.match.length < source.length:
             return [SavedPart(self._decoder.save(source.slot), 0, source.length)]
         return self._cache.parts(source.match)
 
@@ -267,7 +267,7 @@ class Prefixes:
             self._decoder.restore(slot, parts)
         except SnapshotRefused as error:
             logger.warning("event=prefix_not_loaded tokens=%d reason=%r", source.length, str(error))
-            if source.slot is None:
+            if source.match.length:
                 self._cache.forget(source.match)
             return 0
         return source.length

@@ -26,6 +26,7 @@ class ThreadChoice:
         self._steps = 0  # since the last trial
         self._turn = itertools.cycle(self._counts)
         self._trial: tuple[int, int] | None = None  # threads, and how many steps are left
+        self._last: dict[int, float] = {}  # costs by threads, of the number of rows that was compared last
 
     def choose(self, rows: int) -> int:
         """Threads for a step that computes `rows` tokens of running answers."""
@@ -48,6 +49,8 @@ class ThreadChoice:
         measured.append(seconds / rows)
         if len(measured) >= TRIAL_STEPS:
             self._costs[key] = statistics.median(measured)
+            if all((key[0], count) in self._costs for count in self._counts):
+                self._last = {count: self._costs[key[0], count] for count in self._counts}
         self._steps += 1
         if self._trial is not None and self._trial[0] == threads:
             left = self._trial[1] - 1
@@ -61,14 +64,18 @@ class ThreadChoice:
         return min(known, key=known.__getitem__) if known else self._counts[0]
 
     def _is_due(self, rows: int, best: int) -> bool:
-        """Whether to try another number again: the slower it was, the more seldom."""
-        costs = [self._costs.get((_bucket(rows), count)) for count in self._counts]
-        if self._steps < MEASURED_STEPS or costs[self._counts.index(best)] is None:
+        """Whether to try another number again: the slower it was, the more seldom.
+
+        What is not known for so many rows is taken to be as it was for others.
+        """
+        bucket = _bucket(rows)
+        if self._steps < MEASURED_STEPS or (bucket, best) not in self._costs:
             return False
-        known = [cost for cost in costs if cost is not None]
-        if len(known) < len(costs):
+        is_known = all((bucket, count) in self._costs for count in self._counts)
+        costs = {count: self._costs[bucket, count] for count in self._counts} if is_known else self._last
+        if not costs or min(costs.values()) < costs[best]:
             return True
-        lost_steps = TRIAL_STEPS * (max(known) / min(known) - 1)
+        lost_steps = TRIAL_STEPS * (max(costs.values()) / costs[best] - 1)
         return self._steps >= min(lost_steps / TRIAL_COST, LONGEST_PAUSE_STEPS)
 
 

@@ -81,3 +81,16 @@ def test_the_scheduler_uses_what_is_chosen() -> None:
         assert bench.client(1, 2, 3, max_tokens=50).reason() == "length"
     assert {prefill for _, prefill in decoder.threads} == {3}
     assert {decode for decode, _ in decoder.threads} == {1, 2}
+
+
+def test_what_one_number_of_rows_has_shown_is_not_tried_again_for_each_other() -> None:
+    choice = ThreadChoice(2)
+    steps(choice, quiet, 50)
+    for rows in (2, 4, 8):
+        assert steps(choice, quiet, 12, rows)[1] == 0
+
+
+def test_fewer_threads_that_were_faster_are_tried_at_once_for_other_rows() -> None:
+    choice = ThreadChoice(2)
+    steps(choice, shared, 50)
+    assert steps(choice, shared, 20, rows=8)[2] <= 7
