@@ -127,10 +127,10 @@ def _work(settings: EngineSettings, vocabulary_tokens: int) -> Mapping[str, Sequ
     drawn = SamplingSettings(temperature=0.7, top_k=40, top_p=0.9, repeat_penalty=1.1, seed=1)
     bound = Grammar(kind="json_schema", source=json.dumps(SCHEMA))
     return {
-        "a long prompt, shared": twins[: settings.slots],
         "all slots": [request(64) for _ in range(settings.slots)],
         "bound and drawn answers": [request(64, grammar=bound), request(64, sampling=drawn, top_logprobs=5)],
         "more than can be cached": [request(usual, 1) for _ in range(settings.cache_tokens // usual + 1)],
+        "a whole context, copied": twins[: settings.slots],
     }
 
 

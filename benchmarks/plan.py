@@ -70,7 +70,7 @@ CHATS: Mapping[str, ChatRows] = {
     "decode": ChatRows(servers=tuple(SERVERS), run=_decode, rounds={EXAMPLE: 1, LLAMA_CPP_SERVER: 2}),
     "cold": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.cold),
     "beside": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.beside),
-    "schema": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.schema, rounds=dict.fromkeys(LIKE_WITH_LIKE, 2)),
+    "schema": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.schema, rounds=dict.fromkeys(LIKE_WITH_LIKE, 1)),
 }
 OWN: Mapping[str, OwnRows] = {
     "cold-start": OwnRows(servers=LIKE_WITH_LIKE, run=starts.cold_start, rounds=3),

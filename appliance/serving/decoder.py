@@ -150,7 +150,7 @@ class Decoder(Protocol):
         """Raises `SnapshotRefused` unless these are the cells of positions 0 to `tokens` - 1, as this model has them."""
 
     def move(self, source: int, target: int) -> None:
-        """Gives sequence and sampler of one slot to another, which loses its own sequence."""
+        """Gives sequence and sampler of one slot to another, which loses its own sequence. It may be empty."""
 
     def release(self, slot: int, kept: int) -> None:
         """Forgets the slot's sampler, and its sequence but for the first `kept` tokens."""

@@ -96,7 +96,7 @@ def test_a_case_that_does_not_fit_is_said_and_the_others_go_on(planned: Plan, mo
 def test_an_engine_is_measured_at_each_kind_of_work(planned: Plan) -> None:
     """The engine's own process; a model so small has nothing to compare, but for the buffers."""
     found = engine_memory.measure(planned.settings, shaped_gguf.Shape().vocabulary)
-    work = ["a long prompt, shared", "all slots", "bound and drawn answers", "more than can be cached"]
+    work = ["all slots", "bound and drawn answers", "more than can be cached", "a whole context, copied"]
     assert list(found.after) == ["loading", *work]
     assert found.peak >= found.after["more than can be cached"]
     cached = found.after["more than can be cached"] - found.after["loading"]

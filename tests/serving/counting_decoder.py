@@ -176,7 +176,7 @@ class CountingDecoder:
     def move(self, source: int, target: int) -> None:
         self._require(self.can_share and target not in self.samplers, f"move of slot {source} to {target}")
         self.moves += 1
-        self.held[target], self.samplers[target] = self.held.pop(source), self.samplers.pop(source)
+        self.held[target], self.samplers[target] = self.held.pop(source, {}), self.samplers.pop(source)
 
     def release(self, slot: int, kept: int) -> None:
         self._require(0 <= slot < self.slots, f"release of slot {slot}")

@@ -196,6 +196,15 @@ def test_answers_move_with_cells_and_sampler(context: Context) -> None:
     assert told == expected
 
 
+def test_an_answer_of_which_nothing_was_read_moves_too(context: Context) -> None:
+    read(context, LONG, slot=2)  # what the slot held before
+    context.release(2, kept=20)
+    context.start(0, GREEDY, None, ALL)
+    context.move(0, 2)
+    found = decode(context, [Feed(2, PROMPT, 0, is_sampled=True)])
+    assert difference(in_order(found[2][0]), logprobs(context, PROMPT, slot=1)) < SAME
+
+
 def test_a_slot_keeps_the_beginning_it_is_told_to(context: Context) -> None:
     read(context, LONG)
     context.release(0, kept=9)

@@ -223,6 +223,22 @@ def test_answers_move_together_when_one_between_them_ends() -> None:
         assert decoder.moves > 0
 
 
+def test_answer_that_was_not_read_yet_moves_when_one_before_it_ends() -> None:
+    decoder = CountingDecoder(slots=3, context_tokens=600, follow=lambda history: history[-1])
+    with Bench(decoder, cache_tokens=1000) as bench:
+        decoder.gate.clear()
+        lengths = ((20, 1, 40), (240, 2, 1), (250, 3, 3))  # tokens, the last of them, tokens of the answer
+        clients = [bench.client(*([10 * last] * count), last, max_tokens=limit) for count, last, limit in lengths]
+        decoder.hold_at = 1
+        decoder.gate.set()
+        until(lambda: bench.scheduler.load().running == 3)
+        clients[1].cancel()
+        decoder.gate.set()
+        assert [client.reason() for client in clients] == ["length", "cancelled", "length"]
+        assert clients[2].text == "3 " * 3
+        assert decoder.moves == 1
+
+
 def test_answers_of_a_model_that_cannot_share_stay_where_they_are() -> None:
     decoder = CountingDecoder(slots=3, context_tokens=200, can_share=False, follow=lambda history: history[-1])
     with Bench(decoder) as bench:

@@ -155,8 +155,10 @@ class Context:
         saved_cells.check(cells, tokens, self.cell_bytes, self._kv_type)
 
     def move(self, source: int, target: int) -> None:
-        cells = self.save(source)
-        self.restore(target, [SavedPart(cells, 0, c.llama_memory_seq_pos_max(self._memory, source) + 1)])
+        if tokens := c.llama_memory_seq_pos_max(self._memory, source) + 1:  # none where nothing was read yet
+            self.restore(target, [SavedPart(self.save(source), 0, tokens)])
+        else:
+            self.remove(target, 0, -1)
         self._stop_sampler(target)
         self._samplers[target] = self._samplers.pop(source)
         self.remove(source, 0, -1)
