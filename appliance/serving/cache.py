@@ -14,7 +14,10 @@ from appliance.serving.decoder import Adapter, SavedCells, SavedPart
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Saved:
-    """Cells of a run of tokens. The nodes that hold parts of it follow each other in the tree and cover it whole."""
+    """Cells of a run of tokens, of which the nodes that follow each other in the tree hold parts.
+
+    Together they cover it whole, but for one that is mapped: its first tokens may be with nodes that were there before.
+    """
 
     cells: SavedCells
     is_mapped: bool  # in the pages of a file, which the kernel may drop
@@ -61,7 +64,6 @@ class PrefixCache:
         self._roots: dict[Adapter | None, Node] = {}
         self._nodes: set[Node] = set()
         self._clock = 0
-        self.limit = limit
         self._limits = {False: limit, True: mapped_limit}
         self._held = {False: 0, True: 0}  # tokens, by whether they are mapped
 
@@ -69,6 +71,11 @@ class PrefixCache:
     def tokens(self) -> int:
         """In memory."""
         return self._held[False]
+
+    @property
+    def limit(self) -> int:
+        """Of `tokens`."""
+        return self._limits[False]
 
     def match(self, adapter: Adapter | None, owner: str | None, tokens: Sequence[int]) -> Match:
         """The longest prefix of `tokens` that `owner` may use."""

@@ -3,7 +3,8 @@
 import itertools
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from appliance.serving.engine_settings import EngineSettings
@@ -135,6 +136,12 @@ class Bench:
     def client(self, *prompt: int, **fields: Any) -> Client:
         return Client(self.scheduler, prompt, **fields)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is asked meanwhile comes in one moment: the scheduler sees it all before its next step."""
+        with self.scheduler._changed:
+            yield
+
     def idle(self) -> None:
         """Waits until nothing runs, nothing waits and nothing is read ahead."""
         until(lambda: self.scheduler.load().running == self.scheduler.load().waiting == 0 and not self.scheduler._idle._warm)
@@ -153,6 +160,14 @@ class Bench:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def bench_of(*, context_tokens: int = 200, slots: int = 2, cache_tokens: int = 1000, **rest: Any) -> Bench:
+    return Bench(CountingDecoder(slots=slots, context_tokens=context_tokens), cache_tokens=cache_tokens, **rest)
+
+
+def cached(client: Client) -> int:
+    return client.finished().cached_tokens
 
 
 def until(condition: Callable[[], bool]) -> None:

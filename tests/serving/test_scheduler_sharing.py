@@ -1,19 +1,15 @@
 """What answers share: prefixes, the KV memory, adapters' turns, idle time; and what tenants never share."""
 
 import itertools
-import threading
-import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from appliance.errors import EngineFailed
 from appliance.serving.decoder import Adapter
 from appliance.serving.events import Finished
-from appliance.serving.snapshots import Identity, Prefix, SnapshotStore
+from appliance.serving.snapshots import Prefix
 from tests.serving.counting_decoder import CountingDecoder
-from tests.serving.scheduler_bench import Bench, Client, numbers, until
+from tests.serving.scheduler_bench import Bench, bench_of, cached, numbers, until
 
 SYSTEM = tuple(range(100, 140))
 
@@ -22,18 +18,6 @@ SYSTEM = tuple(range(100, 140))
 def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Idle work begins at once."""
     monkeypatch.setattr("appliance.serving.scheduler.SETTLE_SECONDS", 0.0)
-
-
-def bench_of(*, context_tokens: int = 200, slots: int = 2, cache_tokens: int = 1000, **rest: Any) -> Bench:
-    return Bench(CountingDecoder(slots=slots, context_tokens=context_tokens), cache_tokens=cache_tokens, **rest)
-
-
-def cached(client: Client) -> int:
-    return client.finished().cached_tokens
-
-
-def store_in(folder: Path) -> SnapshotStore:
-    return SnapshotStore(folder, 10**6, Identity(model_sha256="m", template_sha256="t", kv_type="f16", layout="1"))
 
 
 def test_next_turn_of_a_conversation_computes_only_what_is_new() -> None:
@@ -72,7 +56,8 @@ def test_one_that_waits_for_a_prefix_is_overtaken_and_outlives_the_reader() -> N
     with bench_of(slots=3) as bench:
         bench.decoder.gate.clear()
         long = tuple(range(100, 180))
-        reader, waiter, other = bench.client(*long, 1), bench.client(*long, 2), bench.client(9)
+        with bench.together():
+            reader, waiter, other = bench.client(*long, 1), bench.client(*long, 2), bench.client(9)
         until(lambda: bench.scheduler.load().running == 2)
         reader.cancel()
         bench.decoder.gate.set()
@@ -228,7 +213,8 @@ def test_answer_that_was_not_read_yet_moves_when_one_before_it_ends() -> None:
     with Bench(decoder, cache_tokens=1000) as bench:
         decoder.gate.clear()
         lengths = ((20, 1, 40), (240, 2, 1), (250, 3, 3))  # tokens, the last of them, tokens of the answer
-        clients = [bench.client(*([10 * last] * count), last, max_tokens=limit) for count, last, limit in lengths]
+        with bench.together():
+            clients = [bench.client(*([10 * last] * count), last, max_tokens=limit) for count, last, limit in lengths]
         decoder.hold_at = 1
         decoder.gate.set()
         until(lambda: bench.scheduler.load().running == 3)
@@ -252,7 +238,8 @@ def test_answers_of_a_model_that_cannot_share_stay_where_they_are() -> None:
 def test_adapters_take_turns_and_are_never_mixed() -> None:
     with bench_of(slots=3) as bench:
         bench.decoder.gate.clear()
-        clients = [bench.client(1, 2, 3, adapter=name, max_tokens=20) for name in (None, "x", "y")]
+        with bench.together():
+            clients = [bench.client(1, 2, 3, adapter=name, max_tokens=20) for name in (None, "x", "y")]
         until(lambda: bench.scheduler.load().running == 3)
         bench.decoder.gate.set()
         assert [client.reason() for client in clients] == ["length"] * 3
@@ -286,19 +273,6 @@ def test_guesses_are_made_while_they_pay_and_change_nothing() -> None:
     assert texts[0] == texts[1]
 
 
-def test_shared_prefix_outlives_a_restart(tmp_path: Path) -> None:
-    with bench_of(snapshots=store_in(tmp_path)) as bench:
-        for last in (1, 2):
-            bench.client(*SYSTEM, last, shared=len(SYSTEM), tenant="a").end()
-            bench.idle()
-        bench.client(*SYSTEM, 3, *SYSTEM, shared=0).end()
-        until(lambda: len(list(tmp_path.glob("*.prefix"))) == 1)
-    assert store_in(tmp_path).prefixes() == [Prefix(SYSTEM, None, "a")]
-    with bench_of(snapshots=store_in(tmp_path)) as bench:
-        assert cached(bench.client(*SYSTEM, 5, tenant="b")) == 0
-        assert cached(bench.client(*SYSTEM, 5, tenant="a")) == len(SYSTEM)
-
-
 def test_nothing_is_copied_while_the_next_request_may_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("appliance.serving.scheduler.SETTLE_SECONDS", 0.1)
     with bench_of(cache_tokens=400, slots=1) as bench:
@@ -310,114 +284,3 @@ def test_nothing_is_copied_while_the_next_request_may_come_at_once(monkeypatch: 
         assert cached(bench.client(*SYSTEM, 1)) == len(SYSTEM)
         bench.idle()
         assert bench.decoder.computed == (len(SYSTEM) + 1 + 4) + (40 + 4) + (1 + 4)
-
-
-def test_prefix_of_one_request_is_not_written(tmp_path: Path) -> None:
-    with bench_of(snapshots=store_in(tmp_path)) as bench:
-        assert len(bench.client(*SYSTEM, 1, shared=len(SYSTEM), n=3).ends()) == 3
-        bench.idle()
-        time.sleep(0.05)
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_operators_prefix_is_written_and_not_read_again(tmp_path: Path) -> None:
-    with bench_of(snapshots=store_in(tmp_path)) as bench:
-        bench.scheduler.warm(SYSTEM)
-        until(lambda: len(list(tmp_path.glob("*.prefix"))) == 1)
-    with bench_of(snapshots=store_in(tmp_path)) as bench:
-        bench.scheduler.warm(SYSTEM)
-        assert cached(bench.client(*SYSTEM, 5)) == len(SYSTEM)
-        bench.idle()
-        assert bench.decoder.computed == 1 + 4
-
-
-def test_visitors_text_is_never_written(tmp_path: Path) -> None:
-    with bench_of(snapshots=store_in(tmp_path)) as bench:
-        secret = tuple(range(7000, 7100))
-        for _ in range(3):
-            bench.client(*SYSTEM, *secret, shared=len(SYSTEM)).end()
-            bench.idle()
-        until(lambda: len(list(tmp_path.glob("*.prefix"))) == 1)
-        bench.idle()
-    assert b"7000" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
-
-
-LONG_SYSTEM = tuple(range(1000, 1100))
-
-
-def small_bench(folder: Path) -> Bench:
-    return bench_of(slots=2, cache_tokens=200, snapshots=store_in(folder))
-
-
-def pushed_out(bench: Bench) -> None:
-    """Two requests under one system prompt, which is on disk then, and whose cells make room for others'."""
-    for last in (1, 2):
-        bench.client(*LONG_SYSTEM, last, shared=len(LONG_SYSTEM), tenant="a").end()
-        bench.idle()
-    store = bench.scheduler._prefixes._store
-    assert store is not None
-    until(lambda: Prefix(LONG_SYSTEM, None, "a") in store)
-    for first in (2000, 3000, 4000):
-        bench.client(*range(first, first + 150)).end()
-        bench.idle()
-    assert bench.scheduler._prefixes.has(Prefix(LONG_SYSTEM, None, "a")) is False
-
-
-def test_prefix_that_memory_has_lost_comes_back_from_disk(tmp_path: Path) -> None:
-    with small_bench(tmp_path) as bench:
-        pushed_out(bench)
-        before = bench.decoder.computed
-        again = bench.client(*LONG_SYSTEM, 5, tenant="a")
-        assert (cached(again), again.text) == (len(LONG_SYSTEM), numbers(6, 5))
-        assert bench.decoder.computed - before == 1 + 4
-        assert cached(bench.client(*LONG_SYSTEM, 5, tenant="b")) == 0, "what another's key has written"
-
-
-def test_others_are_answered_while_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with small_bench(tmp_path) as bench:
-        pushed_out(bench)
-        is_read = threading.Event()
-        read = SnapshotStore.read
-
-        def slow_read(store: SnapshotStore, prefix: Prefix) -> bytes | None:
-            assert is_read.wait(10)
-            return read(store, prefix)
-
-        monkeypatch.setattr(SnapshotStore, "read", slow_read)
-        waiting, gone = (bench.client(*LONG_SYSTEM, last, tenant="a") for last in (5, 6))
-        assert bench.client(7).reason() == "length"
-        gone.cancel()
-        assert gone.reason() == "cancelled"
-        is_read.set()
-        assert (cached(waiting), waiting.text) == (len(LONG_SYSTEM), numbers(6, 5))
-
-
-def test_broken_file_is_deleted_and_the_prefix_read(tmp_path: Path) -> None:
-    with small_bench(tmp_path) as bench:
-        pushed_out(bench)
-        (path,) = tmp_path.glob("*.prefix")
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        again = bench.client(*LONG_SYSTEM, 5, tenant="a")
-        assert (cached(again), again.text) == (0, numbers(6, 5))
-        assert not path.exists()
-
-
-def test_file_is_of_use_without_any_cache(tmp_path: Path) -> None:
-    with bench_of(snapshots=store_in(tmp_path)) as bench:
-        bench.scheduler.warm(SYSTEM)
-        until(lambda: len(list(tmp_path.glob("*.prefix"))) == 1)
-    with bench_of(slots=1, cache_tokens=0, snapshots=store_in(tmp_path)) as bench:
-        bench.scheduler.warm(SYSTEM)
-        for last in (5, 6):
-            assert cached(bench.client(*SYSTEM, last)) == len(SYSTEM)
-            assert cached(bench.client(1, 2, 3)) == 0
-        assert bench.scheduler.load().cached_tokens == 0
-
-
-def test_refused_snapshot_is_deleted_and_the_prefix_read(tmp_path: Path) -> None:
-    store_in(tmp_path).write(Prefix(SYSTEM, None, ""), b"[0, null, [[-1, 0]]]")
-    with bench_of(snapshots=store_in(tmp_path)) as bench:
-        client = bench.client(*SYSTEM, 5)
-        assert (cached(client), client.text) == (0, numbers(6, 5))
-        assert list(tmp_path.iterdir()) == []

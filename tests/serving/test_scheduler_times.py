@@ -23,8 +23,9 @@ def bench() -> Iterator[Bench]:
 
 def test_deadline_in_the_queue_and_in_prefill_fails(bench: Bench) -> None:
     bench.decoder.gate.clear()
-    reading = bench.client(1, wait=0.05)
-    other = bench.client(2, max_tokens=60)
+    with bench.together():
+        reading = bench.client(1, wait=0.05)
+        other = bench.client(2, max_tokens=60)
     until(lambda: bench.scheduler.load().running == 2)
     waiting = bench.client(3, wait=0.05)
     time.sleep(0.06)
