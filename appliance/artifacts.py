@@ -164,23 +164,61 @@ def create(plan: Plan, root: Path, *, keep_partial: bool = False, is_resumable: 
     same artifact.
     """
     started = time.time()
-    partial = plan.partial(root)
+    with _drafting(plan.location(root), keep_partial=keep_partial, is_resumable=is_resumable) as draft:
+        yield draft
+        _write_manifest(plan, draft, started)
+
+
+@contextlib.contextmanager
+def take_in(artifact_id: str, root: Path) -> Iterator[Path]:
+    """A folder for all files of an artifact that was made elsewhere; in its place once the block ends.
+
+    The manifest goes into it last. Nothing is left after a failure. Raises `ArtifactError` as `create` does.
+    """
+    with _drafting(root / artifact_id, keep_partial=False, is_resumable=False) as draft:
+        yield draft.path
+
+
+def remove(artifact: Artifact) -> None:
+    """Deletes an artifact: at once for whoever looks, file by file afterwards."""
+    doomed = artifact.path.with_name(artifact.path.name + PARTIAL)
+    with _locked(doomed.with_suffix(".lock"), doomed):
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        artifact.path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+@contextlib.contextmanager
+def _drafting(location: Path, *, keep_partial: bool, is_resumable: bool) -> Iterator[Draft]:
+    partial = location.with_name(location.name + PARTIAL)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with _locked(partial.with_suffix(".lock"), partial):
         if partial.exists() and not keep_partial:
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)
-        draft = Draft(partial)
         try:
-            yield draft
+            yield Draft(partial)
         except Exception:
             if not is_resumable:
                 shutil.rmtree(partial)
             raise
-        _commit(plan, draft, plan.location(root), started)
+        _settle(partial, location)
 
 
-def _commit(plan: Plan, draft: Draft, location: Path, started: float) -> None:
+def _settle(partial: Path, location: Path) -> None:
+    if (location / MANIFEST).exists():  # another process made the same meanwhile; artifacts are never changed
+        shutil.rmtree(partial)
+        return
+    if location.exists():  # a folder without a manifest: not whole, so nothing of value
+        shutil.rmtree(location)
+    for path in (*partial.rglob("*"), partial):
+        flush(path)
+    partial.rename(location)
+    flush(location.parent)
+
+
+def _write_manifest(plan: Plan, draft: Draft, started: float) -> None:
     files = {}
     for file in sorted(draft.path.rglob("*")):
         if file.is_file():
@@ -201,12 +239,6 @@ def _commit(plan: Plan, draft: Draft, location: Path, started: float) -> None:
         "seconds": round(time.time() - started, 3),
     }
     write_atomically(draft.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n")
-    if (location / MANIFEST).exists():  # another process made the same meanwhile; artifacts are never changed
-        shutil.rmtree(draft.path)
-        return
-    if location.exists():  # a folder without a manifest: not whole, so nothing of value
-        shutil.rmtree(location)
-    draft.path.rename(location)
 
 
 def _versions() -> dict[str, str]:
@@ -229,6 +261,15 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk, where a power cut leaves them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:

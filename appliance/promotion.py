@@ -1,12 +1,18 @@
 """Which model is served: the symlink `artifacts/current`, switched atomically, and `promoted.json` beside it.
 
-Only a model with a verification report is promoted. `promoted.json` keeps the serving settings of the model's recipe.
+Only a model with a verification report is promoted. `promoted.json` holds the models that were promoted, in that order, each
+once, with the serving settings of its recipe. It is written before the link is switched, so that whenever a machine loses
+its power, the link names a model that is whole and whose settings are known. What follows the linked model in the file was
+rolled back, or was never reached; the next promotion drops it.
 """
 
+import contextlib
+import dataclasses
+import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,17 @@ from appliance.errors import ArtifactError, VerificationFailed
 
 CURRENT = "current"
 RECORD = "promoted.json"
+SCHEMA = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Promotion:
+    """A model and its report, both as artifact ids, and the serving settings of its recipe."""
+
+    model: str
+    report: str
+    serve: Mapping[str, Any]
+    promoted_at: str
 
 
 def promote(model: Artifact, report: Artifact, serve: Mapping[str, Any], root: Path) -> None:
@@ -25,23 +42,34 @@ def promote(model: Artifact, report: Artifact, serve: Mapping[str, Any], root: P
     """
     if model.manifest["kind"] != "gguf":
         raise ArtifactError(f"{model.path} is of kind {model.manifest['kind']!r}; only a gguf artifact can be served.")
-    if report.manifest["inputs"].get("what") != "verify" or model.id not in report.manifest["parents"]:
+    if not verifies(report, model):
         raise VerificationFailed(f"{report.path} does not verify {model.id}; run `appliance convert verify` for it first.")
     if model.path.resolve() != (root / "gguf" / model.path.name).resolve():
         raise ArtifactError(f"{model.path} does not lie in {root / 'gguf'}; only a model of this folder can be promoted.")
     artifacts.check_files(model)
-    record = {
-        "schema": artifacts.SCHEMA,
-        "model": model.id,
-        "report": report.id,
-        "serve": dict(serve),
-        "promoted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    artifacts.write_atomically(root / RECORD, json.dumps(record, indent=2) + "\n")
-    link = root / f".{CURRENT}.{os.getpid()}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(Path("gguf") / model.path.name)
-    link.replace(root / CURRENT)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    this = Promotion(model=model.id, report=report.id, serve=dict(serve), promoted_at=now)
+    with _locked(root):
+        kept = [each for each in _until_current(root) if each.model != model.id]
+        record = {"schema": SCHEMA, "promotions": [dataclasses.asdict(each) for each in (*kept, this)]}
+        artifacts.write_atomically(root / RECORD, json.dumps(record, indent=2) + "\n")
+        artifacts.flush(root)
+        _link(model.id, root)
+
+
+def rollback(root: Path) -> Artifact:
+    """Serves the model that was promoted before the current one, with its settings; returns it.
+
+    Raises `ArtifactError` when there is none, or when it is not whole any more; then nothing changes.
+    """
+    with _locked(root):
+        promotions = _until_current(root)
+        if len(promotions) < 2:
+            raise ArtifactError(f"No model was promoted in {root} before the current one; there is nothing to go back to.")
+        before = artifacts.load(root / promotions[-2].model)
+        artifacts.check_files(before)
+        _link(before.id, root)
+    return before
 
 
 def current(root: Path) -> Artifact | None:
@@ -49,14 +77,73 @@ def current(root: Path) -> Artifact | None:
     return artifacts.load((root / CURRENT).resolve()) if (root / CURRENT).exists() else None
 
 
+def of(model: Artifact, root: Path) -> Promotion | None:
+    """How `model` was promoted last; None when it never was."""
+    return next((each for each in _read(root) if each.model == model.id), None)
+
+
 def serve_settings(model: Artifact, root: Path) -> Mapping[str, Any]:
-    """What the recipe of the promoted `model` says about serving; nothing for another model."""
+    """What the recipe of `model` says about serving, if it was promoted."""
+    promotion = of(model, root)
+    return {} if promotion is None else promotion.serve
+
+
+def report_on(model: Artifact, root: Path) -> Artifact:
+    """The report it was promoted with, else the newest that verifies it; raises `VerificationFailed` when none does."""
+    if (promotion := of(model, root)) is not None and (root / promotion.report / artifacts.MANIFEST).exists():
+        return artifacts.load(root / promotion.report)
+    reports = [artifacts.load(path.parent) for path in (root / "report").glob(f"*/{artifacts.MANIFEST}")]
+    fitting = [report for report in reports if verifies(report, model)]
+    if not fitting:
+        raise VerificationFailed(
+            f"No report in {root / 'report'} verifies {model.id}; run `appliance convert verify` first."
+        )
+    return max(fitting, key=lambda report: str(report.manifest["made_at"]))
+
+
+def verifies(report: Artifact, model: Artifact) -> bool:
+    return report.manifest["inputs"].get("what") == "verify" and model.id in report.manifest["parents"]
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """One after another; the lock ends with the process."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f".{CURRENT}.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _link(model_id: str, root: Path) -> None:
+    link = root / f".{CURRENT}.{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(model_id)
+    link.replace(root / CURRENT)
+    artifacts.flush(root)
+
+
+def _until_current(root: Path) -> Sequence[Promotion]:
+    """What was promoted, up to the model that is linked."""
+    promotions = _read(root)
+    if not (root / CURRENT).is_symlink():
+        return []
+    linked = (root / CURRENT).readlink().as_posix()
+    ids = [each.model for each in promotions]
+    return promotions[: ids.index(linked) + 1] if linked in ids else []
+
+
+def _read(root: Path) -> Sequence[Promotion]:
     path = root / RECORD
     if not path.is_file():
-        return {}
+        return []
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        settings: Mapping[str, Any] = record["serve"] if record["model"] == model.id else {}
+        if record["schema"] == 1:  # one promotion, and nothing about those before
+            record["promotions"] = [{name: record[name] for name in ("model", "report", "serve", "promoted_at")}]
+        elif record["schema"] != SCHEMA:
+            raise ArtifactError(
+                f"{path} has schema {record['schema']}, and this version knows {SCHEMA}; update the appliance."
+            )
+        return [Promotion(**each) for each in record["promotions"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error!r}); promote the model again.") from error
-    return settings
+        raise ArtifactError(f"{path} is damaged ({error!r}); remove it and promote the model again.") from error

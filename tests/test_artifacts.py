@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance import artifacts, promotion
+from appliance import artifacts
 from appliance.artifacts import MANIFEST, Plan
-from appliance.errors import ArtifactError, EnvironmentIncomplete, VerificationFailed
-from tests.running import call
+from appliance.errors import ArtifactError, EnvironmentIncomplete
 
 PLAN = Plan(kind="gguf", name="tiny", inputs={"revision": 1}, parents=["merged/x"], config={"type": "Q8_0"})
 MAKE_AND_WAIT = """
@@ -35,13 +34,6 @@ def make(root: Path, plan: Plan = PLAN, text: str = "weights") -> artifacts.Arti
         (draft.path / "inner").mkdir()
         (draft.path / "inner" / "file").write_text(text)
         draft.results["size_bytes"] = len(text)
-    return artifacts.load(plan.location(root))
-
-
-def report_on(model: artifacts.Artifact, root: Path) -> artifacts.Artifact:
-    plan = Plan(kind="report", name="tiny-verify", inputs={"what": "verify"}, parents=[model.id])
-    with artifacts.create(plan, root):
-        pass
     return artifacts.load(plan.location(root))
 
 
@@ -180,39 +172,9 @@ def test_full_disk_is_said_first(root: Path, monkeypatch: pytest.MonkeyPatch) ->
         artifacts.require_space(root, 2_000_000, "This")
 
 
-def test_promotion(root: Path) -> None:
-    model = make(root)
-    report = report_on(model, root)
-    assert promotion.current(root) is None
-    result = call("models", "promote", model.path, "--report", report.path, "--serve", '{"slots": 3}')
-    assert result.exit_code == 0, result.stderr
-    promoted = promotion.current(root)
-    assert promoted is not None
-    assert promoted.id == model.id
-    assert promotion.serve_settings(promoted, root) == {"slots": 3}
-    assert f"* {model.id}" in call("models", "list").stdout
-    assert f'"id": "{model.id}"' in call("models", "show").stdout
-    other = make(root, Plan(kind="gguf", name="other", inputs={}, config={"type": "Q8_0"}))
-    assert promotion.serve_settings(other, root) == {}
-
-
-def test_promotion_refuses(root: Path, tmp_path: Path) -> None:
-    model = make(root)
-    report = report_on(model, root)
-    other = make(root, Plan(kind="gguf", name="other", inputs={}))
-    with pytest.raises(VerificationFailed, match="does not verify"):
-        promotion.promote(other, report, {}, root)
-    measured = Plan(kind="report", name="tiny-run", inputs={}, parents=[model.id])
-    with artifacts.create(measured, root):
-        pass
-    with pytest.raises(VerificationFailed, match="does not verify"):  # a report, but not one of verification
-        promotion.promote(model, artifacts.load(measured.location(root)), {}, root)
-    with pytest.raises(ArtifactError, match="only a gguf artifact can be served"):
-        promotion.promote(report, report, {}, root)
-    with pytest.raises(ArtifactError, match="does not lie in"):
-        promotion.promote(model, report, {}, tmp_path / "another")
-    (model.path / "inner/file").write_text("changed")
-    result = call("models", "promote", model.path, "--report", report.path)
-    assert result.exit_code == 1
-    assert "has changed since it was made" in result.stderr
-    assert not (root / "current").exists()
+def test_removed_at_once(root: Path) -> None:
+    artifact = make(root)
+    artifacts.remove(artifact)
+    assert PLAN.existing(root) is None
+    assert [each.name for each in (root / "gguf").iterdir()] == [f"{artifact.path.name}.lock"]
+    assert make(root).id == artifact.id

@@ -1,0 +1,39 @@
+"""An update by stick: a running server takes up what was imported and promoted, and goes back when it is rolled back."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.running import Trained, call
+from tests.serving.serving_process import running_server, until
+
+
+def exported(trained: Trained, step: str, stick: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(trained.root))
+    result = call("models", "export", trained.made[step], "--to", stick, "--json")
+    assert result.exit_code == 0, result.stderr
+    return Path(json.loads(result.stdout)["file"])
+
+
+def test_running_server_takes_up_what_the_stick_brings_and_goes_back(
+    trained: Trained, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stick = tmp_path / "stick"
+    stick.mkdir()
+    small, large = (exported(trained, step, stick, monkeypatch) for step in ("Q4_K_M", "Q8_0"))
+    monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(root))
+    assert call("models", "import", small, "--promote").exit_code == 0
+    with running_server(root=root) as server:
+
+        def model() -> str:
+            answer = server.chat(max_tokens=2).json()
+            assert answer["usage"]["completion_tokens"] > 0
+            return str(answer["model"])
+
+        first = model()
+        assert call("models", "import", large, "--promote").exit_code == 0
+        until(lambda: model() != first)
+        assert call("models", "rollback").exit_code == 0
+        until(lambda: model() == first)
+        assert server.stop() == 0

@@ -1,0 +1,148 @@
+"""Which model is served: only a verified one, with its settings, and the one before it when it is rolled back."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from appliance import artifacts, promotion
+from appliance.artifacts import Artifact, Plan
+from appliance.errors import ArtifactError, VerificationFailed
+from tests.running import call
+
+
+def make(root: Path, name: str = "tiny") -> Artifact:
+    plan = Plan(kind="gguf", name=name, inputs={"revision": 1}, config={"type": "Q8_0"})
+    with artifacts.create(plan, root) as draft:
+        (draft.path / "file").write_text("weights")
+        draft.results["size_bytes"] = 7
+    return artifacts.load(plan.location(root))
+
+
+def report_on(model: artifacts.Artifact, root: Path) -> artifacts.Artifact:
+    plan = Plan(kind="report", name="tiny-verify", inputs={"what": "verify"}, parents=[model.id])
+    with artifacts.create(plan, root):
+        pass
+    return artifacts.load(plan.location(root))
+
+
+def promoted(root: Path, name: str, **serve: object) -> Artifact:
+    model = make(root, name)
+    promotion.promote(model, report_on(model, root), serve, root)
+    return model
+
+
+def served(root: Path) -> tuple[str, object]:
+    """The name of the promoted model, and its settings."""
+    model = promotion.current(root)
+    assert model is not None
+    return model.manifest["name"], promotion.serve_settings(model, root)
+
+
+def test_promotion(root: Path) -> None:
+    model = make(root)
+    report = report_on(model, root)
+    assert promotion.current(root) is None
+    result = call("models", "promote", model.path, "--report", report.path, "--serve", '{"slots": 3}')
+    assert result.exit_code == 0, result.stderr
+    promoted = promotion.current(root)
+    assert promoted is not None
+    assert promoted.id == model.id
+    assert promotion.serve_settings(promoted, root) == {"slots": 3}
+    assert f"* {model.id}" in call("models", "list").stdout
+    assert f'"id": "{model.id}"' in call("models", "show").stdout
+    other = make(root, "other")
+    assert promotion.serve_settings(other, root) == {}
+
+
+def test_promotion_refuses(root: Path, tmp_path: Path) -> None:
+    model = make(root)
+    report = report_on(model, root)
+    other = make(root, "other")
+    with pytest.raises(VerificationFailed, match="does not verify"):
+        promotion.promote(other, report, {}, root)
+    measured = Plan(kind="report", name="tiny-run", inputs={}, parents=[model.id])
+    with artifacts.create(measured, root):
+        pass
+    with pytest.raises(VerificationFailed, match="does not verify"):  # a report, but not one of verification
+        promotion.promote(model, artifacts.load(measured.location(root)), {}, root)
+    with pytest.raises(ArtifactError, match="only a gguf artifact can be served"):
+        promotion.promote(report, report, {}, root)
+    with pytest.raises(ArtifactError, match="does not lie in"):
+        promotion.promote(model, report, {}, tmp_path / "another")
+    (model.path / "file").write_text("changed")
+    result = call("models", "promote", model.path, "--report", report.path)
+    assert result.exit_code == 1
+    assert "has changed since it was made" in result.stderr
+    assert not (root / "current").exists()
+
+
+def test_rollback_serves_the_one_before_with_its_settings(root: Path) -> None:
+    for name, slots in (("a", 1), ("b", 2), ("c", 3)):
+        promoted(root, name, slots=slots)
+    result = call("models", "rollback", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["state"] == "rolled back"
+    assert served(root) == ("b", {"slots": 2})
+    promoted(root, "d", slots=4)  # in the place of c
+    for name, slots in (("b", 2), ("a", 1)):
+        promotion.rollback(root)
+        assert served(root) == (name, {"slots": slots})
+    result = call("models", "rollback")
+    assert result.exit_code == 1
+    assert "nothing to go back to" in result.stderr
+
+
+def test_model_that_is_promoted_again_counts_once(root: Path) -> None:
+    promoted(root, "a", slots=1)
+    promoted(root, "b", slots=2)
+    promoted(root, "b", slots=3)
+    assert served(root) == ("b", {"slots": 3})
+    promoted(root, "a", slots=4)
+    promotion.rollback(root)
+    assert served(root) == ("b", {"slots": 3})
+    with pytest.raises(ArtifactError, match="nothing to go back to"):
+        promotion.rollback(root)
+
+
+def test_rollback_to_what_is_not_whole_changes_nothing(root: Path) -> None:
+    before = promoted(root, "a")
+    promoted(root, "b")
+    (before.path / "file").write_text("changed")
+    with pytest.raises(ArtifactError, match="has changed since it was made"):
+        promotion.rollback(root)
+    artifacts.remove(before)
+    with pytest.raises(ArtifactError, match="is no artifact"):
+        promotion.rollback(root)
+    assert served(root) == ("b", {})
+
+
+def test_record_of_one_promotion_is_read(root: Path) -> None:
+    model = promoted(root, "a", slots=5)
+    record = json.loads((root / promotion.RECORD).read_text())
+    (root / promotion.RECORD).write_text(json.dumps({"schema": 1, **record["promotions"][0]}))
+    assert served(root) == ("a", {"slots": 5})
+    promoted(root, "b")
+    assert promotion.rollback(root).id == model.id
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"schema": 3}', '{"schema": 2, "promotions": [{"model": "x"}]}'])
+def test_damaged_record_is_named(root: Path, content: str) -> None:
+    model = promoted(root, "a")
+    (root / promotion.RECORD).write_text(content)
+    with pytest.raises(ArtifactError, match=r"promoted\.json (is damaged|has schema 3)"):
+        promotion.serve_settings(model, root)
+
+
+def test_removal_frees_the_disk_and_spares_the_promoted(root: Path) -> None:
+    old, new = promoted(root, "old"), promoted(root, "new")
+    result = call("models", "remove", new.path.name)
+    assert result.exit_code == 1
+    assert "is the promoted model" in result.stderr
+    result = call("models", "remove", promotion.report_on(old, root).path)
+    assert result.exit_code == 1
+    assert "only models (gguf)" in result.stderr
+    result = call("models", "remove", old.id, "--json")
+    assert json.loads(result.stdout)["freed_bytes"] == 7
+    assert not old.path.exists()
+    assert call("models", "remove", old.id).exit_code == 1
