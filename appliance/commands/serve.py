@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from appliance import config
+from appliance import config, logs
 from appliance.console import Command, note
 from appliance.errors import RecipeError, several
 from appliance.recipe import Recipe, Serve
@@ -48,14 +48,29 @@ DEFAULTS = Serve()
     help="What `appliance bench serve --tune` found, if it does not lie beside the model.",
 )
 @click.option("--verify", is_flag=True, help="Read every model file again to check its sha256.")
+@click.option(
+    "--log-format", type=click.Choice(logs.FORMATS), default="text", envvar="APPLIANCE_LOG_FORMAT", show_default=True
+)
+@click.option(
+    "--log-level", type=click.Choice(logs.LEVELS), default="warning", envvar="APPLIANCE_LOG_LEVEL", show_default=True
+)
 @click.option("--insecure-no-key", is_flag=True, help="Nobody needs a key, on other machines neither.")
-def serve(model: str | None, tuned: Path | None, verify: bool, insecure_no_key: bool, **flags: Any) -> None:
+def serve(
+    model: str | None,
+    tuned: Path | None,
+    verify: bool,
+    log_format: logs.Format,
+    log_level: logs.Level,
+    insecure_no_key: bool,
+    **flags: Any,
+) -> None:
     """Answer chats over HTTP with the promoted model.
 
     Settings come from the flags, else APPLIANCE_SERVE_*, else the model's recipe, else what `appliance bench serve --tune`
     found, else the defaults shown.
     """
     config.apply_quiet_environment()
+    logs.configure(log_format, log_level)
     import asyncio
 
     from appliance.serving.worker_process import Workers

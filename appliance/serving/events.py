@@ -165,6 +165,7 @@ class StepStats(Struct, frozen=True, kw_only=True, tag=True):
 class RequestStats(Struct, frozen=True, kw_only=True, tag=True):
     """One request that has ended, however it ended; `cancelled_in` names the phase of a cancelled one."""
 
+    id: str
     outcome: Outcome
     duration_seconds: float
     queue_seconds: float

@@ -180,7 +180,9 @@ class Hosted:
     def _record_cancelled(self, request: Request) -> None:
         if isinstance(request, GenerationRequest | PoolingRequest):
             seconds = time.monotonic() - request.arrived_at
-            stats = RequestStats(outcome="cancelled", duration_seconds=seconds, queue_seconds=seconds, cancelled_in="queue")
+            stats = RequestStats(
+                id=request.id, outcome="cancelled", duration_seconds=seconds, queue_seconds=seconds, cancelled_in="queue"
+            )
             self._outbox.record_request(stats)
 
     def _scheduler(self, context: Context, adapters: Mapping[str, str]) -> Scheduler:

@@ -89,4 +89,7 @@ class InHand:
 def _stats(request: Request, error: RequestError) -> RequestStats:
     now = time.monotonic()
     arrived_at = request.arrived_at if isinstance(request, GenerationRequest | PoolingRequest) else now
-    return RequestStats(outcome="failed", duration_seconds=now - arrived_at, queue_seconds=0.0, failure_code=error.api_code)
+    seconds = now - arrived_at
+    return RequestStats(
+        id=request.id, outcome="failed", duration_seconds=seconds, queue_seconds=0.0, failure_code=error.api_code
+    )

@@ -174,6 +174,7 @@ class Ticket:
             outcome = "cancelled" if "cancelled" in reasons else "length" if "length" in reasons else "stop"
         arrived, started, first = self.request.arrived_at, self.started_at, self.first_token_at
         return RequestStats(
+            id=self.request.id,
             outcome=outcome,
             duration_seconds=now - arrived,
             queue_seconds=(now if started is None else started) - arrived,

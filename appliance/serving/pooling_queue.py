@@ -220,6 +220,7 @@ class PoolingQueue:
         job.deliver(event or Failed.of(EngineFailed("The request was cancelled.")))
         self._listener.record_request(
             RequestStats(
+                id=job.request.id,
                 outcome=outcome,
                 duration_seconds=now - job.request.arrived_at,
                 queue_seconds=(now if started is None else started) - job.request.arrived_at,

@@ -368,10 +368,7 @@ class Scheduler:
 
     def _record(self, ticket: Ticket, now: float, failure_code: str | None = None) -> None:
         del self._tickets[ticket.request.id]
-        stats = ticket.stats(now, failure_code)
-        self._listener.record_request(stats)
-        generated = stats.generated_tokens
-        logger.info("event=request_ended request=%s outcome=%s generated=%d", ticket.request.id, stats.outcome, generated)
+        self._listener.record_request(ticket.stats(now, failure_code))
 
     def _fail_running(self, error: EngineFailed) -> None:
         with self._changed:

@@ -34,6 +34,7 @@ async def run(
         http=Connection,
         lifespan="off",
         access_log=False,
+        log_config=None,  # as everything else (logs.py)
         log_level="warning",
         proxy_headers=False,  # anybody on this machine could claim any address, and dodge the limits per address
         timeout_graceful_shutdown=LAST_BYTES_SECONDS,

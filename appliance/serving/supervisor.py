@@ -23,7 +23,7 @@ from appliance.errors import ApplianceError, EngineRestarting, QueueFull, Reques
 from appliance.serving import wire
 from appliance.serving.engine import EngineListener, Generation
 from appliance.serving.engine_settings import EngineSettings
-from appliance.serving.events import EngineState, Event, Failed, Load, ModelInfo, Pooled, Text, Tokens
+from appliance.serving.events import EngineState, Event, Failed, Load, ModelInfo, Pooled, RequestStats, Text, Tokens
 from appliance.serving.in_hand import InHand
 from appliance.serving.requests import (
     ChatPrompt,
@@ -306,7 +306,7 @@ class Supervisor:
 
     def _fail_in_hand(self, story: str) -> None:
         for stats in self._in_hand.fail(story, self._retry_seconds):
-            self._stats.record_request(stats)
+            self._record(stats)
 
     def _take(self, message: wire.FromWorker, worker: WorkerProcess) -> None:
         if isinstance(message, wire.Report):
@@ -316,12 +316,22 @@ class Supervisor:
             for step in message.steps:
                 self._stats.record_step(step)
                 self._notice_first_token(step.generated_tokens)
-            for request in message.requests:
-                self._stats.record_request(request)
+            for stats in message.requests:
+                self._record(stats)
         elif isinstance(message, wire.Pong):
             self._said = message.load
             self._silent_pings = 0
             self._judge(message, worker)
+
+    def _record(self, stats: RequestStats) -> None:
+        self._stats.record_request(stats)
+        logger.info(
+            "event=answered request=%s model=%s outcome=%s code=%s seconds=%.3f queue_seconds=%.3f prefill_seconds=%s "
+            "decode_seconds=%s prompt_tokens=%d cached_tokens=%d generated_tokens=%d",
+            *(stats.id, self._settings.name, stats.outcome, stats.failure_code, stats.duration_seconds),
+            *(stats.queue_seconds, stats.prefill_seconds, stats.decode_seconds),
+            *(stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens),
+        )
 
     def _notice_first_token(self, tokens: int) -> None:
         if tokens and not self._has_first_token:

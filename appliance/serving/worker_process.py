@@ -231,7 +231,7 @@ class WorkerProcess(asyncio.Protocol):
             try:
                 while data := await reader.read(1 << 16):
                     for line in data.decode(errors="replace").splitlines():
-                        logger.warning("event=engine_log model=%s pid=%d %s", name, self.pid, line)
+                        logger.warning("event=engine_log model=%s pid=%d line=%s", name, self.pid, line)
             finally:
                 transport.close()
 

@@ -46,6 +46,7 @@ STEP = StepStats(
     read_bytes=1000,
 )
 REQUEST = RequestStats(
+    id="r1",
     outcome="stop",
     duration_seconds=100.0,
     queue_seconds=10.0,
@@ -115,7 +116,7 @@ def filled(registry: CollectorRegistry) -> Metrics:
 
 
 def ended(outcome: Outcome, **facts: Any) -> RequestStats:
-    return RequestStats(outcome=outcome, duration_seconds=1, queue_seconds=1, **facts)
+    return RequestStats(id="r1", outcome=outcome, duration_seconds=1, queue_seconds=1, **facts)
 
 
 def as_dict(info: ModelInfo) -> dict[str, Any]:
@@ -235,6 +236,7 @@ def test_labels_are_bounded_whatever_comes(
     for outcome, cancelled, missed, code in facts:
         listeners[-1].record_request(
             RequestStats(
+                id="r1",
                 outcome=outcome,  # type: ignore[arg-type]
                 duration_seconds=1,
                 queue_seconds=1,

@@ -2,7 +2,6 @@
 
 import base64
 import math
-import secrets
 import struct
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from appliance.serving.api.context import ApiContext
 from appliance.serving.api.errors import REFUSALS
 from appliance.serving.api.fields import ModelName, Strict
 from appliance.serving.api.json_answer import json_answer
+from appliance.serving.api.request_id import engine_id
 from appliance.serving.api.tokens import MAX_TOKENS, Text, TokenId, require_known_tokens
 from appliance.serving.deadline import deadline_at
 from appliance.serving.engine import Engine
@@ -100,7 +100,7 @@ async def pool(
         if not isinstance(each, str):
             require_known_tokens(engine, each, param="input")
     request = PoolingRequest(
-        id=f"pool-{secrets.token_hex(12)}",
+        id=engine_id("pool-"),
         inputs=tuple(inputs),
         arrived_at=arrived_at,
         deadline_at=deadline_at,

@@ -40,7 +40,7 @@ class JsonBody:
             await self._app(scope, receive, send)
             return
         kept = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
-        scope = {**scope, "headers": [*kept, (b"content-type", b"application/json")]}
+        scope["headers"] = [*kept, (b"content-type", b"application/json")]  # no copy: the router notes its route in it
         is_read = False
 
         async def checked() -> Message:

@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import secrets
 import time
 
 from fastapi import Request
 
 from appliance.serving import chat_turn
 from appliance.serving.api.context import ApiContext
+from appliance.serving.api.request_id import engine_id
 from appliance.serving.chat_turn import ChatAnswer, ChatTurn
 from appliance.serving.engine import EngineLease
 
@@ -36,7 +36,7 @@ class Visit:
             context=context,
             held=held,
             lease=lease,
-            id=f"{prefix}{secrets.token_hex(12)}",
+            id=engine_id(prefix),
             tenant=context.tenant(request),
             arrived_at=arrived_at,
             load_seconds=time.monotonic() - arrived_at,
