@@ -101,8 +101,8 @@ async def _serve(
     from prometheus_client import CollectorRegistry
 
     from appliance import device
+    from appliance.machine_metrics import MachineCollector
     from appliance.serving import bandwidth
-    from appliance.serving.machine_metrics import MachineCollector
     from appliance.serving.metrics import Metrics
 
     settings = served[0][1]
@@ -111,7 +111,7 @@ async def _serve(
     threads = settings.threads or device.physical_cores()
     metrics.record_peak_bandwidth(bandwidth.remembered(threads, catalog.folder))
     pool = catalog.pool(served, metrics, workers)
-    registry.register(MachineCollector(pool.processes))
+    registry.register(MachineCollector(pool.processes, folders={"artifacts": catalog.folder}))
     try:
         # The engine's process loads the model while this one loads its libraries.
         _, (create_app, run) = await asyncio.gather(pool.start(), asyncio.to_thread(_http))

@@ -21,11 +21,23 @@ PHASES = ("base", "sft", "dpo", "grpo", "passages")
 @click.option("--phase", type=click.Choice(PHASES), help="Only this phase; by default all phases of the recipe.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run from its last checkpoint.")
 @click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
+@click.option(
+    "--metrics-port", type=click.IntRange(1, 65535), envvar="APPLIANCE_METRICS_PORT", help="Serve /metrics there meanwhile."
+)
+@click.option("--metrics-host", default="127.0.0.1", envvar="APPLIANCE_METRICS_HOST", show_default=True)
 @set_option
 @dry_run_option
 @json_option
 def train(
-    recipe: Path, phase: str | None, resume: bool, restart: bool, sets: tuple[str, ...], dry_run: bool, as_json: bool
+    recipe: Path,
+    phase: str | None,
+    resume: bool,
+    restart: bool,
+    metrics_port: int | None,
+    metrics_host: str,
+    sets: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Train the phases of a recipe: base (the starter only), sft, dpo."""
     if phase in ("grpo", "passages"):
@@ -39,10 +51,13 @@ def train(
         config.apply_quiet_environment()
     steps = [phase] if phase else [*(["base"] if loaded.base == STARTER else []), *loaded.phases]
     result: dict[str, Any] = {}
-    for step in steps:
-        result = _run_phase(step, loaded, resume=resume, restart=restart, dry_run=dry_run)
-        if phase is None and not as_json:
-            click.echo(f"{step}: {result['artifact']} ({result['state']})")
+    from appliance.training import metrics
+
+    with metrics.exposed(metrics_host, None if dry_run else metrics_port):
+        for step in steps:
+            result = _run_phase(step, loaded, resume=resume, restart=restart, dry_run=dry_run)
+            if phase is None and not as_json:
+                click.echo(f"{step}: {result['artifact']} ({result['state']})")
     if phase or as_json:
         emit(result, as_json, f"{result['artifact']} ({result['state']})")
 

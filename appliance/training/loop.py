@@ -16,6 +16,7 @@ from appliance.artifacts import Plan
 from appliance.console import Progress, note
 from appliance.errors import ArtifactError, TrainingFailed
 from appliance.training import model as models
+from appliance.training.metrics import Phase
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete"  # written into a checkpoint after everything else, so that a killed save is never resumed from
@@ -122,13 +123,15 @@ def _callback(folder: Path, label: str, first_step: int) -> Any:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        """Writes the loss curve, draws progress, marks complete checkpoints."""
+        """Writes the loss curve, tells progress and metrics, marks complete checkpoints."""
 
         def __init__(self) -> None:
             self.progress: Progress | None = None
+            self.phase: Phase | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             self.progress = Progress(label, state.max_steps, first_step)
+            self.phase = Phase(label, state.max_steps, first_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
             if not logs or "loss" not in logs:
@@ -141,6 +144,13 @@ def _callback(folder: Path, label: str, first_step: int) -> Any:
                 stream.write(json.dumps({"step": state.global_step, **point}) + "\n")
             if self.progress:
                 self.progress.update(state.global_step, f"loss {logs['loss']:.3f}")
+            if self.phase:
+                tokens = logs.get("num_tokens", logs.get("num_input_tokens_seen"))  # TRL's trainers say the first
+                self.phase.take(state.global_step, logs["loss"], logs.get("learning_rate"), tokens)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            if self.phase:
+                self.phase.end()
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"

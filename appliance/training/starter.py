@@ -178,7 +178,8 @@ def _trainer(model: Any, tokenizer: Any, rows: list[list[int]], recipe: Recipe, 
 
     settings = loop.arguments(folder, recipe.starter, recipe.seed)
     # A few million parameters need no card.
-    arguments = TrainingArguments(**{**settings, "use_cpu": True, "bf16": False, "fp16": False})
+    unusual = {"use_cpu": True, "bf16": False, "fp16": False, "include_num_input_tokens_seen": "all"}
+    arguments = TrainingArguments(**{**settings, **unusual})
     optimizer = MuonWithAdamW(
         model,
         muon_learning_rate=recipe.starter.matrix_learning_rate,

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from appliance.gpu import Gpu
-from appliance.serving.machine_metrics import MachineCollector
+from appliance.machine_metrics import MachineCollector
 from tests.serving.test_metrics import filled
 
 PROMTOOL = shutil.which("promtool")

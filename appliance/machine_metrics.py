@@ -4,8 +4,10 @@ What cannot be read here is absent, not 0. Knows nothing of models or requests.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -18,17 +20,21 @@ STAT_MAJOR_FAULTS, STAT_USER_TIME, STAT_SYSTEM_TIME, STAT_THREADS = 9, 11, 12, 1
 
 
 class MachineCollector:
-    """A collector of prometheus_client. `pids` tells the processes to look at, by name: "api" and one for each engine."""
+    """A collector of prometheus_client. `pids` tells the processes to look at, by name: "api" and one for each engine.
+
+    `folders` are those whose file systems are watched.
+    """
 
     def __init__(
         self,
         pids: Callable[[], Mapping[str, int]],
         *,
+        folders: Mapping[str, Path] = MappingProxyType({}),
         read_gpus: Callable[[], Sequence[Gpu]] = gpus,
         proc: Path = PROC,
         sys: Path = SYS,
     ) -> None:
-        self._pids, self._read_gpus, self._proc, self._sys = pids, read_gpus, proc, sys
+        self._pids, self._folders, self._read_gpus, self._proc, self._sys = pids, folders, read_gpus, proc, sys
 
     def describe(self) -> Iterable[Metric]:
         return ()  # or registering would read everything
@@ -37,6 +43,7 @@ class MachineCollector:
         families = (
             *self._processes(),
             *self._memory(),
+            *self._disks(),
             *self._pressure(),
             *self._cgroup(),
             *self._cpu(),
@@ -81,6 +88,18 @@ class MachineCollector:
             _add(swap_total, swap)
             _add(swap_used, swap - free)
         return total, available, swap_total, swap_used
+
+    def _disks(self) -> Iterable[Metric]:
+        total = _gauge("disk_total_bytes", "Size of the file system that a folder lies on.", "folder")
+        free = _gauge("disk_free_bytes", "What is free there for this user.", "folder")
+        for name, folder in self._folders.items():
+            try:
+                usage = shutil.disk_usage(folder)
+            except OSError:  # it does not exist yet
+                continue
+            _add(total, usage.total, name)
+            _add(free, usage.free, name)
+        return total, free
 
     def _pressure(self) -> Iterable[Metric]:
         """https://docs.kernel.org/accounting/psi.html: `some`: at least one task waited; `full`: all did."""

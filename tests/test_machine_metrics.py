@@ -9,8 +9,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from appliance.gpu import Gpu
+from appliance.machine_metrics import MachineCollector
 from appliance.serving import bandwidth
-from appliance.serving.machine_metrics import MachineCollector
 from tests.fake_files import write
 
 
