@@ -50,8 +50,14 @@ class Key:
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
-def create(store: Store, label: str, scopes: Sequence[Scope], lifetime_seconds: int | None = None) -> tuple[Key, str]:
-    """A new key and its text, which nobody can ask for again."""
+def create(
+    store: Store,
+    label: str,
+    scopes: Sequence[Scope],
+    lifetime_seconds: int | None = None,
+    hand_over: Callable[[str], None] = lambda text: None,  # noqa: ARG005
+) -> tuple[Key, str]:
+    """A new key and its text, which nobody can ask for again. It is valid once `hand_over` has taken the text."""
     text = PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
     now = int(time.time())
     key = Key(
@@ -67,6 +73,7 @@ def create(store: Store, label: str, scopes: Sequence[Scope], lifetime_seconds: 
             "INSERT INTO api_keys (id, label, scopes, digest, last4, created_at, expires_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (key.id, key.label, " ".join(sorted(key.scopes)), _digest(text), key.last4, key.created_at, key.expires_at),
         )
+        hand_over(text)
     return key, text
 
 

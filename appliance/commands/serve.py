@@ -54,6 +54,12 @@ DEFAULTS = Serve()
 @click.option(
     "--log-level", type=click.Choice(logs.LEVELS), default="warning", envvar="APPLIANCE_LOG_LEVEL", show_default=True
 )
+@click.option(
+    "--make-keys",
+    type=click.Path(path_type=Path),
+    envvar="APPLIANCE_MAKE_KEYS",
+    help="Where to leave the first keys, if there are none yet: chat.key and metrics.key.",
+)
 @click.option("--insecure-no-key", is_flag=True, help="Nobody needs a key, on other machines neither.")
 def serve(
     model: str | None,
@@ -61,6 +67,7 @@ def serve(
     verify: bool,
     log_format: logs.Format,
     log_level: logs.Level,
+    make_keys: Path | None,
     insecure_no_key: bool,
     **flags: Any,
 ) -> None:
@@ -83,6 +90,8 @@ def serve(
         catalog = _Catalog(model, given, verify, tuned)
         served = catalog.find_all()
         settings = served[0][1]
+        if make_keys is not None and not insecure_no_key:
+            _make_first_keys(make_keys)
         with (
             contextlib.closing(
                 auth.gate_for(settings, settings.host, settings.port, is_keyless_allowed=insecure_no_key)
@@ -90,6 +99,13 @@ def serve(
             listening.bind(settings.host, settings.port) as sock,
         ):
             asyncio.run(_serve(catalog, served, gate, sock, workers))
+
+
+def _make_first_keys(folder: Path) -> None:
+    from appliance import first_keys
+
+    for path in first_keys.make(folder, config.store_file(), config.store_key_file()):
+        note(f"made a first API key: it is in {path}")
 
 
 async def _serve(
