@@ -30,7 +30,9 @@ def make(folder: Path, store_file: Path, key_file: Path) -> Sequence[Path]:
         for scope, name, mode in FILES:
             if scope in known or "admin" in known:
                 continue
-            folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                folder.chmod(FOLDER_MODE)  # whatever the umask
             keys.create(
                 store, LABEL, [scope], hand_over=functools.partial(_write, folder / name, mode)
             )
