@@ -13,7 +13,7 @@ PLANNED = "(planned)"
 
 # name -> "module:attribute" of its Click command, or "(planned) summary" for a command that a later version fills.
 COMMANDS: Mapping[str, str | Mapping[str, str]] = {
-    "doctor": f"{PLANNED} What this machine can do; every problem with its remedy.",
+    "doctor": "appliance.commands.doctor:doctor",
     "init": f"{PLANNED} A new assistant: recipe and sample data to replace.",
     "pull": "appliance.commands.pull:pull",
     "data": {

@@ -33,9 +33,7 @@ def make(folder: Path, store_file: Path, key_file: Path) -> Sequence[Path]:
             if not folder.exists():
                 folder.mkdir(parents=True)
                 folder.chmod(FOLDER_MODE)  # whatever the umask
-            keys.create(
-                store, LABEL, [scope], hand_over=functools.partial(_write, folder / name, mode)
-            )
+            keys.create(store, LABEL, [scope], hand_over=functools.partial(_write, folder / name, mode))
             made.append(folder / name)
     return made
 

@@ -107,6 +107,20 @@ def _nvidia(nvml: Any) -> Iterator[Gpu]:
             yield _nvidia_card(nvml, index)
 
 
+def nvidia_capabilities(nvml: Any = None) -> Sequence[str]:
+    """The compute capability of each card: "86" is an RTX 3050, "60" a P100."""
+    nvml = nvml or _nvml()
+    found: list[str] = []
+    if nvml is None:
+        return found
+    with contextlib.suppress(nvml.NVMLError):  # no driver, no card, or one that fell off the bus
+        nvml.nvmlInit()
+        for index in range(nvml.nvmlDeviceGetCount()):
+            major, minor = nvml.nvmlDeviceGetCudaComputeCapability(nvml.nvmlDeviceGetHandleByIndex(index))
+            found.append(f"{major}{minor}")
+    return found
+
+
 def _nvml() -> Any:
     try:
         import pynvml

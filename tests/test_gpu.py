@@ -42,6 +42,7 @@ class FakeNvml:
             "nvmlDeviceGetName": lambda handle: f"Card {handle}",
             "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=4096 * MIB, used=1024 * MIB),
             "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=37, memory=5),
+            "nvmlDeviceGetCudaComputeCapability": lambda _: (8, 6),
             "nvmlDeviceGetTemperature": lambda _, sensor: 61 + sensor,
         }
         if name in self._silent:

@@ -13,11 +13,12 @@ from appliance.errors import RecipeError, several
 from appliance.recipe import Recipe, Serve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
     from socket import socket
 
     from fastapi import FastAPI
 
+    from appliance.gpu_access import Problem
     from appliance.serving.auth import Gate
     from appliance.serving.memory_plan import Plan
     from appliance.serving.model_pool import ModelPool
@@ -55,6 +56,12 @@ DEFAULTS = Serve()
     "--log-level", type=click.Choice(logs.LEVELS), default="warning", envvar="APPLIANCE_LOG_LEVEL", show_default=True
 )
 @click.option(
+    "--first-model",
+    type=click.Path(path_type=Path),
+    envvar="APPLIANCE_FIRST_MODEL",
+    help="An exported model, to be imported and promoted where none is.",
+)
+@click.option(
     "--make-keys",
     type=click.Path(path_type=Path),
     envvar="APPLIANCE_MAKE_KEYS",
@@ -67,6 +74,7 @@ def serve(
     verify: bool,
     log_format: logs.Format,
     log_level: logs.Level,
+    first_model: Path | None,
     make_keys: Path | None,
     insecure_no_key: bool,
     **flags: Any,
@@ -87,6 +95,8 @@ def serve(
         from appliance.serving import auth, listening
 
         given = {name: value for name, value in flags.items() if value not in (None, ())}
+        if first_model is not None and model is None:
+            _import_first_model(first_model)
         catalog = _Catalog(model, given, verify, tuned)
         served = catalog.find_all()
         settings = served[0][1]
@@ -99,6 +109,16 @@ def serve(
             listening.bind(settings.host, settings.port) as sock,
         ):
             asyncio.run(_serve(catalog, served, gate, sock, workers))
+
+
+def _import_first_model(file: Path) -> None:
+    from appliance import bundles, promotion
+
+    root = config.artifacts_root()
+    if promotion.current(root) is None:
+        taken = bundles.take_in(file, root)
+        promotion.promote(taken.model, taken.report, taken.serve, root)
+        note(f"imported {taken.model.id} from {file}")
 
 
 def _make_first_keys(folder: Path) -> None:
@@ -191,6 +211,8 @@ class _Catalog:
         from appliance.serving.planning import Planner
         from appliance.serving.tried import Tried
 
+        for problem in _gpu_problems():
+            note(f"warning: {problem} Until then the CPU computes.")
         for model, _ in served:
             if model.is_foreign:
                 note(f"warning: {model.path} has no manifest; nothing says where it came from or what it was tested for")
@@ -212,6 +234,17 @@ class _Catalog:
 
         plain = dataclasses.replace(settings, adapters=(), system_prompts=())  # they belong to the default model
         return served_model.find(model, self._root, self._digests), plain
+
+
+def _gpu_problems() -> "Sequence[Problem]":
+    """What keeps this machine's cards from being used; whether llama.cpp can use one, its plan says."""
+    import os
+
+    from appliance import gpu, gpu_access
+
+    cards = [card for card in gpu.gpus() if card.vendor == "nvidia"]
+    capabilities = [*gpu.nvidia_capabilities(), *gpu_access.amd_architectures()]
+    return gpu_access.problems(seen=len(cards), capabilities=capabilities, compiled=os.environ.get(gpu_access.ARCHITECTURES))
 
 
 def _tell_plan(plan: "Plan") -> None:

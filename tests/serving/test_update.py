@@ -37,3 +37,15 @@ def test_running_server_takes_up_what_the_stick_brings_and_goes_back(
         assert call("models", "rollback").exit_code == 0
         until(lambda: model() == first)
         assert server.stop() == 0
+
+
+def test_server_begins_with_the_model_that_its_image_brings(
+    trained: Trained, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = exported(trained, "Q8_0", tmp_path, monkeypatch)
+    environ = {"APPLIANCE_FIRST_MODEL": str(file)}
+    for is_first in (True, False):
+        with running_server(root=root, environ=environ) as server:
+            assert server.chat(max_tokens=2).status_code == 200
+            assert server.stop() == 0
+        assert any("imported gguf/" in line for line in server.errors) == is_first

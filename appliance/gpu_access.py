@@ -1,0 +1,178 @@
+"""Whether this process can use the machine's cards, and what is in the way: `problems`. No torch, no llama.cpp.
+
+A card that nobody can use is found on the PCI bus all the same, so that computing on the CPU is never a silent surprise.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from appliance import device
+
+Vendor = Literal["nvidia", "amd"]
+PCI_VENDORS: Mapping[str, Vendor] = {"0x10de": "nvidia", "0x1002": "amd"}
+DISPLAY_CLASS = "0x03"
+ARCHITECTURES = "APPLIANCE_GPU_ARCHITECTURES"  # what the image's llama.cpp was compiled for, as CMake was told
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}."
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """Where to look. Another one stands in for it in tests."""
+
+    sys: Path = Path("/sys")
+    dev: Path = Path("/dev")
+    root: Path = Path("/")
+
+    @property
+    def is_container(self) -> bool:
+        return any((self.root / name).exists() for name in (".dockerenv", "run/.containerenv"))
+
+
+THIS_HOST = Host()
+
+
+def vendors(host: Host = THIS_HOST) -> Sequence[Vendor]:
+    """Of the graphics cards on the bus."""
+    found = []
+    for folder in sorted((host.sys / "bus/pci/devices").glob("*")):
+        vendor = PCI_VENDORS.get(device.read_text(folder / "vendor") or "")
+        if vendor is not None and (device.read_text(folder / "class") or "").startswith(DISPLAY_CLASS):
+            found.append(vendor)
+    return list(dict.fromkeys(found))
+
+
+def problems(
+    host: Host = THIS_HOST,
+    *,
+    seen: int,
+    capabilities: Sequence[str] = (),
+    can_offload: bool | None = None,
+    compiled: str | None = None,
+) -> Sequence[Problem]:
+    """What keeps the cards on the bus from being used; nothing where there is none.
+
+    `seen` is the number of cards that drivers describe, `capabilities` their architectures ("86", "gfx1101"), `compiled`
+    those of this llama.cpp as CMake was told. `can_offload` is None where llama.cpp could not be asked.
+    """
+    found: list[Problem] = []
+    present = vendors(host)
+    if "nvidia" in present:
+        found += _nvidia(host, seen)
+    if "amd" in present:
+        found += _amd(host)
+    if present and not found and can_offload is False:
+        backend = "cuda" if "nvidia" in present else "rocm"
+        remedy = f"use the image edge-appliance:{backend}, or repeat `make setup BACKEND={backend}` with its CMAKE_ARGS"
+        found.append(Problem(what="There is a GPU, and this llama.cpp computes on the CPU only", remedy=remedy))
+    found += [_not_compiled_for(each, compiled) for each in capabilities if compiled and not is_compiled_for(each, compiled)]
+    return found
+
+
+def groups(host: Host = THIS_HOST) -> Sequence[int]:
+    """The groups that own AMD's device files: a container needs their numbers, which differ from host to host."""
+    files = [host.dev / "kfd", *sorted((host.dev / "dri").glob("renderD*")), *sorted((host.dev / "dri").glob("card*"))]
+    return list(dict.fromkeys(path.stat().st_gid for path in files if path.exists()))
+
+
+def amd_architectures(host: Host = THIS_HOST) -> Sequence[str]:
+    """`gfx1101`, from https://docs.kernel.org/gpu/amdgpu: the kernel writes major, minor and step as 110001."""
+    found = []
+    for path in sorted((host.sys / "class/kfd/kfd/topology/nodes").glob("*/properties")):
+        lines = dict(line.split(maxsplit=1) for line in (device.read_text(path) or "").splitlines() if " " in line)
+        version = int(lines.get("gfx_target_version", "0"))
+        if version:
+            major, minor, step = version // 10000, version // 100 % 100, version % 100
+            found.append(f"gfx{major}{minor:x}{step:x}")
+    return found
+
+
+def is_compiled_for(capability: str, compiled: str) -> bool:
+    """Whether one of CMake's targets runs on a card: "gfx1101" by name, "86" also through an older "80-virtual"."""
+    targets = re.split(r"[;,\s]+", compiled.strip())
+    if capability.startswith("gfx"):
+        return capability in targets
+    card = int(capability)
+    for target in targets:
+        number, _, kind = target.partition("-")
+        digits = re.sub(r"\D", "", number)
+        if not digits:
+            continue
+        # Machine code runs on its own generation from its own version on, an intermediate form on all later cards.
+        if kind != "virtual" and int(digits) // 10 == card // 10 and int(digits) <= card:
+            return True
+        if kind != "real" and int(digits) <= card:
+            return True
+    return False
+
+
+def _nvidia(host: Host, seen: int) -> list[Problem]:
+    if not (host.root / "proc/driver/nvidia/version").exists():
+        return [Problem(what="There is an NVIDIA card, and its driver is not loaded", remedy=_driver("nvidia-driver"))]
+    control = host.dev / "nvidiactl"
+    if not control.exists():
+        if host.is_container:
+            remedy = "start the container with `--gpus all` (the host needs the NVIDIA Container Toolkit)"
+        else:
+            remedy = "run `nvidia-modprobe -u -c=0`, which makes it"
+        return [Problem(what=f"{control} is missing", remedy=remedy)]
+    if not os.access(control, os.R_OK | os.W_OK):
+        return [
+            Problem(
+                what=f"{control} may not be opened by user {os.getuid()}", remedy="run `ls -l` on it, and join its group"
+            )
+        ]
+    if not seen:
+        remedy = (
+            "start the container with `-e NVIDIA_DRIVER_CAPABILITIES=compute,utility`"
+            if host.is_container
+            else ("install the driver's library (Debian: libnvidia-ml1)")
+        )
+        return [Problem(what="The NVIDIA driver's library cannot be used here", remedy=remedy)]
+    return []
+
+
+def _amd(host: Host) -> list[Problem]:
+    kfd = host.dev / "kfd"
+    devices = "--device /dev/kfd --device /dev/dri"
+    if not kfd.exists():
+        remedy = f"start the container with `{devices}`" if host.is_container else _driver("firmware-amd-graphics")
+        return [Problem(what=f"There is an AMD card, and {kfd} is missing", remedy=remedy)]
+    nodes = [kfd, *sorted((host.dev / "dri").glob("renderD*"))]
+    found = []
+    for node in nodes:
+        if not os.access(node, os.R_OK | os.W_OK):
+            group = node.stat().st_gid
+            if host.is_container:
+                remedy = f"start the container with `--group-add {group}`, the number of its group on the host"
+            else:
+                remedy = f"join its group: `sudo usermod -aG {group} USER`, and log in again"
+            found.append(Problem(what=f"{node} may not be opened by user {os.getuid()}", remedy=remedy))
+    if len(nodes) == 1:
+        found.append(Problem(what=f"There is no {host.dev / 'dri'}/renderD*", remedy=f"pass both: `{devices}`"))
+    return found
+
+
+def _driver(package: str) -> str:
+    return f"install it on the host (Debian: {package}, from non-free-firmware or non-free) and restart"
+
+
+def _not_compiled_for(capability: str, compiled: str) -> Problem:
+    name, argument = (
+        (capability, "AMDGPU_TARGETS") if capability.startswith("gfx") else (f"sm_{capability}", "CUDA_ARCHITECTURES")
+    )
+    return Problem(
+        what=f"This llama.cpp was compiled for {compiled}, and the card is {name}",
+        remedy=f"build the image with `--build-arg {argument}=…` that has it",
+    )

@@ -1,0 +1,120 @@
+"""What keeps a card from being used, on hosts that are played by files: each named, with what to do."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from appliance import gpu, gpu_access
+from appliance.gpu_access import Host
+from tests.fake_files import write
+from tests.test_gpu import FakeNvml
+
+CUDA_TARGETS = "60-real;61-real;70-real;75-real;80-real;86-real;89-real;90-virtual"
+ROCM_TARGETS = "gfx1030;gfx1100;gfx1101;gfx1102;gfx1200;gfx1201"
+
+
+def host(folder: Path, *vendors: str, files: tuple[str, ...] = ()) -> Host:
+    """A machine with these cards on its bus, beside a sound card of the first's vendor, and these files under / and /dev."""
+    bus = {f"sys/bus/pci/devices/{number}/vendor": vendor for number, vendor in enumerate(vendors)}
+    bus |= {f"sys/bus/pci/devices/{number}/class": "0x030000" for number in range(len(vendors))}
+    bus |= {"sys/bus/pci/devices/9/vendor": "0x10de", "sys/bus/pci/devices/9/class": "0x040300"}
+    write(folder, {**bus, **dict.fromkeys(files, "")})
+    (folder / "dev").mkdir(exist_ok=True)
+    return Host(sys=folder / "sys", dev=folder / "dev", root=folder)
+
+
+def said(found: Host, **facts: object) -> str:
+    return "\n".join(map(str, gpu_access.problems(found, **{"seen": 0, **facts})))  # type: ignore[arg-type]
+
+
+def test_no_card_is_no_problem(tmp_path: Path) -> None:
+    found = host(tmp_path)
+    assert gpu_access.vendors(found) == []
+    assert said(found, can_offload=False) == ""
+
+
+DRIVER, CONTROL, KFD, RENDER = "proc/driver/nvidia/version", "dev/nvidiactl", "dev/kfd", "dev/dri/renderD128"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "files", "seen", "message"),
+    [
+        ("0x10de", (), 0, "its driver is not loaded; install it on the host"),
+        ("0x10de", (DRIVER,), 0, "nvidiactl is missing; run `nvidia-modprobe"),
+        ("0x10de", (DRIVER, ".dockerenv"), 0, "nvidiactl is missing; start the container with `--gpus all`"),
+        ("0x10de", (DRIVER, CONTROL), 0, "library cannot be used here; install the driver's library"),
+        ("0x10de", (DRIVER, CONTROL, "run/.containerenv"), 0, "NVIDIA_DRIVER_CAPABILITIES=compute,utility"),
+        ("0x10de", (DRIVER, CONTROL), 1, ""),
+        ("0x1002", (), 0, "kfd is missing; install it on the host (Debian: firmware-amd-graphics"),
+        ("0x1002", ("run/.containerenv",), 0, "kfd is missing; start the container with `--device /dev/kfd"),
+        ("0x1002", (KFD,), 0, "renderD*; pass both: `--device /dev/kfd --device /dev/dri`"),
+        ("0x1002", (KFD, RENDER), 0, ""),
+    ],
+)
+def test_what_is_in_the_way(vendor: str, files: tuple[str, ...], seen: int, message: str, tmp_path: Path) -> None:
+    found = said(host(tmp_path, vendor, files=files), seen=seen, can_offload=True)
+    assert message in found
+    assert bool(found) == bool(message)
+
+
+@pytest.mark.parametrize("container", [(), (".dockerenv",)])
+def test_device_file_of_another_group_is_named_with_its_number(
+    container: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = host(tmp_path, "0x1002", files=(KFD, RENDER, *container))
+    monkeypatch.setattr(os, "access", lambda path, mode: "kfd" not in str(path))  # noqa: ARG005
+    number = (tmp_path / KFD).stat().st_gid
+    text = said(found)
+    assert f"kfd may not be opened by user {os.getuid()}" in text
+    assert (f"--group-add {number}" in text) == bool(container)
+    assert (f"usermod -aG {number}" in text) == (not container)
+
+
+def test_computing_on_the_cpu_beside_a_card_is_no_silent_surprise(tmp_path: Path) -> None:
+    nvidia = host(tmp_path / "nvidia", "0x10de", files=(DRIVER, CONTROL))
+    assert "computes on the CPU only; use the image edge-appliance:cuda" in said(nvidia, seen=1, can_offload=False)
+    amd = host(tmp_path / "amd", "0x1002", files=(KFD, RENDER))
+    assert "edge-appliance:rocm" in said(amd, can_offload=False)
+    assert said(amd, can_offload=None) == ""
+
+
+@pytest.mark.parametrize(
+    ("card", "targets", "fits"),
+    [
+        ("86", CUDA_TARGETS, True),  # RTX 3050
+        ("60", CUDA_TARGETS, True),  # P100
+        ("87", CUDA_TARGETS, True),  # machine code for 8.0 runs on all of 8.x
+        ("52", CUDA_TARGETS, False),
+        ("120", CUDA_TARGETS, True),  # compiled by the driver from 9.0's intermediate form
+        ("120", "90-real", False),
+        ("75", "80", False),
+        ("89", "80", True),
+        ("120", "120a-real", True),
+        ("gfx1101", ROCM_TARGETS, True),  # RX 7800 XT
+        ("gfx906", ROCM_TARGETS, False),
+    ],
+)
+def test_card_and_targets(card: str, targets: str, fits: bool, tmp_path: Path) -> None:
+    assert gpu_access.is_compiled_for(card, targets) == fits
+    found = host(tmp_path, "0x1002", files=(KFD, RENDER))
+    text = said(found, capabilities=[card], compiled=targets)
+    assert ("was compiled for" in text) == (not fits)
+    assert said(found, capabilities=[card], compiled=None) == ""
+
+
+def test_architectures_as_drivers_tell_them(tmp_path: Path) -> None:
+    nodes = "sys/class/kfd/kfd/topology/nodes"
+    write(tmp_path, {f"{nodes}/0/properties": "cpu_cores_count 16\ngfx_target_version 0\n"})
+    write(tmp_path, {f"{nodes}/1/properties": "simd_count 120\ngfx_target_version 110001\n"})
+    write(tmp_path, {f"{nodes}/2/properties": "gfx_target_version 90010\n"})
+    assert gpu_access.amd_architectures(Host(sys=tmp_path / "sys")) == ["gfx1101", "gfx90a"]
+    assert gpu.nvidia_capabilities(FakeNvml(cards=2)) == ["86", "86"]
+    assert gpu.nvidia_capabilities(FakeNvml(has_driver=False)) == []
+
+
+def test_groups_are_numbers_of_this_host(tmp_path: Path) -> None:
+    found = host(tmp_path, "0x1002", files=(KFD, RENDER, "dev/dri/card0"))
+    assert gpu_access.groups(found) == [(tmp_path / KFD).stat().st_gid]
+    assert stat.S_ISREG((tmp_path / KFD).stat().st_mode)
