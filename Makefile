@@ -1,12 +1,14 @@
 PYTHON ?= python3
+export ENGINE BACKEND
 RECIPE ?= recipes/shelter/recipe.toml
-ENGINE ?= $(notdir $(firstword $(foreach name,docker podman,$(shell command -v $(name)))))
 BIN := .venv/bin
+TARGET ?= serve
+BUILDER = $(or $(filter-out none,$(ENGINE)),$(notdir $(firstword $(foreach name,docker podman,$(shell command -v $(name))))))
 # Only podman and buildah have the option, and without it they drop the health check.
-IMAGE_FORMAT = $(if $(filter podman,$(ENGINE)),--format docker)
+IMAGE_FORMAT = $(if $(filter podman,$(BUILDER)),--format docker)
 define image
-@case "$(ENGINE)" in docker|podman) ;; *) echo "error: ENGINE='$(ENGINE)': an image needs docker or podman" >&2; exit 3;; esac
-$(ENGINE) build $(IMAGE_FORMAT) --target serve -f Dockerfile.$(1) -t edge-appliance:$(1) $(BUILD_ARGS) .
+@case "$(BUILDER)" in docker|podman) ;; *) echo "error: ENGINE='$(BUILDER)': an image needs docker or podman" >&2; exit 3;; esac
+$(BUILDER) build $(IMAGE_FORMAT) --target $(TARGET) -f Dockerfile.$(1) -t edge-appliance:$(1)$(patsubst %,-%,$(filter-out serve,$(TARGET))) $(BUILD_ARGS) .
 endef
 
 .PHONY: help setup demo train serve chat test full check lint type bench-peers bench-serve bench-train \
@@ -21,11 +23,11 @@ setup: ## .venv, pinned packages and llama.cpp for this CPU (BACKEND=cpu|cuda|ro
 demo: setup ## train, convert, verify and serve the sample assistant, and ask it one question in each language
 	$(BIN)/appliance run recipes/shelter/recipe.toml --ask 1
 
-train: setup ## train RECIPE
-	$(BIN)/appliance train $(RECIPE) $(ARGS)
+train: ## train RECIPE: in a container where there is one, else in .venv (ENGINE=docker|podman|none, BACKEND=, ARGS=)
+	@$(PYTHON) -m appliance.containers train $(RECIPE) $(ARGS)
 
-serve: setup ## serve the promoted model (ARGS="--port 8080")
-	$(BIN)/appliance serve $(ARGS)
+serve: ## serve the promoted model on port 8080, likewise
+	@$(PYTHON) -m appliance.containers serve $(ARGS)
 
 chat: setup ## talk to a running server
 	$(BIN)/appliance chat $(ARGS)
@@ -56,7 +58,7 @@ bench-serve: setup ## this server beside llama-server and others on this machine
 bench-train: setup ## (planned) how fast this machine trains
 	$(BIN)/appliance bench train
 
-image-cpu: ## container image for any x86-64 or ARM CPU (ENGINE=docker|podman, BUILD_ARGS=)
+image-cpu: ## container image for any x86-64 or ARM CPU (ENGINE=docker|podman, TARGET=serve|train, BUILD_ARGS=)
 	$(call image,cpu)
 
 image-cuda: ## container image for NVIDIA cards

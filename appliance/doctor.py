@@ -3,14 +3,13 @@
 import dataclasses
 import importlib.util
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from appliance import config, device, gpu, gpu_access
+from appliance import config, containers, device, gpu, gpu_access
 from appliance.console import human_bytes
 from appliance.gpu_access import Problem
 
@@ -18,7 +17,6 @@ GIB = 1 << 30
 LEAST_MEMORY_BYTES = 2 * GIB  # a 0.6B model in Q4_K_M with its server takes 0.8 GiB
 LEAST_DISK_BYTES = 5 * GIB
 USEFUL_FEATURES = ("avx512f", "avx2", "avx", "sse4_2", "asimd")
-ENGINES = ("docker", "podman")
 QUESTION_SECONDS = 60.0
 ASK_LLAMA = """
 from appliance.serving.llama import library
@@ -68,7 +66,7 @@ def examine() -> Report:
             problems.append(
                 Problem(what=f"{human_bytes(free)} are free for {name}", remedy="free some, or name another disk")
             )
-    engine = next((name for name in ENGINES if shutil.which(name)), None)
+    engine = next((name for name in containers.ENGINES if shutil.which(name)), None)
     vectors = next((name for name in USEFUL_FEATURES if name in machine.cpu_features), "no vector unit known")
     facts = {
         "cores": f"{machine.usable_cores} usable, {machine.physical_cores} physical; {vectors}",
@@ -79,26 +77,8 @@ def examine() -> Report:
         "training": _state(torch, f"torch {torch.said.split()[0]}" if torch and torch.said else ""),
         "containers": engine or "neither docker nor podman is installed",
     }
-    return Report(facts=facts, problems=problems, hints=_hints(machine), run_line=run_line(engine or "docker", present))
-
-
-def run_line(engine: str, vendors: Sequence[gpu_access.Vendor], host: gpu_access.Host = gpu_access.THIS_HOST) -> str:
-    """What starts the server in a container on this host, exactly: its folders, its user, the numbers of its groups."""
-    backend = {"nvidia": "cuda", "amd": "rocm"}[vendors[0]] if vendors else "cpu"
-    access = {"cpu": [], "cuda": ["--gpus all"], "rocm": ["--device /dev/kfd --device /dev/dri"]}[backend]
-    if backend == "rocm":
-        access += [f"--group-add {number}" for number in gpu_access.groups(host)]
-    root = config.artifacts_root().resolve()
-    folders = {"artifacts": root, "keys": root.parent / "keys", "secret": config.store_key_file().resolve().parent}
-    parts = [
-        *("mkdir -p", *(shlex.quote(str(folder)) for folder in folders.values()), "&&"),
-        *(engine, "run -d --name appliance --read-only --tmpfs /tmp:size=64m"),
-        *("--cap-drop ALL --security-opt no-new-privileges", f"--user {os.getuid()}:{os.getgid()}", *access),
-        "-p 127.0.0.1:8080:8080",
-        *(f"-v {shlex.quote(str(folder))}:/data/{name}" for name, folder in folders.items()),
-        f"edge-appliance:{backend}",
-    ]
-    return " ".join(parts)
+    line = containers.detached(engine or "docker", containers.backend({}))
+    return Report(facts=facts, problems=problems, hints=_hints(machine), run_line=line)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
