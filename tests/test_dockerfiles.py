@@ -83,3 +83,15 @@ def test_the_image_gets_only_what_it_needs() -> None:
         if line.startswith("COPY ") and "--from" not in line:
             for source in line.split()[1:-1]:
                 assert source.split("/")[0] in allowed, f"{source} is copied but ignored"
+
+
+@pytest.mark.parametrize(("backend", "argument"), [("cuda", "CUDA_ARCHITECTURES"), ("rocm", "AMDGPU_TARGETS")])
+def test_the_image_knows_what_it_was_compiled_for(backend: str, argument: str) -> None:
+    """An argument declared before the first stage keeps its default in each that names it; others are empty there."""
+    before, _, _ = (ROOT / f"Dockerfile.{backend}").read_text().partition("\nFROM ")
+    assert re.search(rf'^ARG {argument}="\S+"$', before, re.MULTILINE)
+    for stage in ("build", "serve"):
+        assert f"ARG {argument}" in stages(ROOT / f"Dockerfile.{backend}")[stage]
+    assert any(
+        f"APPLIANCE_GPU_ARCHITECTURES=${{{argument}}}" in line for line in stages(ROOT / f"Dockerfile.{backend}")["serve"]
+    )
