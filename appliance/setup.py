@@ -30,7 +30,7 @@ from convert import llama_cpp_source
 
 ROOT = Path(__file__).resolve().parents[1]
 # onnx is left out: about 100 MB that no step of the main path uses. Its versions are pinned with the rest.
-EXTRAS = ("serve", "sign", "train", "convert", "dev")
+EXTRAS = ("serve", "sign", "traces", "train", "convert", "dev")
 BACKENDS = ("cpu", "cuda", "rocm")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 ROCM_INDEX = "https://download.pytorch.org/whl/rocm7.1"

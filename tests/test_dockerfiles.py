@@ -47,7 +47,7 @@ class TestDockerfile:
         assert list(every)[-1] == "serve"
         text = "\n".join(every["serve"])
         assert "HEALTHCHECK" in text
-        assert "--from=build " in text
+        assert "--from=build-serve " in text
         assert not re.search(r"build-essential|cmake|build-train|torch", text)
         assert not re.search(r"pip install.*\b(train|torch)\b", "\n".join(every["build"]))
 

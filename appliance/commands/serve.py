@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from appliance.gpu_access import Problem
     from appliance.serving.auth import Gate
+    from appliance.serving.engine import EngineListener
     from appliance.serving.memory_plan import Plan
     from appliance.serving.model_pool import ModelPool
     from appliance.serving.served_model import ServedModel
@@ -55,6 +56,7 @@ DEFAULTS = Serve()
 @click.option(
     "--log-level", type=click.Choice(logs.LEVELS), default="warning", envvar="APPLIANCE_LOG_LEVEL", show_default=True
 )
+@click.option("--traces", metavar="URL", envvar="APPLIANCE_TRACES", help="Send OpenTelemetry traces there (OTLP over HTTP).")
 @click.option(
     "--first-model",
     type=click.Path(path_type=Path),
@@ -74,6 +76,7 @@ def serve(
     verify: bool,
     log_format: logs.Format,
     log_level: logs.Level,
+    traces: str | None,
     first_model: Path | None,
     make_keys: Path | None,
     insecure_no_key: bool,
@@ -108,7 +111,7 @@ def serve(
             ) as gate,
             listening.bind(settings.host, settings.port) as sock,
         ):
-            asyncio.run(_serve(catalog, served, gate, sock, workers))
+            asyncio.run(_serve(catalog, served, gate, sock, workers, traces))
 
 
 def _import_first_model(file: Path) -> None:
@@ -129,7 +132,12 @@ def _make_first_keys(folder: Path) -> None:
 
 
 async def _serve(
-    catalog: "_Catalog", served: "list[tuple[ServedModel, Serve]]", gate: "Gate", sock: "socket", workers: "Workers"
+    catalog: "_Catalog",
+    served: "list[tuple[ServedModel, Serve]]",
+    gate: "Gate",
+    sock: "socket",
+    workers: "Workers",
+    traces: str | None,
 ) -> None:
     """Loads the default model and answers until a signal comes."""
     import asyncio
@@ -146,9 +154,15 @@ async def _serve(
     metrics = Metrics(registry)
     threads = settings.threads or device.physical_cores()
     metrics.record_peak_bandwidth(bandwidth.remembered(threads, catalog.folder))
-    pool = catalog.pool(served, metrics, workers)
-    registry.register(MachineCollector(pool.processes, folders={"artifacts": catalog.folder}))
-    try:
+    async with contextlib.AsyncExitStack() as held:
+        listener: EngineListener = metrics
+        if traces is not None:
+            from appliance.serving.traces import sent_to
+
+            listener = held.enter_context(sent_to(traces, metrics))
+        pool = catalog.pool(served, listener, workers)
+        held.push_async_callback(pool.close)
+        registry.register(MachineCollector(pool.processes, folders={"artifacts": catalog.folder}))
         # The engine's process loads the model while this one loads its libraries.
         _, (create_app, run) = await asyncio.gather(pool.start(), asyncio.to_thread(_http))
         app = create_app(pool, metrics, serve=settings, gate=gate)
@@ -158,8 +172,6 @@ async def _serve(
             click.echo(f"serving {name} on {url}")
 
         await run(app, pool, sock, say_ready, grace_seconds=settings.grace_seconds)
-    finally:
-        await pool.close()
 
 
 def _http() -> "tuple[Callable[..., FastAPI], Callable[..., Coroutine[Any, Any, None]]]":
@@ -206,7 +218,7 @@ class _Catalog:
 
         return served_model.promotion_mark(self._root)
 
-    def pool(self, served: "list[tuple[ServedModel, Serve]]", metrics: Any, workers: "Workers") -> "ModelPool":
+    def pool(self, served: "list[tuple[ServedModel, Serve]]", listener: "EngineListener", workers: "Workers") -> "ModelPool":
         from appliance.serving.model_pool import ModelPool
         from appliance.serving.planning import Planner
         from appliance.serving.tried import Tried
@@ -222,7 +234,7 @@ class _Catalog:
         return ModelPool(
             served,
             plans=Planner(explicit=explicit, folder=self.folder, tuned=self._tuned),
-            listener=metrics,
+            listener=listener,
             promotion=promotion,
             on_planned=_tell_plan,
             probe=tried.check,

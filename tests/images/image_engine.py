@@ -1,0 +1,143 @@
+"""buildah and podman with storage and settings of their own, and a base image that comes from Debian's packages.
+
+What works on a machine without a container daemon, systemd or a registry: buildah with chroot isolation, podman with runc.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from appliance.config import cache_root
+from appliance.errors import ApplianceError, EnvironmentIncomplete
+
+TOOLS = ("buildah", "podman", "runc", "conmon", "mmdebstrap")
+PACKAGES = "podman buildah runc conmon netavark aardvark-dns catatonit iptables uidmap mmdebstrap"
+APT_SOURCES = (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list"))
+BASE = "localhost/appliance-base:bookworm"
+SUITE = "bookworm"
+BUILD_SECONDS = 1800.0
+COMMAND_SECONDS = 300.0
+STORAGE = '[storage]\ndriver="overlay"\ngraphroot="{0}/storage"\nrunroot="{0}/run"\n'
+CONTAINERS = (
+    '[containers]\ndefault_ulimits=["nofile=4096:4096","nproc=4096:4096"]\n'
+    '[engine]\ncgroup_manager="cgroupfs"\nruntime="runc"\nevents_logger="file"\n[network]\nnetwork_backend="netavark"\n'
+)
+# pip trusts what this machine trusts; the file is a secret of the build and does not stay in the image.
+PIP_CONFIG = "[global]\ncert=/etc/ssl/certs/ca-certificates.crt\ntimeout=180\n"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    size_bytes: int  # compressed
+    made_by: str
+
+
+class ImageEngine:
+    def __init__(self) -> None:
+        """Raises `EnvironmentIncomplete` with what has to be installed."""
+        if missing := [name for name in TOOLS if shutil.which(name) is None]:
+            remedy = f"on Debian: apt-get install --no-install-recommends {PACKAGES}"
+            raise EnvironmentIncomplete(f"{', '.join(missing)} not installed, which building images takes; {remedy}.")
+        self.folder = cache_root() / "images"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "storage.conf").write_text(STORAGE.format(self.folder))
+        (self.folder / "containers.conf").write_text(CONTAINERS)
+        (self.folder / "pip.conf").write_text(PIP_CONFIG)
+        own = {
+            "CONTAINERS_STORAGE_CONF": str(self.folder / "storage.conf"),
+            "CONTAINERS_CONF": str(self.folder / "containers.conf"),
+        }
+        self._environment = {**os.environ, **own}
+
+    def run(
+        self, *command: str | Path, log: Path | None = None, seconds: float = COMMAND_SECONDS, is_checked: bool = True
+    ) -> "subprocess.CompletedProcess[str]":
+        """Runs a command to its end; raises `ApplianceError` with its last lines when it fails."""
+        words = [str(part) for part in command]
+        try:
+            result = subprocess.run(words, env=self._environment, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            raise ApplianceError(f"`{' '.join(words[:4])} …` took longer than {seconds:.0f} s.") from error
+        if log is not None:
+            log.write_text(result.stdout + result.stderr)
+        if is_checked and result.returncode:
+            last = "\n".join((result.stdout + result.stderr).strip().splitlines()[-15:])
+            raise ApplianceError(f"`{' '.join(words[:4])} …` failed with {result.returncode}:\n{last}")
+        return result
+
+    def ensure_base(self) -> None:
+        """A minimal Debian, made from packages once."""
+        if not self.run("podman", "image", "exists", BASE, is_checked=False).returncode:
+            return
+        archive = self.folder / "base.tar"
+        sources = next(path for path in APT_SOURCES if path.exists())
+        self.run(
+            *("mmdebstrap", "--variant=minbase", "--mode=root", "--include=ca-certificates"),
+            *('--aptopt=Acquire::Languages "none"', "--dpkgopt=path-exclude=/usr/share/man/*"),
+            *("--dpkgopt=path-exclude=/usr/share/locale/*", SUITE, archive, sources),
+            seconds=BUILD_SECONDS,
+        )
+        self.run("podman", "import", "--change", 'CMD ["bash"]', archive, BASE)
+        archive.unlink()
+
+    def build(
+        self, dockerfile: Path, target: str, tag: str, arguments: Mapping[str, str], mounts: Mapping[Path, str]
+    ) -> float:
+        """Builds on the base; returns the seconds that it took. The log lies beside the storage."""
+        started = time.monotonic()
+        options = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
+        options += [part for source, place in mounts.items() for part in ("-v", f"{source}:{place}")]
+        self.run(
+            *(
+                "buildah",
+                "bud",
+                "--isolation",
+                "chroot",
+                "--network",
+                "host",
+                "--pull-never",
+                "--layers",
+                "--format",
+                "docker",
+            ),
+            *("--build-arg", f"BUILD_IMAGE={BASE}", "--build-arg", f"RUNTIME_IMAGE={BASE}", *options),
+            *("-v", "/etc/ssl/certs:/etc/ssl/certs:ro", "--secret", f"id=pip_conf,src={self.folder / 'pip.conf'}"),
+            *("--target", target, "-f", dockerfile, "-t", tag, dockerfile.parent),
+            log=self.folder / f"build-{tag.rpartition('/')[2].replace(':', '-')}.log",
+            seconds=BUILD_SECONDS,
+        )
+        return time.monotonic() - started
+
+    def inspect(self, tag: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = json.loads(self.run("podman", "image", "inspect", tag).stdout)[0]
+        return found
+
+    def layers(self, tag: str) -> tuple[Sequence[Layer], Path]:
+        """The compressed layers, as a registry would have them, and the archive that holds them."""
+        archive = self.folder / f"{tag.rpartition('/')[2].replace(':', '-')}.tar"
+        archive.unlink(missing_ok=True)
+        self.run("podman", "save", "--format", "oci-archive", "-o", archive, tag)
+        with tarfile.open(archive) as tar:
+
+            def document(name: str) -> Any:
+                member = tar.extractfile(name)
+                assert member is not None
+                return json.load(member)
+
+            def blob(digest: str) -> Any:
+                return document(f"blobs/{digest.replace(':', '/')}")
+
+            manifest = blob(document("index.json")["manifests"][0]["digest"])
+            history = [
+                each["created_by"] for each in blob(manifest["config"]["digest"])["history"] if not each.get("empty_layer")
+            ]
+        sizes = [layer["size"] for layer in manifest["layers"]]
+        made_by = [*(["?"] * (len(sizes) - len(history))), *history]
+        return [Layer(size_bytes=size, made_by=by) for size, by in zip(sizes, made_by, strict=True)], archive
