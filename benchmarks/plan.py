@@ -67,13 +67,13 @@ async def _decode_4(trial: Trial) -> Sequence[Figure]:
 
 CHATS: Mapping[str, ChatRows] = {
     "start": ChatRows(servers=LIKE_WITH_LIKE, run=starts.start),  # the first request of all, so first
-    "decode": ChatRows(servers=tuple(SERVERS), run=_decode, rounds={EXAMPLE: 1, LLAMA_CPP_SERVER: 2}),
+    "decode": ChatRows(servers=tuple(SERVERS), run=_decode, rounds={EXAMPLE: 1, LLAMA_CPP_SERVER: 1}),
     "cold": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.cold),
     "beside": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.beside),
     "schema": ChatRows(servers=LIKE_WITH_LIKE, run=workloads.schema, rounds=dict.fromkeys(LIKE_WITH_LIKE, 1)),
 }
 OWN: Mapping[str, OwnRows] = {
-    "cold-start": OwnRows(servers=LIKE_WITH_LIKE, run=starts.cold_start, rounds=3),
+    "cold-start": OwnRows(servers=LIKE_WITH_LIKE, run=starts.cold_start, rounds=2),
     "prefix": OwnRows(servers=LIKE_WITH_LIKE, run=workloads.prefix),
     "q4_0": OwnRows(servers=(OURS, LLAMA_CPP_SERVER), run=_decode_4, rounds=1),
     "memory": OwnRows(servers=(OURS, LLAMA_SERVER, LLAMA_CPP_SERVER), run=workloads.memory, rounds=1),
