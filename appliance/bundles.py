@@ -63,6 +63,8 @@ def export(
     """
     if path.exists():
         raise ArtifactError(f"{path} exists already; remove it, or name another file with --to.")
+    if model.path.resolve() != (root / model.id).resolve():
+        raise ArtifactError(f"{model.path} does not lie in {root / 'gguf'}; only a model of this folder can be exported.")
     report = promotion.report_on(model, root)
     settings = promotion.serve_settings(model, root)
     index = bundle_index.of(model, report, settings)

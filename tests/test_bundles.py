@@ -132,6 +132,8 @@ def test_model_without_a_report_is_not_exported(tmp_path: Path) -> None:
     artifacts.remove(report)
     with pytest.raises(VerificationFailed, match="verifies gguf/tiny-"):
         bundles.export(model, tmp_path, tmp_path / "bundle")
+    with pytest.raises(ArtifactError, match="does not lie in"):
+        bundles.export(model, tmp_path / "other", tmp_path / "bundle")
 
 
 def test_stick_that_holds_no_large_files(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ def test_requests_can_be_followed_from_the_answer_to_the_log(root: Path, tmp_pat
         answer = server.chat(SECRET, max_tokens=4)
         server.http.get(f"/{SECRET}")
         server.http.post("/v1/chat/completions", content=f"{{{SECRET}")
+        server.http.request(SECRET, "/v1/models")
         server.http.get("/healthz")
-        until(lambda: len(events(server.errors, "request")) == 3)
+        until(lambda: len(events(server.errors, "request")) == 4)
         assert server.stop() == 0
     (answered,) = events(server.errors, "answered")
     token = answer.headers["x-request-id"].removeprefix("req-")
@@ -31,6 +32,7 @@ def test_requests_can_be_followed_from_the_answer_to_the_log(root: Path, tmp_pat
         ("POST", "/v1/chat/completions", 200),
         ("GET", "unknown", 404),
         ("POST", "/v1/chat/completions", 400),
+        ("other", "/v1/models", 405),
     ]
     assert events(server.errors, "request")[0]["request"] == f"req-{token}"
     assert not any(SECRET in line for line in server.errors)

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "x-request-id"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})  # any other is a client's own word
 UNWATCHED = ("/healthz", "/readyz", "/metrics")  # asked every few seconds, and of no interest unless somebody debugs them
 
 _log = logging.getLogger("appliance.serving")
@@ -50,4 +51,5 @@ class RequestId:
             level = logging.DEBUG if route in UNWATCHED else logging.INFO
             seconds = time.monotonic() - arrived_at
             said = "event=request request=%s method=%s route=%s status=%d seconds=%.3f"
-            _log.log(level, said, request_id, scope["method"], route, status, seconds)
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            _log.log(level, said, request_id, method, route, status, seconds)
