@@ -33,7 +33,7 @@ def test_events_become_objects(capsys: pytest.CaptureFixture[str]) -> None:
     log.warning("event=snapshot_deleted file=%s reason=%r", Path("/x"), 'a "quoted"\nword')
     log.error("event=request_failed type=%s\n%s", "ValueError", "line 1\nline 2")
     log.debug("event=not_shown")
-    logging.getLogger("uvicorn.error").warning("Invalid HTTP request: %s", "x")
+    logging.getLogger("some.library").warning("Invalid HTTP request: %s", "x")
     try:
         raise ValueError("inner")
     except ValueError:
@@ -45,7 +45,7 @@ def test_events_become_objects(capsys: pytest.CaptureFixture[str]) -> None:
         {"level": "info", "event": "answered", "request": "chatcmpl-1", "seconds": 0.123457, "tokens": 7, "code": None},
         {"level": "warning", "event": "snapshot_deleted", "file": "/x", "reason": 'a "quoted"\nword'},
         {"level": "error", "event": "request_failed", "type": "ValueError", "detail": "line 1\nline 2"},
-        {"level": "warning", "event": "log", "logger": "uvicorn.error", "message": "Invalid HTTP request: x"},
+        {"level": "warning", "event": "log", "logger": "some.library", "message": "Invalid HTTP request: x"},
         {"level": "error", "event": "step_failed"},
     ]
 

@@ -32,11 +32,11 @@ def test_a_phase_tells_where_it_is(root: Path) -> None:
     root.mkdir()
     port = free_port()
     with metrics.exposed("127.0.0.1", port):
-        phase = metrics.Phase("dpo", steps=10, done=4)
+        phase = metrics.Phase("another", steps=10, done=4)
         phase.take(5, 1.5, 0.001, 900.0)
         phase.take(6, 1.25, 0.0005, 1000.0)
         found = scrape(port)
-        said = {name: value for (name, of), value in found.items() if of == "dpo"}
+        said = {name: value for (name, of), value in found.items() if of == "another"}
         assert said["appliance_training_active"] == 1
         assert (said["appliance_training_step"], said["appliance_training_steps"]) == (6, 10)
         assert (said["appliance_training_loss"], said["appliance_training_learning_rate"]) == (1.25, 0.0005)
@@ -46,7 +46,7 @@ def test_a_phase_tells_where_it_is(root: Path) -> None:
         assert found["appliance_disk_free_bytes", ""] > 0
         assert any(name == "appliance_process_memory_bytes" for name, _ in found)
         phase.end()
-        assert scrape(port)["appliance_training_active", "dpo"] == 0
+        assert scrape(port)["appliance_training_active", "another"] == 0
     with pytest.raises(OSError, match="refused"):
         scrape(port)
 
