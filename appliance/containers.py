@@ -80,11 +80,25 @@ def command(verb: str, where: Place, arguments: Sequence[str], host: gpu_access.
                 mounts.append(f"{recipe.parent}:/recipe:ro")
                 inside[position] = f"/recipe/{recipe.name}"
     else:
-        options += ["--publish", f"127.0.0.1:{PORT}:{PORT}"]
-        inside = [*inside, "--host", "0.0.0.0", "--port", str(PORT)]
+        inside, told = _taken_out(inside, ("--host", "--port"))
+        options += ["--publish", f"{told.get('--host', '127.0.0.1')}:{told.get('--port', PORT)}:{PORT}"]
+        inside += ["--host", "0.0.0.0", "--port", str(PORT)]  # of the container, which publishes what was asked for
     options += ["--user", f"{os.getuid()}:{os.getgid()}", *access(where.image, host)]
     volumes = [part for mount in mounts for part in ("--volume", mount)]
     return [where.engine, "run", *options, *volumes, where.image, verb, *inside]
+
+
+def _taken_out(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without these options, written as `--name value` or `--name=value`, and their values."""
+    left, told = [], {}
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, separator, value = argument.partition("=")
+        if name in names:
+            told[name] = value if separator else next(waiting, "")
+        else:
+            left.append(argument)
+    return left, told
 
 
 def folders() -> Mapping[str, Path]:

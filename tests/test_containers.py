@@ -106,6 +106,17 @@ def test_server_is_published_on_loopback_and_confined(root: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--port", "9000", "--slots", "3", "--host=0.0.0.0"), ("--port=9000", "--host", "0.0.0.0")]
+)
+def test_address_that_was_asked_for_is_what_is_published(arguments: tuple[str, ...]) -> None:
+    command = containers.command("serve", Place(engine="podman", image=CPU), arguments)
+    assert command[command.index("--publish") + 1] == "0.0.0.0:9000:8080"
+    assert command[-4:] == ["--host", "0.0.0.0", "--port", "8080"]
+    assert ("--slots" in command) == ("--slots" in arguments)
+    assert "9000" not in command
+
+
 def test_make_serve_shows_its_command_and_runs_it(engines: Path, root: Path) -> None:
     engine(engines, "podman", images=(CPU,))
     environ = {**os.environ, "BACKEND": "cpu"}
