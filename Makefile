@@ -35,8 +35,8 @@ chat: setup ## talk to a running server
 test: setup ## the tests that CI runs
 	$(BIN)/pytest $(ARGS)
 
-full: setup ## all tests, also the slow ones and those for an accelerator
-	$(BIN)/pytest -m "" $(ARGS)
+full: setup ## all tests, also the slow ones and those for an accelerator; but for `make image-test`
+	$(BIN)/pytest -m "not image" $(ARGS)
 
 check: lint type ## lint, types, import contracts, Dockerfiles
 	$(BIN)/lint-imports

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from appliance import __version__, artifacts
+from appliance import artifacts
 from appliance.artifacts import Artifact
 from appliance.errors import ArtifactError, VerificationFailed
 
@@ -71,7 +71,6 @@ def to_bytes(index: Index) -> bytes:
     plain = {
         "format": FORMAT,
         "schema": SCHEMA,
-        "made_with": __version__,
         "model": index.model,
         "report": index.report,
         "serve": index.serve,

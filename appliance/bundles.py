@@ -22,6 +22,7 @@ from appliance import artifacts, bundle_index, promotion, signatures
 from appliance.artifacts import Artifact
 from appliance.bundle_index import Index, Member
 from appliance.errors import ArtifactError, VerificationFailed
+from appliance.recipe import check_serve
 
 SUFFIX = ".appliance"
 INDEX, SIGNATURE = "bundle.json", "bundle.sig"
@@ -92,7 +93,8 @@ def take_in(path: Path, root: Path, public_key: Path | None = None, fingerprint:
 
     With `public_key` a bundle that it did not sign is refused, with `fingerprint` any other bundle. Raises
     `VerificationFailed` for those and for what does not have the sha256 that it should, `ArtifactError` for a file that is
-    no whole bundle and for an artifact that is here with other content.
+    no whole bundle and for an artifact that is here with other content, `RecipeError` for settings that this version does
+    not know.
     """
     with _opened(path) as bundle:
         content = bundle.head(INDEX)
@@ -107,6 +109,7 @@ def take_in(path: Path, root: Path, public_key: Path | None = None, fingerprint:
         if public_key is not None and signature is not None:
             signatures.check(content, signature, public_key)
         index = bundle_index.parse(content, path)
+        check_serve(index.serve, str(path))
         artifacts.require_space(root, index.size_bytes, f"The content of {path}")
         is_new = [_take_in_artifact(bundle, artifact_id, index, root) for artifact_id in (index.model, index.report)]
         bundle.require_end()

@@ -41,6 +41,11 @@ def store_key_file() -> Path:
     return Path(os.environ.get("APPLIANCE_KEY_FILE", f"{base}/edge-appliance/store.key"))
 
 
+def trusted_key() -> Path | None:
+    """The public key that must have signed each model that is taken in: `APPLIANCE_TRUSTED_KEY`."""
+    return Path(name) if (name := os.environ.get("APPLIANCE_TRUSTED_KEY")) else None
+
+
 def cache_root() -> Path:
     """Where downloads and builds that outlive `.venv` live: `APPLIANCE_CACHE`, else the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

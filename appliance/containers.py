@@ -14,13 +14,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from appliance import config, gpu_access
 from appliance.errors import ApplianceError, EnvironmentIncomplete, RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("docker", "podman")
-BACKENDS: Mapping[str, str] = {"nvidia": "cuda", "amd": "rocm"}
 CONFINED = ("--read-only", "--tmpfs", "/tmp:size=64m", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 TRAINING_TMP = ("--read-only", "--tmpfs", "/tmp:size=2g,exec", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 PORT = 8080
@@ -39,10 +39,10 @@ class Place:
 def backend(environ: Mapping[str, str], host: gpu_access.Host = gpu_access.THIS_HOST) -> str:
     """Raises `RecipeError` for a BACKEND that there is none of."""
     if chosen := environ.get("BACKEND"):
-        if chosen not in ("cpu", *BACKENDS.values()):
+        if chosen not in get_args(gpu_access.Backend):
             raise RecipeError(f"BACKEND={chosen} is none; choose cpu, cuda or rocm.")
         return chosen
-    return next((BACKENDS[vendor] for vendor in gpu_access.vendors(host)), "cpu")
+    return gpu_access.backend(host)
 
 
 def place(environ: Mapping[str, str], verb: str) -> Place:

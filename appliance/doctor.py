@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -44,14 +43,7 @@ def examine() -> Report:
     root, cache = config.artifacts_root(), config.cache_root()
     llama, torch = _ask(ASK_LLAMA, "llama_cpp"), _ask(ASK_TORCH, "torch")
     present = gpu_access.vendors()
-    problems = list(
-        gpu_access.problems(
-            seen=sum(card.vendor == "nvidia" for card in cards),
-            capabilities=[*gpu.nvidia_capabilities(), *gpu_access.amd_architectures()],
-            can_offload=None if llama is None or llama.failure else llama.said == "1",
-            compiled=os.environ.get(gpu_access.ARCHITECTURES),
-        )
-    )
+    problems = list(gpu.problems(can_offload=None if llama is None or llama.failure else llama.said == "1"))
     problems += [
         _broken(name, asked) for name, asked in (("llama-cpp-python", llama), ("torch", torch)) if asked and asked.failure
     ]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from appliance import device
+from appliance import device, gpu_access
 from appliance.config import cache_root
 from appliance.errors import EnvironmentIncomplete
 
@@ -105,6 +105,16 @@ def _nvidia(nvml: Any) -> Iterator[Gpu]:
     for index in range(count):
         with contextlib.suppress(nvml.NVMLError):  # a card that fell off the bus
             yield _nvidia_card(nvml, index)
+
+
+def problems(*, can_offload: bool | None = None) -> Sequence[gpu_access.Problem]:
+    """What keeps this machine's cards from being used; `can_offload`: whether llama.cpp could, None if it was not asked."""
+    return gpu_access.problems(
+        seen=sum(card.vendor == "nvidia" for card in gpus()),
+        capabilities=[*nvidia_capabilities(), *gpu_access.amd_architectures()],
+        can_offload=can_offload,
+        compiled=os.environ.get(gpu_access.ARCHITECTURES),
+    )
 
 
 def nvidia_capabilities(nvml: Any = None) -> Sequence[str]:

@@ -6,7 +6,7 @@ A card that nobody can use is found on the PCI bus all the same, so that computi
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,8 @@ from appliance import device
 Vendor = Literal["nvidia", "amd"]
 PCI_VENDORS: Mapping[str, Vendor] = {"0x10de": "nvidia", "0x1002": "amd"}
 DISPLAY_CLASS = "0x03"
+LEAST_CARD_BYTES = 2 << 30  # graphics inside a processor carve less out of its memory, and compute nothing faster
+Backend = Literal["cpu", "cuda", "rocm"]
 ARCHITECTURES = "APPLIANCE_GPU_ARCHITECTURES"  # what the image's llama.cpp was compiled for, as CMake was told
 
 
@@ -44,13 +46,16 @@ THIS_HOST = Host()
 
 
 def vendors(host: Host = THIS_HOST) -> Sequence[Vendor]:
-    """Of the graphics cards on the bus."""
-    found = []
-    for folder in sorted((host.sys / "bus/pci/devices").glob("*")):
-        vendor = PCI_VENDORS.get(device.read_text(folder / "vendor") or "")
-        if vendor is not None and (device.read_text(folder / "class") or "").startswith(DISPLAY_CLASS):
-            found.append(vendor)
-    return list(dict.fromkeys(found))
+    """Of the graphics cards on the bus, but for those inside a processor, as far as their driver tells."""
+    return list(dict.fromkeys(vendor for vendor, is_integrated in _graphics(host) if not is_integrated))
+
+
+def backend(host: Host = THIS_HOST) -> Backend:
+    """What is installed and built for here: by the drivers' device files, without which no card can be used."""
+    amd = [is_integrated for vendor, is_integrated in _graphics(host) if vendor == "amd"]
+    if (host.dev / "kfd").exists() and not (amd and all(amd)):
+        return "rocm"
+    return "cuda" if any(host.dev.glob("nvidia[0-9]*")) else "cpu"
 
 
 def problems(
@@ -115,6 +120,15 @@ def is_compiled_for(capability: str, compiled: str) -> bool:
         if kind != "real" and int(digits) <= card:
             return True
     return False
+
+
+def _graphics(host: Host) -> Iterator[tuple[Vendor, bool]]:
+    """The vendor of each on the bus, and whether it is inside a processor; amdgpu tells memory in the device's folder."""
+    for folder in sorted((host.sys / "bus/pci/devices").glob("*")):
+        vendor = PCI_VENDORS.get(device.read_text(folder / "vendor") or "")
+        if vendor is not None and (device.read_text(folder / "class") or "").startswith(DISPLAY_CLASS):
+            memory = device.read_number(folder / "mem_info_vram_total")
+            yield vendor, memory is not None and memory < LEAST_CARD_BYTES
 
 
 def _nvidia(host: Host, seen: int) -> list[Problem]:

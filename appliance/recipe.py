@@ -6,7 +6,7 @@ one.
 
 import dataclasses
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,6 +160,14 @@ def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
     if problems or recipe is None:
         raise RecipeError(several(problems, str(path)))
     return recipe
+
+
+def check_serve(settings: Mapping[str, Any], where: str) -> None:
+    """Raises `RecipeError` with every mistake in serving settings that come from elsewhere than a recipe."""
+    problems: list[str] = []
+    config.build(Serve, settings, "serve", problems)
+    if problems:
+        raise RecipeError(several(problems, where))
 
 
 def _read(path: Path) -> dict[str, Any]:

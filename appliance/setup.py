@@ -24,6 +24,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from appliance import gpu_access
 from appliance.config import cache_root
 from appliance.errors import ApplianceError, EnvironmentIncomplete, several
 from convert import llama_cpp_source
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def make_plan(root: Path, environment: Mapping[str, str]) -> Plan:
     """Reads the pins and the environment's choices: BACKEND, TORCH_INDEX."""
-    backend = environment.get("BACKEND") or detected_backend(Path("/dev"))
+    backend = environment.get("BACKEND") or gpu_access.backend()
     index = environment.get("TORCH_INDEX") or (ROCM_INDEX if backend == "rocm" else None)
     problems = []
     if backend not in BACKENDS:
@@ -133,13 +134,6 @@ def make_plan(root: Path, environment: Mapping[str, str]) -> Plan:
     parts = [plan.foundation, project["project"], project["build-system"], pins, plan.requirements]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return dataclasses.replace(plan, digest=digest)
-
-
-def detected_backend(devices: Path) -> str:
-    """`rocm` or `cuda` when the driver's device files are there, else `cpu`."""
-    if (devices / "kfd").exists():
-        return "rocm"
-    return "cuda" if any(devices.glob("nvidia[0-9]*")) else "cpu"
 
 
 def requirements(project: Mapping[str, object], backend: str) -> tuple[str, ...]:

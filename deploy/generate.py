@@ -1,4 +1,4 @@
-"""Writes what is generated here: `python -m deploy.generate`. Dashboards come from dashboards.py, vllm.yml from vllm.py."""
+"""Writes what is generated here: `python -m deploy.generate`. Dashboards come from dashboards/, vllm.yml from vllm.py."""
 
 from pathlib import Path
 

@@ -217,6 +217,14 @@ def test_index_that_nobody_exported_is_refused(bundle: Path, root: Path, old: by
     assert not (root.parent / "tiny.gguf").exists()
 
 
+def test_settings_that_this_version_does_not_know_are_refused_before_anything_is_taken_in(bundle: Path, root: Path) -> None:
+    contents = members(bundle)
+    contents[bundles.INDEX] = contents[bundles.INDEX].replace(b'"serve": {', b'"serve": {"slotz": 3,')
+    with pytest.raises(RecipeError, match=r"tiny\.appliance: serve\.slotz: unknown key; did you mean 'slots'"):
+        bundles.take_in(packed(bundle, contents), root)
+    assert files(root) == {}
+
+
 def test_archives_that_are_no_bundles_are_refused(bundle: Path, root: Path, tmp_path: Path) -> None:
     contents = members(bundle)
     head = contents[bundles.INDEX]

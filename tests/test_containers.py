@@ -74,12 +74,6 @@ def test_engine_that_was_asked_for_is_used_or_an_error(engines: Path) -> None:
             containers.place(environ, "serve")
 
 
-def test_backend_is_that_of_the_card(tmp_path: Path) -> None:
-    for vendor, expected in (("0x10de", "cuda"), ("0x1002", "rocm"), ("0x8086", "cpu")):
-        bus = {"bus/pci/devices/0/vendor": vendor, "bus/pci/devices/0/class": "0x030000"}
-        assert containers.backend({}, Host(sys=write(tmp_path / expected, bus))) == expected
-
-
 def test_training_sees_the_recipes_folder_and_no_network(root: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "my recipe" / "recipe.toml"
     where = Place(engine="podman", image="edge-appliance:rocm-train")

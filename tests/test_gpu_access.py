@@ -118,3 +118,32 @@ def test_groups_are_numbers_of_this_host(tmp_path: Path) -> None:
     found = host(tmp_path, "0x1002", files=(KFD, RENDER, "dev/dri/card0"))
     assert gpu_access.groups(found) == [(tmp_path / KFD).stat().st_gid]
     assert stat.S_ISREG((tmp_path / KFD).stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    ("files", "memory_bytes", "expected"),
+    [
+        ((), None, "cpu"),
+        (("dev/nvidia0",), None, "cuda"),
+        (("dev/nvidiactl",), None, "cpu"),
+        ((KFD,), None, "rocm"),
+        ((KFD, "dev/nvidia0"), 16 << 30, "rocm"),
+        ((KFD,), 512 << 20, "cpu"),  # inside a processor
+        ((KFD, "dev/nvidia0"), 512 << 20, "cuda"),
+    ],
+)
+def test_backend_is_that_of_the_card(
+    files: tuple[str, ...], memory_bytes: int | None, expected: str, tmp_path: Path
+) -> None:
+    found = host(tmp_path, "0x1002", files=files)
+    if memory_bytes is not None:
+        write(tmp_path, {"sys/bus/pci/devices/0/mem_info_vram_total": str(memory_bytes)})
+    assert gpu_access.backend(found) == expected
+
+
+def test_graphics_inside_a_processor_are_no_problem(tmp_path: Path) -> None:
+    found = host(tmp_path, "0x1002")
+    assert "kfd is missing" in said(found)
+    write(tmp_path, {"sys/bus/pci/devices/0/mem_info_vram_total": str(512 << 20)})
+    assert gpu_access.vendors(found) == []
+    assert said(found, can_offload=False) == ""

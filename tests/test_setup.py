@@ -255,13 +255,6 @@ class TestEnvironment:
         setup.install_torch(plan)
         assert commands == []
 
-    def test_the_card_decides_the_backend(self, tmp_path: Path) -> None:
-        assert setup.detected_backend(tmp_path) == "cpu"
-        (tmp_path / "nvidia0").touch()
-        assert setup.detected_backend(tmp_path) == "cuda"
-        (tmp_path / "kfd").touch()
-        assert setup.detected_backend(tmp_path) == "rocm"
-
 
 class TestMakefile:
     TARGETS = (

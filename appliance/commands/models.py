@@ -10,8 +10,8 @@ import click
 from appliance import artifacts, bundles, config, promotion
 from appliance.artifacts import Artifact
 from appliance.console import Command, Progress, emit, human_bytes, json_option, note
-from appliance.errors import ArtifactError, RecipeError, several
-from appliance.recipe import Serve
+from appliance.errors import ArtifactError, RecipeError
+from appliance.recipe import check_serve
 
 
 @click.command("list", cls=Command)
@@ -126,7 +126,7 @@ def export_model(model: str | None, to: Path, private_key: Path | None, as_json:
 @click.option(
     "--public-key",
     type=click.Path(path_type=Path),
-    envvar="APPLIANCE_TRUSTED_KEY",
+    default=config.trusted_key,
     help="Refuse what this key (PEM) did not sign; APPLIANCE_TRUSTED_KEY.",
 )
 @click.option("--fingerprint", help="Refuse what has another fingerprint than this, which the export printed.")
@@ -138,7 +138,7 @@ def import_model(file: Path, is_promoting: bool, public_key: Path | None, finger
     if taken.is_signed and public_key is None:
         note("The file is signed, and nobody said by whom; --public-key checks it.")
     if is_promoting:
-        promotion.promote(taken.model, taken.report, _checked_settings(taken.serve, str(file)), root)
+        promotion.promote(taken.model, taken.report, taken.serve, root)
     result = {
         "artifact": taken.model.path,
         "state": "imported" if taken.is_new else "unchanged",
@@ -157,14 +157,7 @@ def _serve_settings(text: str) -> Mapping[str, Any]:
         raise RecipeError(f"--serve is not valid JSON: {error}.") from error
     if not isinstance(settings, dict):
         raise RecipeError(f"--serve: expected a JSON object, found {text!r}.")
-    return _checked_settings(settings, "--serve")
-
-
-def _checked_settings(settings: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    problems: list[str] = []
-    config.build(Serve, dict(settings), "serve", problems)
-    if problems:
-        raise RecipeError(several(problems, where))
+    check_serve(settings, "--serve")
     return settings
 
 

@@ -13,12 +13,11 @@ from appliance.errors import RecipeError, several
 from appliance.recipe import Recipe, Serve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine
     from socket import socket
 
     from fastapi import FastAPI
 
-    from appliance.gpu_access import Problem
     from appliance.serving.auth import Gate
     from appliance.serving.engine import EngineListener
     from appliance.serving.memory_plan import Plan
@@ -119,7 +118,7 @@ def _import_first_model(file: Path) -> None:
 
     root = config.artifacts_root()
     if promotion.current(root) is None:
-        taken = bundles.take_in(file, root)
+        taken = bundles.take_in(file, root, config.trusted_key())
         promotion.promote(taken.model, taken.report, taken.serve, root)
         note(f"imported {taken.model.id} from {file}")
 
@@ -219,11 +218,12 @@ class _Catalog:
         return served_model.promotion_mark(self._root)
 
     def pool(self, served: "list[tuple[ServedModel, Serve]]", listener: "EngineListener", workers: "Workers") -> "ModelPool":
+        from appliance import gpu
         from appliance.serving.model_pool import ModelPool
         from appliance.serving.planning import Planner
         from appliance.serving.tried import Tried
 
-        for problem in _gpu_problems():
+        for problem in gpu.problems():  # whether llama.cpp can use a card, the plan says
             note(f"warning: {problem} Until then the CPU computes.")
         for model, _ in served:
             if model.is_foreign:
@@ -246,17 +246,6 @@ class _Catalog:
 
         plain = dataclasses.replace(settings, adapters=(), system_prompts=())  # they belong to the default model
         return served_model.find(model, self._root, self._digests), plain
-
-
-def _gpu_problems() -> "Sequence[Problem]":
-    """What keeps this machine's cards from being used; whether llama.cpp can use one, its plan says."""
-    import os
-
-    from appliance import gpu, gpu_access
-
-    cards = [card for card in gpu.gpus() if card.vendor == "nvidia"]
-    capabilities = [*gpu.nvidia_capabilities(), *gpu_access.amd_architectures()]
-    return gpu_access.problems(seen=len(cards), capabilities=capabilities, compiled=os.environ.get(gpu_access.ARCHITECTURES))
 
 
 def _tell_plan(plan: "Plan") -> None:

@@ -46,6 +46,8 @@ def test_parts_fit_together() -> None:
     assert resource("service.yaml")["spec"]["selector"] == labels
     assert resource("disruption.yaml")["spec"]["selector"]["matchLabels"] == labels
     assert resource("autoscaling.yaml")["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    environ = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}
+    assert environ["APPLIANCE_MAKE_KEYS"] == "", "a pod has no place for keys of its own"
     claim = resource("storage.yaml")["metadata"]["name"]
     assert claim in [volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]]
 

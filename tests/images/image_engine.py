@@ -95,18 +95,8 @@ class ImageEngine:
         options = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
         options += [part for source, place in mounts.items() for part in ("-v", f"{source}:{place}")]
         self.run(
-            *(
-                "buildah",
-                "bud",
-                "--isolation",
-                "chroot",
-                "--network",
-                "host",
-                "--pull-never",
-                "--layers",
-                "--format",
-                "docker",
-            ),
+            *("buildah", "bud", "--isolation", "chroot", "--network", "host", "--pull-never", "--layers"),
+            *("--format", "docker"),  # or the health check is lost
             *("--build-arg", f"BUILD_IMAGE={BASE}", "--build-arg", f"RUNTIME_IMAGE={BASE}", *options),
             *("-v", "/etc/ssl/certs:/etc/ssl/certs:ro", "--secret", f"id=pip_conf,src={self.folder / 'pip.conf'}"),
             *("--target", target, "-f", dockerfile, "-t", tag, dockerfile.parent),
@@ -135,9 +125,8 @@ class ImageEngine:
                 return document(f"blobs/{digest.replace(':', '/')}")
 
             manifest = blob(document("index.json")["manifests"][0]["digest"])
-            history = [
-                each["created_by"] for each in blob(manifest["config"]["digest"])["history"] if not each.get("empty_layer")
-            ]
+            steps = blob(manifest["config"]["digest"])["history"]
+            history = [step["created_by"] for step in steps if not step.get("empty_layer")]
         sizes = [layer["size"] for layer in manifest["layers"]]
         made_by = [*(["?"] * (len(sizes) - len(history))), *history]
         return [Layer(size_bytes=size, made_by=by) for size, by in zip(sizes, made_by, strict=True)], archive

@@ -49,3 +49,16 @@ def test_server_begins_with_the_model_that_its_image_brings(
             assert server.chat(max_tokens=2).status_code == 200
             assert server.stop() == 0
         assert any("imported gguf/" in line for line in server.errors) == is_first
+
+
+def test_model_that_an_image_brings_is_held_to_the_trusted_key(
+    trained: Trained, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = exported(trained, "Q8_0", tmp_path, monkeypatch)
+    (tmp_path / "key.pub").write_text("not looked at: the file is not signed")
+    monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(root))
+    monkeypatch.setenv("APPLIANCE_TRUSTED_KEY", str(tmp_path / "key.pub"))
+    result = call("serve", "--first-model", file)
+    assert result.exit_code == 4
+    assert "is not signed" in result.stderr
+    assert not (root / "current").exists()
