@@ -74,14 +74,17 @@ class Backlog:
     ) -> None:
         """Raises when `own` work finds too little time in the seconds `left`.
 
-        `DeadlineExceeded` when its answer could not begin even if it were alone. `DeadlineTooShort` when others are in its
-        way, so that it could not begin, or would be cut off where it would not be alone.
+        `DeadlineExceeded` when its answer could not begin even if it were alone and nothing else kept this machine busy.
+        `DeadlineTooShort` when others are in its way, or the machine is slower than it was, so that it could not begin, or
+        would be cut off where it would not be alone. One that is alone is tried at the best pace: a slow moment that nothing
+        measures again would never end.
         """
         waiting = [work(answer) for answer in self._answers]
         place = pace.seconds_until_place(running, waiting, self._slots)
-        reading, writing = pace.reading_seconds(own), own.answer_tokens * pace.step_seconds(self._slots)
+        best, writing = pace.best_reading_seconds(own), own.answer_tokens * pace.step_seconds(self._slots)
+        reading = pace.reading_seconds(own) if running or waiting else best
         told = f"The answer could begin in {place + reading:.1f} s, and the deadline is in {max(left, 0.0):.1f} s."
-        if left <= 0.0 or (pace.is_measured and left < reading):
+        if left <= 0.0 or (pace.is_measured and left < best):
             raise DeadlineExceeded(f"{told} Allow more time.")
         whole = reading + writing if reading + writing <= left else reading
         if pace.is_measured and left < place + whole:

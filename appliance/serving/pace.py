@@ -18,6 +18,7 @@ SHORTEST_BUSY_CHUNK_TOKENS = 16
 IDLE_STEP_SECONDS = 2.0
 LONGEST_RETRY_SECONDS = 600
 WEIGHT = 0.2  # of a new measurement in the running means
+FORGETTING = 0.001  # of the way from the best pace to a slower one of today, each step: other work passes, age does not
 SHORTEST_STEP_SECONDS = 1e-6  # a clock may stand still; rates are divided by this
 MEASURED_ROWS = 1024  # more rows in one step than this are no decode step
 
@@ -76,6 +77,7 @@ class Pace:
         self._longest_chunk = longest_chunk
         self.costs = StepCosts()
         self._prompt_token_seconds: float | None = None
+        self._best_prompt_token_seconds = GUESSED_PROMPT_TOKEN_SECONDS
         self._answer_tokens = GUESSED_ANSWER_TOKENS
 
     @property
@@ -99,10 +101,12 @@ class Pace:
         known = self.costs.nearest(rows) if rows else 0.0
         per_token = max(seconds - (known or 0.0), 0.0) / prompt_tokens
         if self._prompt_token_seconds is None:
-            self._prompt_token_seconds = per_token
+            self._prompt_token_seconds = self._best_prompt_token_seconds = per_token
         # A short end of a prompt says little: most of its step is what every step costs.
         weight = WEIGHT * min(1.0, prompt_tokens / SHORTEST_CHUNK_TOKENS)
         self._prompt_token_seconds += weight * (per_token - self._prompt_token_seconds)
+        slower = self._prompt_token_seconds - self._best_prompt_token_seconds
+        self._best_prompt_token_seconds += slower * (FORGETTING if slower > 0.0 else 1.0)
 
     def observe_answer(self, tokens: int) -> None:
         self._answer_tokens += WEIGHT * (tokens - self._answer_tokens)
@@ -142,7 +146,12 @@ class Pace:
         return at + own + work.answer_tokens * step, tokens + work.answer_tokens, reading + own
 
     def reading_seconds(self, work: Work) -> float:
+        """As fast as prompts are read at present."""
         return work.prompt_tokens * self.prompt_token_seconds
+
+    def best_reading_seconds(self, work: Work) -> float:
+        """As fast as this machine reads prompts when nothing else keeps it busy."""
+        return work.prompt_tokens * self._best_prompt_token_seconds
 
 
 def retry_after(seconds: float) -> int:

@@ -43,6 +43,20 @@ def test_prompt_rate_leaves_out_what_running_answers_cost() -> None:
     assert pace.prompt_token_seconds < 0.05
 
 
+def test_best_pace_outlasts_other_work_and_follows_a_machine_that_stays_slow() -> None:
+    pace, work = measured(0.01, 0.1), Work(prompt_tokens=100, answer_tokens=0)
+    for _ in range(50):
+        pace.observe_step(10.0, rows=0, prompt_tokens=100)
+    assert pace.reading_seconds(work) == pytest.approx(10.0, rel=0.01)
+    assert pace.best_reading_seconds(work) < 2.0
+    for _ in range(10_000):
+        pace.observe_step(10.0, rows=0, prompt_tokens=100)
+    assert pace.best_reading_seconds(work) == pytest.approx(10.0, rel=0.01)
+    for _ in range(50):
+        pace.observe_step(1.0, rows=0, prompt_tokens=100)
+    assert pace.best_reading_seconds(work) == pytest.approx(1.0, rel=0.01)
+
+
 def test_costs_between_two_measurements_are_interpolated() -> None:
     costs = StepCosts()
     assert costs.seconds(1) is None

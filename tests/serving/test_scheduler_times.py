@@ -51,7 +51,7 @@ def test_deadline_that_cannot_be_kept_is_refused_at_once(bench: Bench) -> None:
         bench.client(1, wait=-1.0)
     assert bench.client(1, wait=0.5).reason() == "length"  # nothing was measured yet: no refusal on a guess
     bench.idle()
-    bench.scheduler._pace._prompt_token_seconds = 1.0
+    bench.scheduler._pace._prompt_token_seconds = bench.scheduler._pace._best_prompt_token_seconds = 1.0
     with pytest.raises(DeadlineExceeded, match=r"could begin in 49\.0 s, and the deadline is in"):
         bench.client(*range(10, 59), wait=10.0)
     assert bench.client(*range(10, 59), wait=1000.0).reason() == "length"
@@ -68,6 +68,22 @@ def test_deadline_that_others_stand_in_the_way_of_is_told_when_to_come_back(benc
         bench.client(*range(10, 15), wait=6.0)
     assert 10 < caught.value.retry_after_seconds < 120
     bench.decoder.gate.set()
+
+
+def test_slow_moment_is_told_when_to_come_back_and_is_measured_again_as_soon_as_nobody_is_in_the_way(bench: Bench) -> None:
+    bench.client(1).end()
+    bench.idle()
+    bench.decoder.gate.clear()
+    pace = bench.scheduler._pace
+    pace._best_prompt_token_seconds, pace._prompt_token_seconds = 0.001, 1.0
+    running = bench.client(2)
+    with pytest.raises(DeadlineTooShort, match=r"could be complete in 4\d\.\d s, and the deadline is in 10\.0 s") as caught:
+        bench.client(*range(10, 50), wait=10.0)
+    assert caught.value.retry_after_seconds >= 30
+    bench.decoder.gate.set()
+    assert running.reason() == "length"
+    bench.idle()
+    assert bench.client(*range(10, 50), wait=10.0).reason() == "length"
 
 
 def test_answer_that_others_would_cut_off_is_told_when_to_come_back(bench: Bench) -> None:
