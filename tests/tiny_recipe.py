@@ -62,8 +62,8 @@ checkpoint_steps = 5
 [dpo]
 epochs = 4
 learning_rate = 5e-4
-batch_rows = 2
-accumulate = 1
+batch_rows = 1
+accumulate = 2
 max_tokens = 256
 checkpoint_steps = 3
 

@@ -1,7 +1,7 @@
 """`appliance train`: the starter base, SFT and DPO; each phase continues the one before."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,10 @@ from appliance.commands.options import dry_run_option, recipe_argument, set_opti
 from appliance.console import Command, emit, json_option
 from appliance.errors import ArtifactError, NotAvailableYet, RecipeError
 from appliance.recipe import STARTER, Recipe
+from appliance.training import processes
+
+if TYPE_CHECKING:
+    from appliance.training.model import Base
 
 PHASES = ("base", "sft", "dpo", "grpo", "passages")
 
@@ -39,39 +43,58 @@ def train(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train the phases of a recipe: base (the starter only), sft, dpo."""
+    """Train the phases of a recipe: base (the starter only), sft, dpo. Under `accelerate launch`, on several cards."""
+    if not dry_run or processes.count() > 1:
+        config.apply_quiet_environment()
+    with processes.together():
+        loaded, steps = processes.from_first(lambda: _asked(recipe, sets, phase))
+        result: dict[str, Any] = {}
+        from appliance.training import metrics
+
+        with metrics.exposed(metrics_host, metrics_port if processes.is_first() and not dry_run else None):
+            for step in steps:
+                result = _run_phase(step, loaded, resume=resume, restart=restart, dry_run=dry_run)
+                if phase is None and not as_json and processes.is_first():
+                    click.echo(f"{step}: {result['artifact']} ({result['state']})")
+        if (phase or as_json) and processes.is_first():
+            emit(result, as_json, f"{result['artifact']} ({result['state']})")
+
+
+def _asked(path: Path, sets: tuple[str, ...], phase: str | None) -> tuple[Recipe, list[str]]:
+    """The recipe, and which of its phases are to be run."""
     if phase in ("grpo", "passages"):
         raise NotAvailableYet(f"`appliance train --phase {phase}` is not built yet.")
-    loaded = recipes.load(recipe, sets)
-    if phase == "base" and loaded.base != STARTER:
-        raise RecipeError(f"--phase base makes the starter only; this recipe's base is {loaded.base!r}.")
-    if phase not in (None, "base", *loaded.phases):
-        raise RecipeError(f"--phase {phase}: the recipe's phases are {', '.join(loaded.phases)}.")
-    if not dry_run:
-        config.apply_quiet_environment()
-    steps = [phase] if phase else [*(["base"] if loaded.base == STARTER else []), *loaded.phases]
-    result: dict[str, Any] = {}
-    from appliance.training import metrics
-
-    with metrics.exposed(metrics_host, None if dry_run else metrics_port):
-        for step in steps:
-            result = _run_phase(step, loaded, resume=resume, restart=restart, dry_run=dry_run)
-            if phase is None and not as_json:
-                click.echo(f"{step}: {result['artifact']} ({result['state']})")
-    if phase or as_json:
-        emit(result, as_json, f"{result['artifact']} ({result['state']})")
+    recipe = recipes.load(path, sets)
+    if phase == "base" and recipe.base != STARTER:
+        raise RecipeError(f"--phase base makes the starter only; this recipe's base is {recipe.base!r}.")
+    if phase not in (None, "base", *recipe.phases):
+        raise RecipeError(f"--phase {phase}: the recipe's phases are {', '.join(recipe.phases)}.")
+    for section, settings in (("sft", recipe.sft), ("dpo", recipe.dpo)):
+        if section == phase or (phase is None and section in recipe.phases):
+            processes.share(settings.batch_rows, settings.accumulate, section)
+    return recipe, [phase] if phase else [*(["base"] if recipe.base == STARTER else []), *recipe.phases]
 
 
 def _run_phase(phase: str, recipe: Recipe, *, resume: bool, restart: bool, dry_run: bool) -> dict[str, Any]:
     root = config.artifacts_root()
-    plans = _plans(recipe, root)
-    plan = plans[phase]
-    existing = plan.existing(root)
+    plans, existing = processes.from_first(lambda: _found(phase, recipe, root))
     state = "unchanged" if existing else "to make" if dry_run else "made"
     if existing is None and not dry_run:
         existing = _make(phase, recipe, root, plans, resume=resume, restart=restart)
     results = dict(existing.results) if existing else {}
-    return {"artifact": plan.location(root), "state": state, "results": results}
+    return {"artifact": plans[phase].location(root), "state": state, "results": results}
+
+
+def _found(phase: str, recipe: Recipe, root: Path) -> tuple[dict[str, Plan], artifacts.Artifact | None]:
+    """What each phase will make, and the artifact of this one, if it is there."""
+    plans = _plans(recipe, root)
+    existing = plans[phase].existing(root)
+    if phase == "base" and existing is None and processes.count() > 1:
+        raise ArtifactError(
+            f"{plans[phase].location(root)} is not made yet, and one process makes it:"
+            " run `appliance train RECIPE --phase base` first, without a launcher."
+        )
+    return plans, existing
 
 
 def _plans(recipe: Recipe, root: Path) -> dict[str, Plan]:
@@ -104,19 +127,29 @@ def _train(
     phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan], *, resume: bool, restart: bool
 ) -> artifacts.Artifact:
     from appliance.data import check
-    from appliance.training import dpo, model, sft, starter
+    from appliance.training import dpo, sft, starter
 
-    dataset = check.check(recipe, root, strict=False).path
+    dataset = processes.from_first(lambda: check.check(recipe, root, strict=False).path)
     if phase == "base":
         return starter.make(recipe, dataset, root, resume=resume, restart=restart)
-    base = model.locate(str(_whole(plans["base"], root, "base")) if recipe.base == STARTER else recipe.base, root)
+
+    base, adapter = processes.from_first(lambda: _inputs(phase, recipe, root, plans))
     if phase == "sft":
-        artifacts.check_input(base.path)
         return sft.train(recipe, dataset, base, root, resume=resume, restart=restart)
-    adapter = _whole(plans["sft"], root, "sft")
-    for each in (base.path, adapter):
-        artifacts.check_input(each)
     return dpo.train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
+
+
+def _inputs(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -> tuple["Base", Path]:
+    """The base, and the adapter that DPO continues (SFT starts from the base alone), both as they were made."""
+    from appliance.training import model
+
+    base = model.locate(str(_whole(plans["base"], root, "base")) if recipe.base == STARTER else recipe.base, root)
+    artifacts.check_input(base.path)
+    if phase == "sft":
+        return base, base.path
+    adapter = _whole(plans["sft"], root, "sft")
+    artifacts.check_input(adapter)
+    return base, adapter
 
 
 def _whole(plan: Plan, root: Path, phase: str) -> Path:

@@ -1,6 +1,5 @@
 """Direct preference optimization (Rafailov et al. 2023), continuing the SFT adapter with its frozen copy as reference."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 from appliance import artifacts
 from appliance.artifacts import Artifact, Plan
 from appliance.config import plain
-from appliance.console import note
 from appliance.data.check import read_rows
 from appliance.recipe import Recipe
-from appliance.training import loop, preferences, samples
+from appliance.training import loop, preferences, processes, samples
 from appliance.training import model as models
 from appliance.training.model import Base
+from appliance.training.preferences import Pair, Score
 
 REVISION = 1  # raised when the same data and settings would give another adapter
 REFERENCE = "ref"  # the name that TRL gives the frozen copy
@@ -30,27 +29,40 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
     from transformers import set_seed
 
     identity = plan(recipe, artifacts.identity(dataset), base.identity, artifacts.identity(adapter))
-    checkpoint = loop.resume_point(identity, root, resume=resume, restart=restart)
-    loop.require_space(base.path, root)
+    checkpoint = processes.from_first(lambda: loop.resume_point(identity, root, resume=resume, restart=restart))
+    tokenizer, pairs = processes.from_first(lambda: _tokenize(recipe, dataset, base, root))
     rows = read_rows(dataset, "dpo")
-    tokenizer = models.load_tokenizer(base.path)
-    pairs = preferences.tokenize_checked(tokenizer, dataset, recipe)
-    with artifacts.create(identity, root, keep_partial=checkpoint is not None, is_resumable=True) as draft:
+    with processes.draft(identity, root, keep_partial=checkpoint is not None) as draft:
         loop.prepare()
         set_seed(recipe.seed)
         model = continue_adapter(base, adapter)
-        before = preferences.score(model, pairs)
         trainer = _trainer(model, tokenizer, rows, recipe, draft.path)
         outcome = loop.train(trainer, draft.path, "dpo", checkpoint)
-        after = preferences.score(model, pairs)
-        outcome |= preferences.compare(pairs, before, after)
+        models.save_adapter(model, draft.path)
+        outcome |= preferences.compare(pairs, *_scores(model, pairs))
         _report(outcome, len(rows))
-        model.save_pretrained(draft.path, selected_adapters=["default"])
-        shutil.rmtree(draft.path / REFERENCE, ignore_errors=True)
         samples.write(model, tokenizer, read_rows(dataset, "sft"), recipe, draft.path)
         draft.results.update(outcome, rows=len(rows))
         loop.finish(draft.path)
-    return artifacts.load(identity.location(root))
+    return processes.from_first(lambda: artifacts.load(identity.location(root)))
+
+
+def _tokenize(recipe: Recipe, dataset: Path, base: Base, root: Path) -> tuple[Any, list[Pair]]:
+    loop.require_space(base.path, root)
+    tokenizer = models.load_tokenizer(base.path)
+    return tokenizer, preferences.tokenize_checked(tokenizer, dataset, recipe)
+
+
+def _scores(model: Any, pairs: Sequence[Pair]) -> tuple[list[Score], list[Score]]:
+    """Before, by the frozen copy, and after. Both once training is over: a model that is sharded is so from its first step.
+
+    Every process must call it.
+    """
+    after = preferences.score(model, pairs)
+    model.set_adapter(REFERENCE)
+    before = preferences.score(model, pairs)
+    model.set_adapter("default")
+    return before, after
 
 
 def continue_adapter(base: Base, adapter: Path) -> Any:
@@ -62,7 +74,7 @@ def continue_adapter(base: Base, adapter: Path) -> Any:
 
 def _report(outcome: dict[str, Any], rows: int) -> None:
     before, after = outcome["accuracy_before"], outcome["accuracy_after"]
-    note(f"dpo: chosen answer preferred in {before:.0%} of {rows} rows before, {after:.0%} after")
+    processes.note(f"dpo: chosen answer preferred in {before:.0%} of {rows} rows before, {after:.0%} after")
 
 
 def _trainer(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], recipe: Recipe, folder: Path) -> Any:

@@ -1,7 +1,7 @@
 """What every training phase shares: arguments, progress, loss curve, checkpoints and resuming.
 
 A run lives in the `.partial` directory of its artifact. `checkpoints/` holds what a resumed run needs and is removed at
-the end; `loss.jsonl` and `loss.png` stay.
+the end; `loss.jsonl` and `loss.png` stay. Of several processes the first one writes.
 """
 
 import json
@@ -13,26 +13,33 @@ from typing import Any
 
 from appliance import artifacts, device
 from appliance.artifacts import Plan
-from appliance.console import Progress, note
+from appliance.console import Progress
 from appliance.errors import ArtifactError, TrainingFailed
 from appliance.training import model as models
+from appliance.training import processes
 from appliance.training.metrics import Phase
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete"  # written into a checkpoint after everything else, so that a killed save is never resumed from
 LOSS = "loss.jsonl"
+SHARDS = "pytorch_model_fsdp*"  # accelerate's name for the weights in a checkpoint of a sharded model
 
 
 def arguments(folder: Path, phase: Any, seed: int) -> dict[str, Any]:
-    """Trainer arguments common to all phases; `phase` is the recipe's section."""
+    """Trainer arguments common to all phases; `phase` is the recipe's section.
+
+    The batch is this process's share of it; raises `RecipeError` when there is none.
+    """
     import torch
 
+    section = type(phase).__name__.lower()
+    batch_rows, accumulate = processes.share(phase.batch_rows, getattr(phase, "accumulate", 1), section)
     kind = models.weight_type()
     return {
         "output_dir": str(folder / CHECKPOINTS),
         "num_train_epochs": phase.epochs,
-        "per_device_train_batch_size": phase.batch_rows,
-        "gradient_accumulation_steps": getattr(phase, "accumulate", 1),
+        "per_device_train_batch_size": batch_rows,
+        "gradient_accumulation_steps": accumulate,
         "learning_rate": phase.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": getattr(phase, "warmup_ratio", 0.03),
@@ -50,6 +57,7 @@ def arguments(folder: Path, phase: Any, seed: int) -> dict[str, Any]:
         "fp16": kind == torch.float16,
         "use_cpu": not models.has_gpu(),
         "dataloader_pin_memory": models.has_gpu(),
+        "ddp_find_unused_parameters": False,  # a step uses all of an adapter
     }
 
 
@@ -59,7 +67,7 @@ def prepare() -> None:
 
     # transformers 5.23 warns of names that trl 1.16 and peft 0.21 still use.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    torch.set_num_threads(device.usable_cores())
+    torch.set_num_threads(max(1, device.usable_cores() // processes.local_count()))
 
 
 def require_space(base: Path, root: Path) -> None:
@@ -74,7 +82,8 @@ def require_space(base: Path, root: Path) -> None:
 def resume_point(plan: Plan, root: Path, *, resume: bool, restart: bool) -> Path | None:
     """The newest complete checkpoint of an interrupted run, or None to start afresh.
 
-    Raises `ArtifactError` when there is one and the caller did not say what to do with it.
+    Raises `ArtifactError` when there is one and the caller did not say what to do with it, or it is of another kind: whole
+    where the model is now sharded, or the other way round.
     """
     folder = plan.partial(root) / CHECKPOINTS
     complete = [each for each in folder.glob("checkpoint-*") if (each / COMPLETE).exists()]
@@ -84,6 +93,12 @@ def resume_point(plan: Plan, root: Path, *, resume: bool, restart: bool) -> Path
     if not resume:
         step = newest.name.rpartition("-")[2]
         raise ArtifactError(f"An interrupted run stopped after step {step} ({newest}); pass --resume, or --restart.")
+    if any(newest.glob(SHARDS)) != processes.is_sharded():
+        is_with, is_without = ("without", "with") if processes.is_sharded() else ("with", "without")
+        raise ArtifactError(
+            f"{newest} was written {is_with} FSDP and cannot be continued {is_without} it;"
+            f" start as that run was started, or pass --restart."
+        )
     return newest
 
 
@@ -91,26 +106,40 @@ def train(trainer: Any, folder: Path, label: str, checkpoint: Path | None) -> di
     """Runs the trainer to its end; returns what the loss did. Leaves `loss.jsonl` and `loss.png` in `folder`."""
     from transformers import PrinterCallback
 
-    for each in (folder / CHECKPOINTS).glob("checkpoint-*"):
-        if not (each / COMPLETE).exists():  # a save that was cut off
-            shutil.rmtree(each)
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    _keep_steps(folder / LOSS, first_step)
+    processes.from_first(lambda: _clear_after(folder, first_step))
     if checkpoint:
-        note(f"{label}: continuing after step {first_step}")
+        processes.note(f"{label}: continuing after step {first_step}")
+    repeated = processes.repeated_rows(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
+    if repeated:
+        processes.note(f"{label}: {repeated} rows come twice in an epoch, so that every process has as many steps")
+    processes.settle(trainer)
     trainer.remove_callback(PrinterCallback)  # our progress line says it, and the loss curve keeps it
     trainer.add_callback(_callback(folder, label, first_step))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    how = {"processes": processes.count(), "repeated_rows": repeated} if processes.count() > 1 else {}
+    return processes.from_first(lambda: _outcome(folder, label)) | how
+
+
+def finish(folder: Path) -> None:
+    """Removes the checkpoints: last of all, since until then a killed run resumes from them."""
+    if processes.is_first():
+        shutil.rmtree(folder / CHECKPOINTS)
+
+
+def _clear_after(folder: Path, last_step: int) -> None:
+    for each in (folder / CHECKPOINTS).glob("checkpoint-*"):
+        if not (each / COMPLETE).exists():  # a save that was cut off
+            shutil.rmtree(each)
+    _keep_steps(folder / LOSS, last_step)
+
+
+def _outcome(folder: Path, label: str) -> dict[str, Any]:
     curve = [json.loads(line) for line in (folder / LOSS).read_text().splitlines()]
     _plot(curve, folder / "loss.png", label)
     losses = [point["loss"] for point in curve]
     tail = losses[-max(1, len(losses) // 20) :]  # single steps are noisy: the last twentieth's mean
     return {"steps": len(losses), "first_loss": losses[0], "final_loss": sum(tail) / len(tail)}
-
-
-def finish(folder: Path) -> None:
-    """Removes the checkpoints: last of all, since until then a killed run resumes from them."""
-    shutil.rmtree(folder / CHECKPOINTS)
 
 
 def _keep_steps(path: Path, last_step: int) -> None:
@@ -130,15 +159,19 @@ def _callback(folder: Path, label: str, first_step: int) -> Any:
             self.phase: Phase | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            self.progress = Progress(label, state.max_steps, first_step)
-            self.phase = Phase(label, state.max_steps, first_step)
+            if processes.is_first():
+                self.progress = Progress(label, state.max_steps, first_step)
+                self.phase = Phase(label, state.max_steps, first_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
             if not logs or "loss" not in logs:
                 return
             if not math.isfinite(logs["loss"]):
                 at = f"at step {state.global_step}: loss {logs['loss']}"
-                raise TrainingFailed(f"{label} diverged {at}; lower its learning_rate and repeat with --restart.")
+                error = TrainingFailed(f"{label} diverged {at}; lower its learning_rate and repeat with --restart.")
+                processes.fail(error)  # the loss is the mean over all processes, so that each of them comes here
+            if not processes.is_first():
+                return
             point = {key: value for key, value in logs.items() if isinstance(value, int | float)}
             with (folder / LOSS).open("a") as stream:
                 stream.write(json.dumps({"step": state.global_step, **point}) + "\n")
@@ -153,8 +186,9 @@ def _callback(folder: Path, label: str, first_step: int) -> Any:
                 self.phase.end()
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (checkpoint / COMPLETE).touch()
+            processes.wait()  # until each has written its part
+            if processes.is_first():
+                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
     return Watch()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from appliance import artifacts, bases, gpu
 from appliance.errors import ModelFileError
+from appliance.training import processes
 
 TRAINING_TEMPLATE = "training_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -78,7 +79,10 @@ def marked_template(path: Path, tokenizer: Any) -> str | None:
 
 
 def load_model(path: Path) -> Any:
-    """The model in the type that this device trains in; raises `ModelFileError` when files are damaged."""
+    """The model in the type that this device trains in; raises `ModelFileError` when files are damaged.
+
+    On this process's card; in memory where several cards share one model, each of which then takes its part.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -86,21 +90,28 @@ def load_model(path: Path) -> Any:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=weight_type(), local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelFileError(f"The model in {path} cannot be loaded: {error}") from error
-    return model.to("cuda") if has_gpu() else model
+    return model.to(f"cuda:{processes.local_index()}") if has_gpu() and not processes.is_sharded() else model
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Writes the adapter, whole, from the first process. Every process must call it."""
+    weights = processes.whole_weights(model)
+    if processes.is_first():
+        model.save_pretrained(folder, state_dict=weights, selected_adapters=["default"])
 
 
 def has_gpu() -> bool:
     import torch
 
-    return bool(torch.cuda.is_available())
+    return bool(torch.cuda.is_available()) and not processes.is_kept_on_cpu()
 
 
 def gpu_lease() -> contextlib.AbstractContextManager[None]:
-    """Holds the card while a phase trains, so that no server loads a model onto it meanwhile; nothing on the CPU.
+    """Holds this process's card while a phase trains, so that no server loads a model onto it; nothing on the CPU.
 
     Raises `EnvironmentIncomplete` naming the server or training run that has it.
     """
-    return gpu.lease(0, "training") if has_gpu() else contextlib.nullcontext()
+    return gpu.lease(processes.local_index(), "training") if has_gpu() else contextlib.nullcontext()
 
 
 def weight_type() -> Any:

@@ -6,13 +6,17 @@ from typing import Any
 
 from appliance.data.questions import training_questions
 from appliance.recipe import Recipe
+from appliance.training import processes
 from appliance.training.labels import render_ids
 
 ANSWER_TOKENS = 120
 
 
 def write(model: Any, tokenizer: Any, rows: list[dict[str, Any]], recipe: Recipe, folder: Path) -> None:
-    """`samples.json`: one training question in each language, the answer trained for, the base's and the adapter's."""
+    """`samples.json`: one training question in each language, the answer trained for, the base's and the adapter's.
+
+    Every process must call it, since a sharded model answers only through all; the first one writes.
+    """
     samples = []
     model.eval()
     for question in training_questions(rows, recipe.languages, per_language=1):
@@ -28,7 +32,9 @@ def write(model: Any, tokenizer: Any, rows: list[dict[str, Any]], recipe: Recipe
                 "adapter": answer(model, tokenizer, prompt),
             }
         )
-    (folder / "samples.json").write_text(json.dumps(samples, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if processes.is_first():
+        text = json.dumps(samples, indent=2, ensure_ascii=False) + "\n"
+        (folder / "samples.json").write_text(text, encoding="utf-8")
 
 
 def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:

@@ -6,10 +6,10 @@ from typing import Any
 from appliance import artifacts
 from appliance.artifacts import Artifact, Plan
 from appliance.config import plain
-from appliance.console import note
 from appliance.data.check import read_rows
+from appliance.data.formats import Row
 from appliance.recipe import Recipe
-from appliance.training import labels, loop, preferences, samples
+from appliance.training import labels, loop, preferences, processes, samples
 from appliance.training import model as models
 from appliance.training.model import Base
 
@@ -27,7 +27,28 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
     from transformers import set_seed
 
     identity = plan(recipe, artifacts.identity(dataset), base.identity)
-    checkpoint = loop.resume_point(identity, root, resume=resume, restart=restart)
+    checkpoint = processes.from_first(lambda: loop.resume_point(identity, root, resume=resume, restart=restart))
+    rows, tokenizer, labelled = processes.from_first(lambda: _label(recipe, dataset, base, root))
+    learned = sum(label != labels.IGNORED for row in labelled for label in row.labels)
+    total = sum(len(row.input_ids) for row in labelled)
+    processes.note(
+        f"sft: {len(rows)} conversations, {total:,} tokens, {learned:,} of them learned (assistant turns only, checked)"
+    )
+    with processes.draft(identity, root, keep_partial=checkpoint is not None) as draft:
+        loop.prepare()
+        set_seed(recipe.seed)
+        model = add_adapter(models.load_model(base.path), recipe)
+        trainer = _trainer(model, tokenizer, labelled, recipe, draft.path)
+        outcome = loop.train(trainer, draft.path, "sft", checkpoint)
+        models.save_adapter(model, draft.path)
+        samples.write(model, tokenizer, rows, recipe, draft.path)
+        draft.results.update(outcome, rows=len(rows), tokens=total, learned_tokens=learned)
+        loop.finish(draft.path)
+    return processes.from_first(lambda: artifacts.load(identity.location(root)))
+
+
+def _label(recipe: Recipe, dataset: Path, base: Base, root: Path) -> tuple[list[Row], Any, list[labels.LabelledRow]]:
+    """The conversations, the tokenizer, and the conversations as checked tokens and labels."""
     loop.require_space(base.path, root)
     rows = read_rows(dataset, "sft")
     tokenizer = models.load_tokenizer(base.path)
@@ -37,20 +58,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
     labels.verify_labels(tokenizer, rows, labelled)
     if "dpo" in recipe.phases:  # a triplet that is too long is said now, not after hours of SFT
         preferences.tokenize_checked(tokenizer, dataset, recipe)
-    learned = sum(label != labels.IGNORED for row in labelled for label in row.labels)
-    total = sum(len(row.input_ids) for row in labelled)
-    note(f"sft: {len(rows)} conversations, {total:,} tokens, {learned:,} of them learned (assistant turns only, checked)")
-    with artifacts.create(identity, root, keep_partial=checkpoint is not None, is_resumable=True) as draft:
-        loop.prepare()
-        set_seed(recipe.seed)
-        model = add_adapter(models.load_model(base.path), recipe)
-        trainer = _trainer(model, tokenizer, labelled, recipe, draft.path)
-        outcome = loop.train(trainer, draft.path, "sft", checkpoint)
-        model.save_pretrained(draft.path)
-        samples.write(model, tokenizer, rows, recipe, draft.path)
-        draft.results.update(outcome, rows=len(rows), tokens=total, learned_tokens=learned)
-        loop.finish(draft.path)
-    return artifacts.load(identity.location(root))
+    return rows, tokenizer, labelled
 
 
 def add_adapter(model: Any, recipe: Recipe) -> Any:
