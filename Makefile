@@ -1,15 +1,7 @@
 PYTHON ?= python3
-export ENGINE BACKEND
+export ENGINE BACKEND TARGET MODEL BUILD_ARGS
 RECIPE ?= recipes/shelter/recipe.toml
 BIN := .venv/bin
-TARGET ?= serve
-BUILDER = $(or $(filter-out none,$(ENGINE)),$(notdir $(firstword $(foreach name,docker podman,$(shell command -v $(name))))))
-# Only podman and buildah have the option, and without it they drop the health check.
-IMAGE_FORMAT = $(if $(filter podman,$(BUILDER)),--format docker)
-define image
-@case "$(BUILDER)" in docker|podman) ;; *) echo "error: ENGINE='$(BUILDER)': an image needs docker or podman" >&2; exit 3;; esac
-$(BUILDER) build $(IMAGE_FORMAT) --target $(TARGET) -f Dockerfile.$(1) -t edge-appliance:$(1)$(patsubst %,-%,$(filter-out serve,$(TARGET))) $(BUILD_ARGS) .
-endef
 
 .PHONY: help setup demo train serve chat test full check lint type bench-peers bench-serve bench-train \
 	image-cpu image-cuda image-rocm image-test clean
@@ -23,7 +15,7 @@ setup: ## .venv, pinned packages and llama.cpp for this CPU (BACKEND=cpu|cuda|ro
 demo: setup ## train, convert, verify and serve the sample assistant, and ask it one question in each language
 	$(BIN)/appliance run recipes/shelter/recipe.toml --ask 1
 
-train: ## train RECIPE: in a container where there is one, else in .venv (ENGINE=docker|podman|none, BACKEND=, ARGS=)
+train: ## train, convert, verify and promote RECIPE: in a container if there is one, else in .venv (ENGINE=, BACKEND=, ARGS=)
 	@$(PYTHON) -m appliance.containers train $(RECIPE) $(ARGS)
 
 serve: ## serve the promoted model on port 8080, likewise
@@ -40,7 +32,7 @@ full: setup ## all tests, also the slow ones and those for an accelerator; but f
 
 check: lint type ## lint, types, import contracts, Dockerfiles
 	$(BIN)/lint-imports
-	$(BIN)/hadolint --ignore DL3008 Dockerfile.cpu Dockerfile.cuda Dockerfile.rocm
+	$(BIN)/hadolint --ignore DL3008 Dockerfile.cpu Dockerfile.cuda Dockerfile.rocm Dockerfile.model
 
 lint: setup ## ruff
 	$(BIN)/ruff check .
@@ -58,17 +50,17 @@ bench-serve: setup ## this server beside llama-server and others on this machine
 bench-train: setup ## (planned) how fast this machine trains
 	$(BIN)/appliance bench train
 
-image-cpu: ## container image for any x86-64 or ARM CPU (ENGINE=docker|podman, TARGET=serve|train, BUILD_ARGS=)
-	$(call image,cpu)
+image-cpu: ## container image for any x86-64 or ARM CPU (ENGINE=docker|podman, TARGET=serve|train, MODEL=FILE.appliance)
+	@$(PYTHON) -m appliance.images cpu
 
 image-cuda: ## container image for NVIDIA cards
-	$(call image,cuda)
+	@$(PYTHON) -m appliance.images cuda
 
 image-rocm: ## container image for AMD cards
-	$(call image,rocm)
+	@$(PYTHON) -m appliance.images rocm
 
 image-test: setup ## build the images on a minimal Debian and probe them (needs root, buildah, podman, mmdebstrap)
-	$(BIN)/pytest -m image -s tests/images $(ARGS)
+	$(BIN)/pytest -m image -s -rs tests/images $(ARGS)
 
 clean: ## remove the caches of tools and interrupted steps (which then start over); trained models stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -24,6 +24,7 @@ ENGINES = ("docker", "podman")
 CONFINED = ("--read-only", "--tmpfs", "/tmp:size=64m", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 TRAINING_TMP = ("--read-only", "--tmpfs", "/tmp:size=2g,exec", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 PORT = 8080
+COMMANDS = {"train": "run", "serve": "serve"}  # training ends in a model that can be served: converted, verified, promoted
 QUESTION_SECONDS = 20.0
 
 
@@ -45,30 +46,35 @@ def backend(environ: Mapping[str, str], host: gpu_access.Host = gpu_access.THIS_
     return gpu_access.backend(host)
 
 
+def image(backend: str, target: str) -> str:
+    """The name of an image; `target` is serve or train."""
+    return f"edge-appliance:{backend}{'-train' if target == 'train' else ''}"
+
+
 def place(environ: Mapping[str, str], verb: str) -> Place:
     """Raises `EnvironmentIncomplete` when the engine that was asked for cannot be used, or has no image."""
-    image = f"edge-appliance:{backend(environ)}{'-train' if verb == 'train' else ''}"
+    wanted = image(backend(environ), verb)
     asked = environ.get("ENGINE")
     if asked == "none":
-        return Place(engine=None, image=image, why="ENGINE=none")
+        return Place(engine=None, image=wanted, why="ENGINE=none")
     if asked and asked not in ENGINES:
         raise RecipeError(f"ENGINE={asked} is none; choose docker, podman or none.")
     candidates = [asked] if asked else [name for name in ENGINES if shutil.which(name)]
     reasons = []
     for engine in candidates:
-        reason = _unusable(engine, image)
+        reason = _unusable(engine, wanted)
         if reason is None:
-            return Place(engine=engine, image=image)
+            return Place(engine=engine, image=wanted)
         reasons.append(reason)
     if asked:
         raise EnvironmentIncomplete(f"{reasons[0]}; or choose ENGINE=none, which uses .venv.")
-    return Place(engine=None, image=image, why="; ".join(reasons) or "there is no docker or podman")
+    return Place(engine=None, image=wanted, why="; ".join(reasons) or "there is no docker or podman")
 
 
 def command(verb: str, where: Place, arguments: Sequence[str], host: gpu_access.Host = gpu_access.THIS_HOST) -> list[str]:
     """What is to be executed. A recipe among the arguments of `train` is mounted with its folder, for reading."""
     if where.engine is None:
-        return [str(ROOT / ".venv/bin/appliance"), verb, *arguments]
+        return [str(ROOT / ".venv/bin/appliance"), COMMANDS[verb], *arguments]
     inside = list(arguments)
     mounts = [f"{folder}:/data/{name}" for name, folder in folders().items()]
     options = ["--rm", "--interactive", *(TRAINING_TMP if verb == "train" else CONFINED)]
@@ -85,7 +91,7 @@ def command(verb: str, where: Place, arguments: Sequence[str], host: gpu_access.
         inside += ["--host", "0.0.0.0", "--port", str(PORT)]  # of the container, which publishes what was asked for
     options += ["--user", f"{os.getuid()}:{os.getgid()}", *access(where.image, host)]
     volumes = [part for mount in mounts for part in ("--volume", mount)]
-    return [where.engine, "run", *options, *volumes, where.image, verb, *inside]
+    return [where.engine, "run", *options, *volumes, where.image, COMMANDS[verb], *inside]
 
 
 def _taken_out(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -126,29 +132,38 @@ def access(image: str, host: gpu_access.Host = gpu_access.THIS_HOST) -> Sequence
 
 def detached(engine: str, kind: str, host: gpu_access.Host = gpu_access.THIS_HOST) -> str:
     """The line for a person that starts a server which stays, with the folders it needs."""
-    image = f"edge-appliance:{kind}"
-    run = command("serve", Place(engine=engine, image=image), [], host)
+    run = command("serve", Place(engine=engine, image=image(kind, "serve")), [], host)
     staying = ["--detach" if part == "--interactive" else part for part in run if part != "--rm"]
     return f"mkdir -p {shlex.join(map(str, folders().values()))} && {shlex.join(staying)}"
 
 
-def _unusable(engine: str, image: str) -> str | None:
-    """Why; None when it can run the image."""
+def unanswering(engine: str) -> str | None:
+    """Why an engine cannot be used; None when it can."""
     if shutil.which(engine) is None:
         return f"{engine} is not installed"
+    asked = _asked(engine, "version")
+    if asked is None:
+        return f"{engine} does not answer"
+    return f"{engine} does not answer (is its daemon running, and may you use it?)" if asked else None
+
+
+def _unusable(engine: str, image: str) -> str | None:
+    """Why; None when it can run the image."""
+    if reason := unanswering(engine):
+        return reason
     backend_name, _, kind = image.partition(":")[2].partition("-")
     build = f"make image-{backend_name}{' TARGET=train' if kind else ''}"
-    for question, reason in (
-        (["version"], f"{engine} does not answer (is its daemon running, and may you use it?)"),
-        (["image", "inspect", image], f"{engine} has no image {image}; `{build}` makes it"),
-    ):
-        try:
-            asked = subprocess.run([engine, *question], capture_output=True, timeout=QUESTION_SECONDS)
-        except subprocess.TimeoutExpired:
-            return f"{engine} does not answer"
-        if asked.returncode:
-            return reason
+    if _asked(engine, "image", "inspect", image) != 0:
+        return f"{engine} has no image {image}; `{build}` makes it"
     return None
+
+
+def _asked(engine: str, *question: str) -> int | None:
+    """The exit status; None where it takes too long."""
+    try:
+        return subprocess.run([engine, *question], capture_output=True, timeout=QUESTION_SECONDS).returncode
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 One for asking, readable by the server's user alone; one for Prometheus, which another user has to read.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from appliance.keys import Scope
 from appliance.store import Store
 
 LABEL = "made at first start"
+FOLDER_VARIABLE = "APPLIANCE_MAKE_KEYS"
 FOLDER_MODE = 0o755
 FILES: Sequence[tuple[Scope, str, int]] = (("chat", "chat.key", 0o600), ("metrics", "metrics.key", 0o644))
 
@@ -36,6 +38,16 @@ def make(folder: Path, store_file: Path, key_file: Path) -> Sequence[Path]:
             keys.create(store, LABEL, [scope], hand_over=functools.partial(_write, folder / name, mode))
             made.append(folder / name)
     return made
+
+
+def for_asking() -> str | None:
+    """The key that `make` left for whoever asks on this machine; None where there is none, or it is another user's."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if not folder:
+        return None
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        return (Path(folder) / "chat.key").read_text().strip()
+    return None
 
 
 def _write(path: Path, mode: int, text: str) -> None:

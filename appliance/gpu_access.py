@@ -78,9 +78,10 @@ def problems(
     if "amd" in present:
         found += _amd(host)
     if present and not found and can_offload is False:
-        backend = "cuda" if "nvidia" in present else "rocm"
-        remedy = f"use the image edge-appliance:{backend}, or repeat `make setup BACKEND={backend}` with its CMAKE_ARGS"
-        found.append(Problem(what="There is a GPU, and this llama.cpp computes on the CPU only", remedy=remedy))
+        found.append(_on_the_cpu(present, compiled))
+    if compiled and not present and not seen and not capabilities:
+        what = f"This image is made for cards ({compiled}), and there is none here"
+        found.append(Problem(what=what, remedy="use edge-appliance:cpu, which is smaller, or put the card in"))
     found += [_not_compiled_for(each, compiled) for each in capabilities if compiled and not is_compiled_for(each, compiled)]
     return found
 
@@ -176,6 +177,17 @@ def _amd(host: Host) -> list[Problem]:
     if len(nodes) == 1:
         found.append(Problem(what=f"There is no {host.dev / 'dri'}/renderD*", remedy=f"pass both: `{devices}`"))
     return found
+
+
+def _on_the_cpu(present: Sequence[Vendor], compiled: str | None) -> Problem:
+    """For a llama.cpp that finds no card, though nothing else is in its way."""
+    if compiled:
+        # https://docs.nvidia.com/deploy/cuda-compatibility: any CUDA 12 runs on that driver and later ones.
+        remedy = "update its driver on the host (CUDA 12 needs 525.60.13 or later)"
+        return Problem(what="There is a GPU, and llama.cpp's library for it finds none", remedy=remedy)
+    backend = "cuda" if "nvidia" in present else "rocm"
+    remedy = f"use the image edge-appliance:{backend}, or repeat `make setup BACKEND={backend}` with its CMAKE_ARGS"
+    return Problem(what="There is a GPU, and this llama.cpp computes on the CPU only", remedy=remedy)
 
 
 def _driver(package: str) -> str:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from appliance import llama_backends
 from appliance.errors import ModelFileError
 
 SEED = 20250601
@@ -47,6 +48,7 @@ def read(model: Path) -> Prompts:
         pass
 
     c.llama_log_set(ignore, ctypes.c_void_p(0))
+    llama_backends.load(c)
     parameters = c.llama_model_default_params()
     parameters.vocab_only = True
     loaded = c.llama_model_load_from_file(str(model).encode(), parameters)

@@ -4,7 +4,7 @@ import ctypes
 from pathlib import Path
 from typing import Any, Self
 
-from appliance import device
+from appliance import device, llama_backends
 from appliance.errors import ModelFileError
 
 
@@ -23,6 +23,7 @@ class GgufModel:
 
         self._keep = keep  # llama.cpp holds the pointer only
         c.llama_log_set(keep, ctypes.c_void_p(0))
+        llama_backends.load(c)
         c.llama_backend_init()
         self._model = c.llama_model_load_from_file(str(path).encode(), c.llama_model_default_params())
         if not self._model:

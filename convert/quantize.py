@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from appliance import artifacts, config, device
+from appliance import artifacts, config, device, llama_backends
 from appliance.artifacts import Plan
 from appliance.console import Command, emit, human_bytes, json_option, note
 from appliance.errors import ModelFileError
@@ -66,6 +66,7 @@ def quantize_file(source: Path, target: Path, quantization: str, *, is_requantiz
         lines.append(text.decode(errors="replace").strip())
 
     c.llama_log_set(keep, ctypes.c_void_p(0))
+    llama_backends.load(c)
     parameters = c.llama_model_quantize_default_params()
     parameters.ftype = TYPES[quantization]
     parameters.nthread = device.usable_cores()

@@ -78,8 +78,8 @@ def test_training_sees_the_recipes_folder_and_no_network(root: Path, tmp_path: P
     recipe = tmp_path / "my recipe" / "recipe.toml"
     where = Place(engine="podman", image="edge-appliance:rocm-train")
     host = Host(dev=write(tmp_path / "dev", {"kfd": "", "dri/renderD128": ""}))
-    command = containers.command("train", where, [str(recipe), "--phase", "sft"], host)
-    assert command[-4:] == ["train", "/recipe/recipe.toml", "--phase", "sft"]
+    command = containers.command("train", where, [str(recipe), "--set", "sft.epochs=3"], host)
+    assert command[-4:] == ["run", "/recipe/recipe.toml", "--set", "sft.epochs=3"]
     assert f"{recipe.parent}:/recipe:ro" in command
     assert f"{root}:/data/artifacts" in command
     assert command[command.index("--network") + 1] == "none"

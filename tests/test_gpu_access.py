@@ -35,6 +35,14 @@ def test_no_card_is_no_problem(tmp_path: Path) -> None:
     assert said(found, can_offload=False) == ""
 
 
+def test_image_for_cards_says_when_there_is_none_that_it_can_use(tmp_path: Path) -> None:
+    nowhere = host(tmp_path / "none")
+    assert "there is none here; use edge-appliance:cpu" in said(nowhere, compiled=CUDA_TARGETS)
+    assert said(nowhere, seen=1, compiled=CUDA_TARGETS) == ""  # a card that is not on the bus, as under WSL
+    there = host(tmp_path / "card", "0x10de", files=(DRIVER, CONTROL))
+    assert "library for it finds none; update its driver" in said(there, seen=1, can_offload=False, compiled=CUDA_TARGETS)
+
+
 DRIVER, CONTROL, KFD, RENDER = "proc/driver/nvidia/version", "dev/nvidiactl", "dev/kfd", "dev/dri/renderD128"
 
 

@@ -28,8 +28,13 @@ KEY_VARIABLE = "APPLIANCE_API_KEY"
 def chat(message: str | None, url: str, system: str | None, max_tokens: int | None, key: str | None) -> None:
     """Talk to the assistant that `appliance serve` runs.
 
-    With MESSAGE: one answer. On a terminal: a conversation; /new starts over, /exit leaves. In a pipe: one turn a line.
+    With MESSAGE: one answer. On a terminal: a conversation; /new starts over, /exit leaves. In a pipe: one turn a line. The
+    key that a server beside it made at its first start (APPLIANCE_MAKE_KEYS) is found.
     """
+    if key is None and url == DEFAULT_URL:
+        from appliance import first_keys
+
+        key = first_keys.for_asking()
     with Conversation(url, system, max_tokens, key) as conversation:
         if message is not None:
             _print_answer(conversation, message)

@@ -1,24 +1,27 @@
-"""buildah and podman with storage and settings of their own, and a base image that comes from Debian's packages.
+"""podman with storage and settings of its own, and a base image that comes from Debian's packages.
 
-What works on a machine without a container daemon, systemd or a registry: buildah with chroot isolation, podman with runc.
+What works on a machine without a container daemon, systemd or a registry: to build with chroot isolation, to run with runc.
 """
 
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from appliance import images
 from appliance.config import cache_root
 from appliance.errors import ApplianceError, EnvironmentIncomplete
 
-TOOLS = ("buildah", "podman", "runc", "conmon", "mmdebstrap")
-PACKAGES = "podman buildah runc conmon netavark aardvark-dns catatonit iptables uidmap mmdebstrap"
+TOOLS = ("podman", "runc", "conmon", "mmdebstrap")
+PACKAGES = "podman runc conmon netavark aardvark-dns catatonit iptables uidmap mmdebstrap"
 APT_SOURCES = (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list"))
 BASE = "localhost/appliance-base:bookworm"
 SUITE = "bookworm"
@@ -31,12 +34,21 @@ CONTAINERS = (
 )
 # pip trusts what this machine trusts; the file is a secret of the build and does not stay in the image.
 PIP_CONFIG = "[global]\ncert=/etc/ssl/certs/ca-certificates.crt\ntimeout=180\n"
+CERTIFICATES = "/etc/ssl/certs:/etc/ssl/certs:ro"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     size_bytes: int  # compressed
     made_by: str
+
+
+def wheel_folders() -> Sequence[Path]:
+    """Those that this machine's pip is told to look into: torch without CUDA may lie there."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {Path(each) for value in re.findall(r"find-links='([^']*)'", told) for each in value.split()}
+    return sorted(folder for folder in found if folder.is_dir())
 
 
 class ImageEngine:
@@ -49,12 +61,15 @@ class ImageEngine:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "storage.conf").write_text(STORAGE.format(self.folder))
         (self.folder / "containers.conf").write_text(CONTAINERS)
-        (self.folder / "pip.conf").write_text(PIP_CONFIG)
+        self._wheel_folders = wheel_folders()
+        links = "".join(f"\n  {folder}" for folder in self._wheel_folders)
+        (self.folder / "pip.conf").write_text(PIP_CONFIG + (f"find-links ={links}\n" if links else ""))
         own = {
             "CONTAINERS_STORAGE_CONF": str(self.folder / "storage.conf"),
             "CONTAINERS_CONF": str(self.folder / "containers.conf"),
+            "BUILDAH_ISOLATION": "chroot",
         }
-        self._environment = {**os.environ, **own}
+        self.environment: Mapping[str, str] = {**os.environ, **own}
 
     def run(
         self, *command: str | Path, log: Path | None = None, seconds: float = COMMAND_SECONDS, is_checked: bool = True
@@ -62,7 +77,7 @@ class ImageEngine:
         """Runs a command to its end; raises `ApplianceError` with its last lines when it fails."""
         words = [str(part) for part in command]
         try:
-            result = subprocess.run(words, env=self._environment, capture_output=True, text=True, timeout=seconds)
+            result = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired as error:
             raise ApplianceError(f"`{' '.join(words[:4])} …` took longer than {seconds:.0f} s.") from error
         if log is not None:
@@ -87,22 +102,22 @@ class ImageEngine:
         self.run("podman", "import", "--change", 'CMD ["bash"]', archive, BASE)
         archive.unlink()
 
-    def build(
-        self, dockerfile: Path, target: str, tag: str, arguments: Mapping[str, str], mounts: Mapping[Path, str]
-    ) -> float:
+    def build_options(self, arguments: Mapping[str, str], mounts: Mapping[Path, str]) -> list[str]:
+        """What a build takes beside what `make image-cpu` says: the base, pip's settings, what was compiled before."""
+        arguments = {"BUILD_IMAGE": BASE, "RUNTIME_IMAGE": BASE, **arguments}
+        if self._wheel_folders:
+            arguments["TORCH_INDEX"] = ""
+        options = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
+        places = {**mounts, **{folder: str(folder) for folder in self._wheel_folders}}
+        options += [part for source, place in places.items() for part in ("--volume", f"{source}:{place}:ro")]
+        secret = f"id=pip_conf,src={self.folder / 'pip.conf'}"
+        return [*options, "--network", "host", "--pull=never", "--layers", "--volume", CERTIFICATES, "--secret", secret]
+
+    def build(self, backend: str, target: str, options: Sequence[str]) -> float:
         """Builds on the base; returns the seconds that it took. The log lies beside the storage."""
         started = time.monotonic()
-        options = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
-        options += [part for source, place in mounts.items() for part in ("-v", f"{source}:{place}")]
-        self.run(
-            *("buildah", "bud", "--isolation", "chroot", "--network", "host", "--pull-never", "--layers"),
-            *("--format", "docker"),  # or the health check is lost
-            *("--build-arg", f"BUILD_IMAGE={BASE}", "--build-arg", f"RUNTIME_IMAGE={BASE}", *options),
-            *("-v", "/etc/ssl/certs:/etc/ssl/certs:ro", "--secret", f"id=pip_conf,src={self.folder / 'pip.conf'}"),
-            *("--target", target, "-f", dockerfile, "-t", tag, dockerfile.parent),
-            log=self.folder / f"build-{tag.rpartition('/')[2].replace(':', '-')}.log",
-            seconds=BUILD_SECONDS,
-        )
+        command = images.build("podman", backend, target, options, images.revision())
+        self.run(*command, log=self.folder / f"build-{backend}-{target}.log", seconds=BUILD_SECONDS)
         return time.monotonic() - started
 
     def inspect(self, tag: str) -> Mapping[str, Any]:

@@ -3,11 +3,11 @@
 import ctypes
 import functools
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 from llama_cpp import llama_cpp as c
 
+from appliance import llama_backends
 from appliance.errors import EngineFailed
 
 LOG_WARNING, LOG_ERROR = 3, 4  # ggml.h; llama_cpp's own `_logger.py` has them wrong
@@ -19,11 +19,9 @@ _log_tail: deque[str] = deque(maxlen=4)
 
 @functools.cache
 def start() -> None:
-    """Once per process: logging into memory, and the CPU variants of a portable build."""
+    """Once per process: logging into memory, and what computes."""
     c.llama_log_set(_keep_errors, ctypes.c_void_p(0))
-    folder = Path(c.__file__).parent / "lib"
-    if any(folder.glob("libggml-cpu-*.so")):  # a build with run-time dispatch has no backend until it is told where
-        c._lib.ggml_backend_load_all_from_path(str(folder).encode())
+    llama_backends.load(c)
     c.llama_backend_init()
 
 
