@@ -3,7 +3,7 @@ export ENGINE BACKEND TARGET MODEL BUILD_ARGS
 RECIPE ?= recipes/shelter/recipe.toml
 BIN := .venv/bin
 
-.PHONY: help setup demo train serve chat test full check lint type bench-peers bench-serve bench-train \
+.PHONY: help setup demo train serve chat test full check lint type onnx-env bench-peers bench-serve bench-train \
 	image-cpu image-cuda image-rocm image-test clean
 
 help: ## this list
@@ -40,6 +40,9 @@ lint: setup ## ruff
 
 type: setup ## mypy
 	$(BIN)/mypy
+
+onnx-env: setup ## the environment that exports encoders to ONNX, in the cache (1.3 GB, once)
+	$(BIN)/python -m appliance.onnx_setup
 
 bench-peers: setup ## build llama-server and llama-bench, from the same source as the engine, to be measured beside
 	$(BIN)/python -m benchmarks.peers $(ARGS)

@@ -120,7 +120,7 @@ def identity(path: Path) -> str:
     """
     if path.name == "current" and path.is_symlink():
         path = path.resolve()
-    if path.parent.name in KINDS and NAME_WITH_DIGEST.fullmatch(path.name):
+    if is_location(path):
         return f"{path.parent.name}/{path.name}"
     if not path.exists():
         raise ArtifactError(f"{path} does not exist.")
@@ -133,6 +133,11 @@ def identity(path: Path) -> str:
             mark = [stat.st_size, stat.st_mtime_ns] if file.suffix in heavy else digest_file(file)
             entries.append([file.name, mark])
     return f"{path.name}@{digest_of(entries)[:12]}"
+
+
+def is_location(path: Path) -> bool:
+    """Whether an artifact lies there, or will lie there once it is made."""
+    return path.parent.name in KINDS and NAME_WITH_DIGEST.fullmatch(path.name) is not None
 
 
 def check_input(path: Path) -> None:

@@ -22,7 +22,7 @@ from appliance import artifacts, bundle_index, promotion, signatures
 from appliance.artifacts import Artifact
 from appliance.bundle_index import Index, Member
 from appliance.errors import ArtifactError, VerificationFailed
-from appliance.recipe import check_serve
+from appliance.recipe import build_serve
 
 SUFFIX = ".appliance"
 INDEX, SIGNATURE = "bundle.json", "bundle.sig"
@@ -109,7 +109,7 @@ def take_in(path: Path, root: Path, public_key: Path | None = None, fingerprint:
         if public_key is not None and signature is not None:
             signatures.check(content, signature, public_key)
         index = bundle_index.parse(content, path)
-        check_serve(index.serve, str(path))
+        build_serve(index.serve, str(path))
         artifacts.require_space(root, index.size_bytes, f"The content of {path}")
         is_new = [_take_in_artifact(bundle, artifact_id, index, root) for artifact_id in (index.model, index.report)]
         bundle.require_end()

@@ -27,10 +27,10 @@ COMMANDS: Mapping[str, str | Mapping[str, str]] = {
     "convert": {
         "merge": "convert.merge:merge",
         "gguf": "convert.to_gguf:gguf",
-        "imatrix": f"{PLANNED} An importance matrix from the recipe's own text.",
+        "imatrix": "convert.imatrix:imatrix",
         "quantize": "convert.quantize:quantize",
-        "adapter": f"{PLANNED} A LoRA adapter as GGUF.",
-        "onnx": f"{PLANNED} An encoder as ONNX.",
+        "adapter": "convert.adapter:adapter",
+        "onnx": "convert.to_onnx:onnx",
         "verify": "convert.verify:verify",
     },
     "run": "appliance.commands.run:run",

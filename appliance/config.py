@@ -6,6 +6,7 @@ the only one that reads the environment; it does not know which settings exist (
 
 import dataclasses
 import difflib
+import logging
 import math
 import os
 import tomllib
@@ -66,6 +67,8 @@ def quiet_environment() -> dict[str, str]:
 def apply_quiet_environment() -> None:
     """The same for this process; must run before transformers or huggingface_hub is imported."""
     os.environ.update(quiet_environment())
+    # On a CPU it warns of kernels that it would fetch from the hub; PEFT imports it wherever it is installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def parse_set(assignment: str, problems: list[str]) -> dict[str, Any]:

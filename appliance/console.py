@@ -6,6 +6,7 @@ stdout is the result, stderr is progress. This file knows nothing of what the co
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ import click
 from appliance.errors import ApplianceError, EnvironmentIncomplete
 
 JSON_SCHEMA = 1
+UNITS = {f"{prefix}{i}": (1024 if i else 1000) ** power for power, prefix in enumerate("KMGT", 1) for i in ("", "i")}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -68,6 +70,20 @@ def emit(result: Mapping[str, Any], as_json: bool, text: str | None = None) -> N
 def note(message: str) -> None:
     """A line for the person watching, on stderr."""
     click.echo(message, err=True)
+
+
+class Memory(click.ParamType[int]):
+    """An amount of memory in words: `3GiB`, `800 MiB`, `4GB`; its value is in bytes."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, _parameter: click.Parameter | None, _context: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)B\s*", str(value))
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is no amount of memory; write for example 3GiB or 800MiB.")
+        return int(float(match[1]) * UNITS[match[2]])
 
 
 def human_bytes(size_bytes: float) -> str:

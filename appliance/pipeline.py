@@ -1,4 +1,4 @@
-"""The main path: data check → train → merge → gguf → quantize → verify → promote, each step a command of its own.
+"""The main path: data check → train → merge → gguf → imatrix → quantize → verify → promote, each step a command of its own.
 
 Every step is the command that a person can type, run as a subprocess with `--json`; it says itself whether its inputs have
 changed. A step that fails ends the path with its exit code, and nothing after it happens. Main entry: `run`.
@@ -20,6 +20,7 @@ from appliance.errors import StepFailed
 from appliance.recipe import STARTER, Recipe
 
 CHILD_GRACE_SECONDS = 10.0
+UNWEIGHED = frozenset({"F16", "Q8_0"})  # their blocks are so fine that no column is worth more than another
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,7 @@ def run(recipe_path: Path, recipe: Recipe, sets: Sequence[str], *, is_strict: bo
     adapter = [this.step(phase, "train", *this.recipe_flags, "--phase", phase, "--resume") for phase in recipe.phases][-1]
     merged = this.step("merge", "convert", "merge", adapter.artifact, "--base", base, "--name", recipe.name)
     full = this.step("gguf", "convert", "gguf", merged.artifact, "--name", recipe.name)
-    files = {"F16": full}
-    for kind in recipe.quantize.types:
-        files[kind] = full if kind == "F16" else this.step(kind, "convert", "quantize", full.artifact, "--type", kind)
+    files = {"F16": full, **_quantized(this, full, _importance(this, merged, dataset))}
     report = _verify(this, files, merged, dataset)
     if not is_dry:
         settings = json.dumps(config.plain(recipe.serve))
@@ -104,15 +103,44 @@ def _base(this: Run) -> Path:
     return folder
 
 
+def _importance(this: Run, merged: StepResult, dataset: StepResult) -> list[str | Path]:
+    """The importance matrix for the files that use one, as flags."""
+    settings = this.recipe.quantize
+    if not settings.imatrix_tokens or UNWEIGHED.issuperset(settings.types):
+        return []
+    rows: list[str | Path] = ["--conversations", dataset.artifact / "sft.jsonl", "--tokens", str(settings.imatrix_tokens)]
+    codes = [part for code in this.recipe.languages for part in ("--language", code)]
+    step = this.step("imatrix", "convert", "imatrix", merged.artifact, *rows, *codes, "--name", this.recipe.name)
+    return ["--imatrix", step.result["file"]]
+
+
+def _quantized(this: Run, full: StepResult, weighed: Sequence[str | Path]) -> dict[str, StepResult]:
+    """The files of the recipe's types; with `compare` also without the importance matrix, under another name."""
+    files: dict[str, StepResult] = {}
+    for kind in this.recipe.quantize.types:
+        if kind == "F16":
+            continue
+        flags = [] if kind in UNWEIGHED else weighed
+        files[kind] = this.step(kind, "convert", "quantize", full.artifact, "--type", kind, *flags)
+        if flags and this.recipe.quantize.compare:
+            plain = f"{kind} plain"
+            files[plain] = this.step(plain, "convert", "quantize", full.artifact, "--type", kind)
+    return files
+
+
 def _verify(this: Run, files: Mapping[str, StepResult], merged: StepResult, dataset: StepResult) -> StepResult:
-    settings = this.recipe.verify
+    recipe, settings = this.recipe, this.recipe.verify
     quantized = [part for kind, each in files.items() if kind != "F16" for part in ("--quantized", each.result["file"])]
+    heldout: list[str | Path] = ["--heldout", dataset.artifact / "heldout.jsonl"] if recipe.data.heldout else []
     return this.step(
         "verify",
         *("convert", "verify", files["F16"].result["file"], "--merged", merged.artifact),
-        *("--conversations", dataset.artifact / "sft.jsonl", *quantized, "--name", this.recipe.name),
+        *("--conversations", dataset.artifact / "sft.jsonl", *heldout, *quantized, "--name", recipe.name),
+        *(part for code in recipe.languages for part in ("--language", code)),
+        *("--gate", recipe.quantize.serve, "--kl-limit", str(settings.kl_limit)),
         *("--prompts", str(settings.prompts), "--answer-tokens", str(settings.answer_tokens)),
-        *("--logit-gap", str(settings.logit_gap)),
+        *("--logit-gap", str(settings.logit_gap), "--memory-mib", str(recipe.machine.memory_mib)),
+        *("--serve", json.dumps(config.plain(recipe.serve))),
     )
 
 

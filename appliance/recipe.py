@@ -5,6 +5,7 @@ one.
 """
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +16,18 @@ from appliance.config import setting
 from appliance.errors import RecipeError, several
 
 STARTER = "starter"
-QUANTIZATIONS = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
-Quantization = Literal["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"]
+Quantization = Literal[
+    "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "IQ4_NL", "Q4_0", "IQ4_XS",
+    "Q3_K_L", "Q3_K_M", "IQ3_M", "IQ3_S", "Q3_K_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "IQ2_M", "Q2_K_S", "IQ2_S", "IQ2_XS",
+    "IQ2_XXS", "IQ1_M", "IQ1_S",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
     sft: Path = setting(about="conversations, JSON lines: {messages: [{role, content}, ...]}")
     dpo: Path | None = setting(None, about="preference triplets, JSON lines: {prompt, chosen, rejected}")
+    heldout: Path | None = setting(None, about="conversations that are not trained on, to measure on")
     faq: Path | None = setting(None, about="questions and answers, a JSON list: {vraag, antwoord, metadata}")
 
 
@@ -81,6 +86,10 @@ class Dpo:
 class Quantize:
     types: tuple[Quantization, ...] = setting(("Q8_0", "Q4_K_M"))
     serve: Quantization = setting("Q4_K_M", about="the file that is promoted")
+    imatrix_tokens: int = setting(
+        8192, minimum=0, about="of the training text, to find which weights matter (importance matrix); 0: all matter alike"
+    )
+    compare: bool = setting(False, about="also make each file without the importance matrix, to measure what it is worth")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +99,16 @@ class Verify:
     logit_gap: float = setting(
         0.01, minimum=0.0, maximum=1.0, about="steps with a smaller top-2 gap are ties and not judged"
     )
+    kl_limit: float = setting(
+        0.1, minimum=0.0, about="nats that the served file may differ from 16 bits in any language, on average"
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The machine that will serve."""
+
+    memory_mib: int = setting(0, minimum=0, about="its memory; 0: it is the one that converts")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +155,7 @@ class Recipe:
     dpo: Dpo = Dpo()
     quantize: Quantize = Quantize()
     verify: Verify = Verify()
+    machine: Machine = Machine()
     serve: Serve = Serve()
 
 
@@ -162,12 +182,25 @@ def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def check_serve(settings: Mapping[str, Any], where: str) -> None:
-    """Raises `RecipeError` with every mistake in serving settings that come from elsewhere than a recipe."""
+def build_serve(settings: Mapping[str, Any], where: str) -> Serve:
+    """Serving settings that come from elsewhere than a recipe; raises `RecipeError` with every mistake."""
     problems: list[str] = []
-    config.build(Serve, settings, "serve", problems)
-    if problems:
+    serve = config.build(Serve, settings, "serve", problems)
+    if problems or serve is None:
         raise RecipeError(several(problems, where))
+    return serve
+
+
+def parse_serve(text: str, where: str) -> dict[str, Any]:
+    """Serving settings as a command is given them, a JSON object; raises `RecipeError` as `build_serve` does."""
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise RecipeError(f"{where} is not valid JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{where}: expected a JSON object, found {text!r}.")
+    build_serve(settings, where)
+    return settings
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sysconfig
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from appliance import gpu_access
@@ -30,8 +30,7 @@ from appliance.errors import ApplianceError, EnvironmentIncomplete, several
 from convert import llama_cpp_source
 
 ROOT = Path(__file__).resolve().parents[1]
-# onnx is left out: about 100 MB that no step of the main path uses. Its versions are pinned with the rest.
-EXTRAS = ("serve", "sign", "traces", "train", "convert", "dev")
+EXTRAS = ("serve", "sign", "traces", "train", "convert", "onnx", "dev")
 BACKENDS = ("cpu", "cuda", "rocm")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 ROCM_INDEX = "https://download.pytorch.org/whl/rocm7.1"
@@ -55,18 +54,12 @@ class Plan:
     torch_pin: str
     requirements: tuple[str, ...]
     digest: str
-
-    @property
-    def venv(self) -> Path:
-        return self.root / ".venv"
+    venv: Path
+    constraints: Path
 
     @property
     def python(self) -> str:
         return str(self.venv / "bin/python")
-
-    @property
-    def constraints(self) -> Path:
-        return self.root / f"constraints/{self.backend}.txt"
 
     @property
     def stamp(self) -> Path:
@@ -88,12 +81,20 @@ class Missing:
 
 
 def main(arguments: Sequence[str]) -> int:
-    try:
+    def work() -> None:
         plan = make_plan(ROOT, llama_cpp_source.pip_environment())
         if "--check" in arguments:
             check_machine(plan, llama_cpp_source.pip_environment())
         else:
             set_up(plan)
+
+    return reporting(work)
+
+
+def reporting(work: Callable[[], None]) -> int:
+    """Does the work; returns the exit code, with the reason said in words."""
+    try:
+        work()
     except ApplianceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
         print("error: No space left on the device; free some and repeat, what is done is kept.", file=sys.stderr)
         return EnvironmentIncomplete.exit_code
     except KeyboardInterrupt:
-        print("interrupted; `make setup` continues from here", file=sys.stderr)
+        print("interrupted; the same command continues from here", file=sys.stderr)
         return 130
     return 0
 
@@ -120,15 +121,17 @@ def make_plan(root: Path, environment: Mapping[str, str]) -> Plan:
     if problems:
         raise EnvironmentIncomplete(several(problems, "Setup cannot start"))
     project = tomllib.loads((root / "pyproject.toml").read_text())
-    pins = {path.name: path.read_text() for path in sorted((root / "constraints").glob("*.txt"))}
-    torch_pin = re.findall(r"^torch==\S+", pins[f"{backend}.txt"], re.MULTILINE)[0]
+    pins = {name: (root / f"constraints/{name}.txt").read_text() for name in ("common", *BACKENDS)}
+    torch_pin = re.findall(r"^torch==\S+", pins[backend], re.MULTILINE)[0]
     plan = Plan(
         root=root,
         backend=backend,
         torch_index=index,
         torch_pin=torch_pin,
-        requirements=requirements(project, backend),
+        requirements=requirements(project),
         digest="",
+        venv=root / ".venv",
+        constraints=root / f"constraints/{backend}.txt",
     )
     # The tables of pyproject.toml that decide what is installed; linters' settings do not.
     parts = [plan.foundation, project["project"], project["build-system"], pins, plan.requirements]
@@ -136,15 +139,13 @@ def make_plan(root: Path, environment: Mapping[str, str]) -> Plan:
     return dataclasses.replace(plan, digest=digest)
 
 
-def requirements(project: Mapping[str, object], backend: str) -> tuple[str, ...]:
+def requirements(project: Mapping[str, object]) -> tuple[str, ...]:
     """All that is installed from an index beside torch; the wheel of llama-cpp-python comes from the cache."""
     table, build = project["project"], project["build-system"]
     assert isinstance(table, dict)
     assert isinstance(build, dict)
     extras = [name for extra in EXTRAS for name in table["optional-dependencies"][extra]]
     found = [*table["dependencies"], *extras, *build["requires"]]
-    if backend != "cpu":
-        found.append("bitsandbytes")  # 4-bit base models; on a CPU it is no faster than LoRA in fp32
     return tuple(dict.fromkeys(name for name in found if not name.startswith("llama-cpp-python")))
 
 
@@ -194,6 +195,10 @@ def check_machine(plan: Plan, environment: Mapping[str, str]) -> None:
     has_torch = any(plan.venv.glob("lib/python3*/site-packages/torch/version.py"))
     needs = [(plan.root, GIB if has_torch else VENV_BYTES[plan.backend])]
     missing += missing_space([*needs, (cache_root(), CACHE_BYTES)] if needs_build else needs)
+    refuse(missing)
+
+
+def refuse(missing: Sequence[Missing]) -> None:
     if not missing:
         return
     packages = sorted({package for each in missing for package in each.packages})
@@ -202,12 +207,12 @@ def check_machine(plan: Plan, environment: Mapping[str, str]) -> None:
     raise EnvironmentIncomplete(several(problems, "Nothing was downloaded: this machine is not ready") + cure)
 
 
-def missing_python_parts() -> list[Missing]:
+def missing_python_parts(*, needs_headers: bool = True) -> list[Missing]:
     found = []
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         found.append(Missing(f"{sys.executable} has no venv and ensurepip", ("python3-venv",)))
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
+    if needs_headers and not header.exists():
         found.append(Missing(f"the headers of Python are missing ({header})", ("python3-dev",)))
     return found
 
@@ -318,7 +323,7 @@ def pip_install(plan: Plan, *arguments: str) -> None:
     # ROCm's triton is on PyTorch's index alone, and torch asks for it by name.
     extra = ["--extra-index-url", plan.torch_index] if plan.torch_index and "--index-url" not in arguments else []
     command = [plan.python, "-m", "pip", "install", *quiet, "--constraint", str(plan.constraints), *extra, *arguments]
-    run(command, "Installing failed; pip's message is above. What is installed stays, so repeat `make setup`.")
+    run(command, "Installing failed; pip's message is above. What is installed stays, so repeat the command.")
 
 
 def prove(plan: Plan) -> None:

@@ -1,13 +1,13 @@
 """Converts a model folder to GGUF with llama.cpp's own converter, the copy inside the pinned source distribution.
 
-`python -m convert.to_gguf`, `appliance convert gguf`. The converter runs in a subprocess, without network. A tokenizer whose
-hash it does not know is recognized by its structure; `convert.verify` then proves the choice on real token ids.
+`python -m convert.to_gguf`, `appliance convert gguf`. The converter runs in a subprocess, without network, on the folder in
+a form that it reads rightly (`convert.staged_model`). Its guess of the tokenizer is replaced by what the tokenizer's
+structure says (`convert.pre_tokenizer`), and the file that comes out must give the same token ids as the model's own
+tokenizer, or it is refused.
 """
 
-import json
 import re
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ from appliance import artifacts, config
 from appliance.artifacts import Plan
 from appliance.console import Command, emit, human_bytes, json_option, note
 from appliance.errors import ModelFileError
-from convert import llama_cpp_source
+from convert import checkpoint, converter, llama_cpp_source, pre_tokenizer, staged_model
+from convert.checkpoint import Checkpoint
+from convert.pre_tokenizer import Table
 
-REVISION = 1  # raised when the same inputs would give another file
+REVISION = 2  # raised when the same inputs would give another file
+SCRIPT = "convert_hf_to_gguf.py"
 TYPES = ("f16", "bf16", "f32")
-# Split patterns of tokenizer.json, and the name under which llama.cpp implements them (src/llama-vocab.cpp).
-PRE_TOKENIZERS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",  # noqa: E501
-}
 
 
 @click.command(cls=Command)
@@ -37,7 +36,7 @@ PRE_TOKENIZERS = {
 def gguf(model: Path, number_type: str, name: str | None, check: bool, dry_run: bool, as_json: bool) -> None:
     """Convert MODEL (a folder in the Hugging Face format) to one GGUF file."""
     if check:
-        require_known_architecture(model)
+        require_known_architecture(checkpoint.read(model))
         emit({"artifact": model, "state": "convertible"}, as_json, f"{model} (convertible)")
         return
     root = config.artifacts_root()
@@ -60,70 +59,84 @@ def file_name(plan: Plan) -> str:
 
 
 def _make(plan: Plan, model: Path, number_type: str, root: Path) -> None:
-    require_known_architecture(model)
+    source = checkpoint.read(model)
+    require_known_architecture(source)
     artifacts.check_input(model)
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    artifacts.require_space(root, weights + 50_000_000, "The GGUF file")
+    config.apply_quiet_environment()
+    tokenizer = pre_tokenizer.load(model)
+    checkpoint.check_vocabulary(source, pre_tokenizer.token_count(tokenizer))
+    pre_tokenizer.renderings(tokenizer)  # so that a template that fails is told before the weights are written
+    artifacts.require_space(root, source.size_bytes + 50_000_000, "The GGUF file")
     with artifacts.create(plan, root) as draft:
         target = draft.path / file_name(plan)
-        run_converter(model, target, number_type)
-        draft.results.update(size_bytes=target.stat().st_size, pre_tokenizer=pre_tokenizer(model))
+        name = convert(source, tokenizer, target, number_type)
+        draft.results.update(size_bytes=target.stat().st_size, pre_tokenizer=name)
+        if name in pre_tokenizer.PART_MARKS:
+            note(
+                f"gguf: llama.cpp's {name!r} parts letters from combining marks (vowel signs of Hindi, Thai, Khmer), and"
+                " this tokenizer does not: texts of such scripts are served other tokens than they were trained with;"
+                " `appliance convert verify` tells whether yours are"
+            )
         note(f"gguf: {target.name}, {human_bytes(target.stat().st_size)}")
 
 
-def run_converter(model: Path, target: Path, number_type: str) -> None:
-    """Runs the pinned converter; raises `ModelFileError` with its own last words when it fails."""
-    arguments = [str(model), "--outfile", str(target), "--outtype", number_type]
-    command = [
-        sys.executable,
-        "-m",
-        "convert.upstream",
-        str(llama_cpp_source.converter_dir()),
-        pre_tokenizer(model) or "-",
-    ]
-    result = subprocess.run(
-        [*command, *arguments],
-        env=config.quiet_environment(),
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
+def convert(model: Checkpoint, tokenizer: Any, target: Path, number_type: str) -> str | None:
+    """Writes the file and proves its tokenizer; returns the name of its pre-tokenizer, None where it needs none.
+
+    Raises `ModelFileError` when no pre-tokenizer of llama.cpp gives the token ids of the model's own tokenizer.
+    """
+    table = pre_tokenizer.table(tokenizer)
+    names: Sequence[str | None] = pre_tokenizer.candidates(table) or [None]
+    first, *others = names
+    shown = staged_model.shown_name(model, tokenizer)
+    options = ["--outtype", number_type, *(["--model-name", shown] if shown else [])]
+    with staged_model.staged(model, tokenizer) as folder:
+
+        def write(file: Path, name: str | None, *more: str) -> None:
+            converter.run(SCRIPT, model.folder, [str(folder), "--outfile", str(file), *options, *more], file, name)
+
+        try:
+            write(target, first)
+        except ModelFileError as error:
+            if first is None and "pre-tokenizer was not recognized" in str(error):
+                raise _unknown_tokenizer(model.folder, table) from error
+            raise
+        if (problem := pre_tokenizer.difference(target, tokenizer)) is None:
+            return first
+        tried = [f"{first or 'as the converter recognized it'} ({problem})"]
+        for name in others:
+            small = target.with_suffix(".vocabulary")
+            write(small, name, "--vocab-only")
+            problem = pre_tokenizer.difference(small, tokenizer)
+            small.unlink()
+            if problem is None:
+                write(target, name)
+                return name
+            tried.append(f"{name} ({problem})")
+    raise ModelFileError(
+        f"{model.folder}: llama.cpp splits texts otherwise than its tokenizer does, so that what was trained would be served"
+        f" other tokens. Tried: {'; '.join(tried)}. Take a base model of a family that llama.cpp knows."
     )
-    if result.returncode != 0 or not target.is_file():
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        raise ModelFileError(f"{model} was not converted: {' | '.join(lines[-3:]) or 'the converter gave no reason'}")
 
 
-def pre_tokenizer(model: Path) -> str | None:
-    """llama.cpp's name for the tokenizer's split pattern, when the pattern is one that it implements."""
-    path = model / "tokenizer.json"
-    if not path.is_file():
-        return None
-    patterns = _split_patterns(json.loads(path.read_text(encoding="utf-8")).get("pre_tokenizer") or {})
-    return PRE_TOKENIZERS.get(patterns[0]) if len(patterns) == 1 else None
+def _unknown_tokenizer(model: Path, table: Table | None) -> ModelFileError:
+    steps = " → ".join(pre_tokenizer.structure(table)) or "unknown"
+    known = ", ".join(sorted({name for names in pre_tokenizer.NAMES.values() for name in names}))
+    return ModelFileError(
+        f"{model}: its tokenizer splits texts in a way that llama.cpp has no name for ({steps}); known are {known}."
+        " Take a base model with one of those."
+    )
 
 
-def require_known_architecture(model: Path) -> None:
+def require_known_architecture(model: Checkpoint) -> None:
     """Raises `ModelFileError` when the pinned converter does not know the model's architecture."""
-    path = model / "config.json"
-    if not path.is_file():
-        raise ModelFileError(f"{model} has no config.json, so it is no model in the Hugging Face format.")
-    try:
-        names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
-    except (ValueError, AttributeError) as error:
-        raise ModelFileError(f"{path} is not a JSON object: {error}.") from error
+    names = model.settings.get("architectures") or []
     table = (llama_cpp_source.converter_dir() / "conversion" / "__init__.py").read_text(encoding="utf-8")
     known = set(re.findall(r'^\s+"(\w+)":\s+"\w+"', table, re.MULTILINE))
     if not known.intersection(names):
-        like = ", ".join(sorted(name for name in known if name.startswith(("Qwen", "Llama", "Mistral", "Gemma"))))
-        raise ModelFileError(f"Architecture {names or 'unnamed'} cannot be converted to GGUF; among the known ones: {like}.")
-
-
-def _split_patterns(node: Any) -> list[str]:
-    if node.get("type") == "Sequence":
-        return [pattern for child in node["pretokenizers"] for pattern in _split_patterns(child)]
-    pattern = node.get("pattern", {}).get("Regex")
-    return [pattern] if pattern else []
+        raise ModelFileError(
+            f"Architecture {names or 'unnamed'} cannot be converted to GGUF; known are: {', '.join(sorted(known))}."
+        )
 
 
 if __name__ == "__main__":

@@ -1,31 +1,32 @@
-"""Runs llama.cpp's `convert_hf_to_gguf.py` in this process, which is a subprocess of `convert.to_gguf`.
+"""Runs a converter of llama.cpp in this process, which is a subprocess of `convert.converter`.
 
-Usage: python -m convert.upstream CONVERTER_FOLDER PRE_TOKENIZER|- ARGUMENTS... The one thing changed: a tokenizer whose
-hash the converter does not know gets the pre-tokenizer named here instead of an error.
+Usage: python -m convert.upstream CONVERTER_FOLDER SCRIPT PRE_TOKENIZER|- ARGUMENTS... Two things are changed:
+- Where a pre-tokenizer is named, the file gets it. The converter recognizes tokenizers by a hash of some token ids, which
+  knows no tokenizer of one's own, and can be misled: one of Llama 3's kind once had the hash of another model.
+- An adapter of Ministral 3 is converted, and not its base model under the adapter's name: the converter's class for that
+  architecture hands everything on to another one, which knows nothing of adapters.
 """
 
 import runpy
 import sys
+from collections.abc import Sequence
 
 
-def main() -> None:
-    folder, pre_tokenizer, *arguments = sys.argv[1:]
+def main(arguments: Sequence[str]) -> None:
+    folder, script, pre_tokenizer, *rest = arguments
     sys.path[:0] = [folder, f"{folder}/gguf-py"]
     if pre_tokenizer != "-":
         from conversion.base import TextModel  # type: ignore[import-not-found]
 
-        by_hash = TextModel.get_vocab_base_pre
+        TextModel.get_vocab_base_pre = lambda _self, _tokenizer: pre_tokenizer
+    if "lora" in script:
+        from conversion.base import ModelBase, ModelType
+        from conversion.mistral3 import Mistral3Model  # type: ignore[import-not-found]
 
-        def get_vocab_base_pre(self: object, tokenizer: object) -> str:
-            try:
-                return str(by_hash(self, tokenizer))
-            except NotImplementedError:
-                return pre_tokenizer
-
-        TextModel.get_vocab_base_pre = get_vocab_base_pre
-    sys.argv = ["convert_hf_to_gguf.py", *arguments]
-    runpy.run_path(f"{folder}/convert_hf_to_gguf.py", run_name="__main__")
+        ModelBase._model_classes[ModelType.TEXT]["Ministral3ForCausalLM"] = Mistral3Model.Ministral3Model
+    sys.argv = [script, *rest]
+    runpy.run_path(f"{folder}/{script}", run_name="__main__")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

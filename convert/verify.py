@@ -1,8 +1,8 @@
-"""Verifies that a GGUF file is the model that was trained: `python -m convert.verify`, `appliance convert verify`.
+"""Verifies a conversion and certifies what it cost: `python -m convert.verify`, `appliance convert verify`.
 
-Three checks, each of which can fail: the file loads and names the same vocabulary; its chat template and tokenizer give the
-training tokenizer's ids on every conversation of the data set; and along the merged model's own greedy answers its top
-token agrees wherever the merged model is not nearly undecided. Quantized files are measured the same way, not judged.
+The 16-bit file must be the model that was trained (`convert.checks`), or nothing else is looked at. Each quantized file is
+then measured against it by language (`convert.divergence`), and the one that is to be served must keep to its limit. The
+result is `certificate.json`, and the same as a page to read.
 """
 
 import json
@@ -13,82 +13,115 @@ from typing import Any
 
 import click
 
-from appliance import artifacts, config, device
+from appliance import artifacts, config
+from appliance import recipe as recipes
 from appliance.artifacts import Plan
-from appliance.console import Command, Progress, emit, json_option, note
-from appliance.errors import DataError, ModelFileError, VerificationFailed, several
-from appliance.recipe import Verify
-from appliance.text.chat_template import ChatTemplate, TemplateFailed
+from appliance.console import Command, emit, human_bytes, json_option, note
+from appliance.errors import ModelFileError, VerificationFailed, several
+from appliance.recipe import Machine, Serve, Verify
+from convert import certificate, checks, conversations, divergence, fitting
+from convert.conversations import Messages
 from convert.gguf_model import GgufModel
+from convert.mapped_model import MappedModel
+from convert.pre_tokenizer import PROBE
 
-REVISION = 2  # raised when the checks change
+REVISION = 3  # raised when the checks change
 DEFAULTS = Verify()
+MIB = 1 << 20
 MOST_SHOWN = 5
+SIXTEEN_BITS = "F16"
+FILE, PAGE = "certificate.json", "certificate.md"
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerPath:
-    """One prompt with the merged model's greedy answer, and its logits `(answer tokens, vocabulary)` at each step."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is verified: files by type (the 16-bit one first), the model they were made from, and the rows to measure on."""
 
-    tokens: list[int]
-    prompt_tokens: int
-    logits: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Rendering:
-    """Messages as the training tokenizer renders them: a whole conversation, or the prompt of its last answer."""
-
-    conversation: int
-    messages: list[dict[str, str]]
-    is_prompt: bool
-    token_ids: list[int]
+    files: Mapping[str, Path]
+    merged: Path
+    trained: Sequence[Messages]
+    heldout: Sequence[Messages] | None
+    languages: Sequence[str]
+    gate: str | None
+    serve: Serve
+    machine: Machine
 
 
 @click.command(cls=Command)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--merged", type=click.Path(path_type=Path), required=True, help="The folder that the file was made from.")
-@click.option("--conversations", type=click.Path(path_type=Path), required=True, help="JSON lines with messages.")
+@click.option(
+    "--conversations", "rows", type=click.Path(path_type=Path), required=True, help="JSON lines with messages, as trained."
+)
+@click.option("--heldout", type=click.Path(path_type=Path), help="Rows that were not trained on, to measure on.")
 @click.option("--quantized", type=click.Path(path_type=Path), multiple=True, help="Also measure this file.")
+@click.option("--language", "languages", multiple=True, default=("en",), show_default=True, help="Of the rows; ISO 639-1.")
+@click.option("--gate", help="The type of the file that must keep to the limit.")
+@click.option("--kl-limit", type=click.FloatRange(min=0), default=DEFAULTS.kl_limit, show_default=True)
 @click.option("--prompts", type=click.IntRange(min=1), default=DEFAULTS.prompts, show_default=True)
 @click.option("--answer-tokens", type=click.IntRange(min=1), default=DEFAULTS.answer_tokens, show_default=True)
 @click.option("--logit-gap", type=click.FloatRange(min=0, max=1), default=DEFAULTS.logit_gap, show_default=True)
+@click.option("--serve", "serve_json", default="{}", help="Serving settings of the recipe, as JSON: will they fit?")
+@click.option("--memory-mib", type=click.IntRange(min=0), default=0, help="Of the machine that will serve; 0: of this one.")
 @click.option("--name", help="Name of the report; default: the file's.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and make nothing.")
 @json_option
 def verify(
     model: Path,
     merged: Path,
-    conversations: Path,
+    rows: Path,
+    heldout: Path | None,
     quantized: tuple[Path, ...],
+    languages: tuple[str, ...],
+    gate: str | None,
+    kl_limit: float,
     prompts: int,
     answer_tokens: int,
     logit_gap: float,
+    serve_json: str,
+    memory_mib: int,
     name: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Verify MODEL, a 16-bit GGUF file, against the merged model it was made from; exit 4 when it fails."""
     root = config.artifacts_root()
-    files = {"F16": model, **{_type_of(each): each for each in quantized}}
-    parents = [artifacts.identity(each.parent) for each in files.values()] + [artifacts.identity(merged)]
-    settings = Verify(prompts=prompts, answer_tokens=answer_tokens, logit_gap=logit_gap)
-    data = artifacts.identity(conversations.parent)
+    files = {SIXTEEN_BITS: model, **_by_type(quantized)}
+    if gate is not None and gate not in files:
+        raise click.BadParameter(f"{gate!r} is not among the files: {', '.join(files)}.", param_hint="--gate")
+    settings = Verify(prompts=prompts, answer_tokens=answer_tokens, logit_gap=logit_gap, kl_limit=kl_limit)
+    serve = recipes.build_serve(recipes.parse_serve(serve_json, "--serve"), "--serve")
+    named = {"conversations": rows, **({} if heldout is None else {"heldout": heldout})}
+    data = {key: f"{artifacts.identity(path.parent)}/{path.name}" for key, path in named.items()}
     plan = Plan(
         kind="report",
         name=f"{name or model.stem}-verify",
-        inputs={"revision": REVISION, "what": "verify", "conversations": f"{data}/{conversations.name}"},
-        parents=parents,
-        config=config.plain(settings),
+        inputs={"revision": REVISION, "what": "verify", **data},
+        parents=[artifacts.identity(each.parent) for each in files.values()] + [artifacts.identity(merged)],
+        config={
+            **config.plain(settings),
+            **{"languages": list(languages), "gate": gate, "memory_mib": memory_mib, "serve": config.plain(serve)},
+        },
     )
     existing = plan.existing(root)
     state = "unchanged" if existing else "to make" if dry_run else "made"
     if state == "made":
         _check_descent(model, merged, quantized)
         config.apply_quiet_environment()
+        subject = Subject(
+            files=files,
+            merged=merged,
+            trained=conversations.read(rows),
+            heldout=None if heldout is None else conversations.read(heldout),
+            languages=languages,
+            gate=gate,
+            serve=serve,
+            machine=Machine(memory_mib=memory_mib),
+        )
         with artifacts.create(plan, root) as draft:
-            draft.results.update(verify_files(files, merged, read_messages(conversations), settings))
-            (draft.path / "verify.json").write_text(json.dumps(draft.results, indent=2) + "\n")
+            draft.results.update(certify(subject, settings))
+            (draft.path / FILE).write_text(json.dumps(draft.results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (draft.path / PAGE).write_text(certificate.page(name or model.stem, draft.results), encoding="utf-8")
         existing = artifacts.load(plan.location(root))
     results = dict(existing.results) if existing else {}
     emit({"artifact": plan.location(root), "state": state, "results": results}, as_json, f"{plan.location(root)} ({state})")
@@ -108,183 +141,138 @@ def _check_descent(model: Path, merged: Path, quantized: Sequence[Path]) -> None
             raise VerificationFailed(f"{file} was made from {', '.join(parents)}, not from {model}.")
 
 
-def read_messages(path: Path) -> list[list[dict[str, str]]]:
-    """The conversations of a dataset's file; raises `DataError`."""
-    try:
-        rows = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        lacking = [number for number, messages in enumerate(rows, 1) if "user" not in {each["role"] for each in messages}]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no file of conversations ({error}); `appliance data check` makes one.") from error
-    if not rows:
-        raise DataError(f"{path} holds no conversation, so nothing can be verified.")
-    if lacking:
-        raise DataError(
-            f"{path}: row {lacking[0]} has no user turn; `appliance data check` makes a file that can be verified."
-        )
-    return rows
-
-
-def verify_files(
-    files: Mapping[str, Path], merged: Path, conversations: Sequence[list[dict[str, str]]], settings: Verify
-) -> dict[str, Any]:
-    """Runs all checks; raises `VerificationFailed` with everything that failed."""
-    tokenizer, model = _load_merged(merged)
-    expected = training_renderings(tokenizer, conversations)
-    paths = greedy_paths(model, tokenizer, conversations, settings)
-    longest = max(len(path.tokens) for path in paths)
-    problems: list[str] = []
-    results: dict[str, Any] = {}
-    with GgufModel(files["F16"], context_tokens=max(longest, 64)) as gguf:
-        problems += _check_vocabulary(gguf, tokenizer, model)
-        if problems:  # logits of another vocabulary cannot be compared
-            raise VerificationFailed(several(problems, f"{files['F16']} is not the model that was trained"))
-        found = compare_tokens(gguf, expected)
-        problems += found
-        tokens = sum(len(each.token_ids) for each in expected if not each.is_prompt)
-        results["tokens"] = {"conversations": len(conversations), "tokens": tokens, "mismatches": len(found)}
-        results["F16"] = compare_paths(gguf, paths, settings.logit_gap)
-    note(f"verify: {len(conversations)} conversations, {tokens:,} token ids, {len(found)} conversations differ")
-    note(f"verify: F16 {_in_words(results['F16'])}")
-    if results["F16"]["steps"] == results["F16"]["ties"]:
-        problems.append(f"no step could be judged: {_in_words(results['F16'])}; ask for more prompts or answer tokens")
-    if results["F16"]["disagreements"]:
-        problems.append(f"the F16 file's top token differs: {_in_words(results['F16'])}")
-    if problems:
-        shown = [*problems[:MOST_SHOWN], *([f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else [])]
-        raise VerificationFailed(several(shown, f"{files['F16']} is not the model that was trained"))
-    for kind in [kind for kind in files if kind != "F16"]:
-        with GgufModel(files[kind], context_tokens=max(longest, 64)) as gguf:
-            if problems := _check_vocabulary(gguf, tokenizer, model):
-                raise VerificationFailed(several(problems, f"{files[kind]} is another model"))
-            results[kind] = compare_paths(gguf, paths, settings.logit_gap)
-        note(f"verify: {kind} {_in_words(results[kind])}")
+def certify(subject: Subject, settings: Verify) -> dict[str, Any]:
+    """All checks and measurements; raises `VerificationFailed` with everything that failed."""
+    results = _certify_full(subject, settings)
+    rows = subject.trained if subject.heldout is None else subject.heldout
+    results["rows"] = "rows that were trained on" if subject.heldout is None else "held-out rows"
+    results["files"] = _measure_files(subject, rows)
+    for line in certificate.summary(results):
+        note(f"verify: {line}")
+    if subject.gate is not None and subject.gate != SIXTEEN_BITS:
+        results["gate"] = _judge(subject.gate, results, settings.kl_limit)
     return results
 
 
-def greedy_paths(
-    model: Any, tokenizer: Any, conversations: Sequence[list[dict[str, str]]], settings: Verify
-) -> list[AnswerPath]:
-    """The merged model's greedy answers to prompts spread evenly over the data, with its logits along them."""
-    import torch
-
-    count = min(settings.prompts, len(conversations))
-    chosen = [conversations[position * len(conversations) // count] for position in range(count)]
-    paths = []
-    progress = Progress("verify: answers of the merged model", count)
-    for position, messages in enumerate(chosen, 1):
-        opening = messages[: 1 + next(i for i, message in enumerate(messages) if message["role"] == "user")]
-        rendered = tokenizer.apply_chat_template(opening, tokenize=True, add_generation_prompt=True, return_dict=True)
-        prompt = torch.tensor([rendered["input_ids"]])
-        with torch.inference_mode():
-            whole = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=settings.answer_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            )
-            logits = model(input_ids=whole).logits[0, prompt.shape[1] - 1 : -1].float().numpy()
-        paths.append(AnswerPath(whole[0].tolist(), prompt.shape[1], logits))
-        progress.update(position)
-    return paths
-
-
-def training_renderings(tokenizer: Any, conversations: Sequence[list[dict[str, str]]]) -> list[Rendering]:
-    """What the merged model's tokenizer makes of every conversation, and of the prompt that serving would see."""
-    renderings = []
-    for number, messages in enumerate(conversations, 1):
-        last_answer = max((i for i, each in enumerate(messages) if each["role"] == "assistant"), default=len(messages))
-        for part, is_prompt in ((messages, False), (messages[:last_answer], True)):
-            rendered = tokenizer.apply_chat_template(part, tokenize=True, return_dict=True, add_generation_prompt=is_prompt)
-            renderings.append(Rendering(number, part, is_prompt, list(rendered["input_ids"])))
-    return renderings
-
-
-def compare_tokens(gguf: GgufModel, expected: Sequence[Rendering]) -> list[str]:
-    """What differs between the ids that serving would use and those of training, one line per conversation."""
-    source = gguf.metadata("tokenizer.chat_template")
-    if source is None:
-        return ["the file has no chat template"]
-    problems: dict[int, str] = {}
-    try:
-        template = ChatTemplate(source, gguf.special_tokens())
-        for each in expected:
-            served = gguf.tokenize(template.render(each.messages, add_generation_prompt=each.is_prompt))
-            if served != each.token_ids:
-                what = f"conversation {each.conversation}{', prompt of its last answer' if each.is_prompt else ''}"
-                problems.setdefault(each.conversation, f"{what}: {_difference(served, each.token_ids)}")
-    except TemplateFailed as error:
-        return [*problems.values(), str(error)]
-    return list(problems.values())
+def _certify_full(subject: Subject, settings: Verify) -> dict[str, Any]:
+    """The 16-bit file against the merged model."""
+    tokenizer = load_tokenizer(subject.merged)
+    model = MappedModel(subject.merged)
+    expected = checks.renderings(tokenizer, subject.trained)
+    prompts = _spread([each.token_ids for each in expected if each.is_prompt and not each.variables], settings.prompts)
+    longest = max(map(len, prompts)) + settings.answer_tokens
+    file = subject.files[SIXTEEN_BITS]
+    with GgufModel(file, context_tokens=max(longest, 64)) as gguf:
+        problems = checks.compare_vocabulary(gguf, tokenizer, model.vocabulary_rows)
+        if problems:  # logits of another vocabulary cannot be compared
+            raise _failed(file, problems)
+        differing = checks.compare_tokens(gguf, expected)
+        problems += differing
+        problems += checks.compare_end_of_turn(gguf, tokenizer, expected)
+        torture = checks.compare_torture(gguf, tokenizer)
+        problems += torture
+        paths = checks.greedy_paths(gguf, prompts, settings.answer_tokens)
+        found = [gguf.logits(path.tokens[:-1], path.prompt_tokens - 1) for path in paths]
+    wanted = [model.logits(path.tokens[:-1])[path.prompt_tokens - 1 :] for path in paths]
+    sixteen = checks.compare_paths(found, wanted, settings.logit_gap)
+    problems += checks.judge_paths(sixteen)
+    tokens = sum(len(each.token_ids) for each in expected if not each.is_prompt and not each.what)
+    note(f"verify: {len(subject.trained)} conversations, {tokens:,} token ids, {len(differing)} conversations differ")
+    note(f"verify: F16 {checks.in_words(sixteen)}")
+    if problems:
+        raise _failed(file, problems)
+    counted = {
+        "conversations": len(subject.trained),
+        "tokens": tokens,
+        "mismatches": len(differing),
+        "varied": sum(each.what.startswith(" with") for each in expected),
+        "torture_lines": len(PROBE.splitlines()),
+        "special_tokens": len(tokenizer.added_tokens_decoder),
+    }
+    return {"tokens": counted, SIXTEEN_BITS: sixteen}
 
 
-def compare_paths(gguf: GgufModel, paths: Sequence[AnswerPath], logit_gap: float) -> dict[str, Any]:
-    """Top-token agreement along the greedy answers; steps whose top two logits are closer than the gap are ties."""
-    import numpy
+def _measure_files(subject: Subject, rows: Sequence[Messages]) -> dict[str, dict[str, Any]]:
+    tokenizer = load_tokenizer(subject.merged)
+    full_path = subject.files[SIXTEEN_BITS]
+    limit = fitting.read(full_path).context_length or subject.serve.context_tokens
+    groups = {
+        language: divergence.answers(tokenizer, group, limit)
+        for language, group in conversations.by_language(rows, subject.languages).items()
+    }
+    longest = max((len(answer.tokens) for group in groups.values() for answer in group), default=64)
+    results: dict[str, dict[str, Any]] = {}
+    with GgufModel(full_path, context_tokens=max(longest, 256)) as full:
+        results[SIXTEEN_BITS] = {**_cost(subject, full_path), **full.speed()}
+        for kind in [kind for kind in subject.files if kind != SIXTEEN_BITS]:
+            with GgufModel(subject.files[kind], context_tokens=max(longest, 256)) as quantized:
+                if problems := checks.compare_vocabulary(quantized, tokenizer, full.token_count):
+                    raise _failed(subject.files[kind], problems)
+                languages, worst = divergence.measure(full, quantized, groups)
+                results[kind] = {**_cost(subject, subject.files[kind]), **quantized.speed()}
+                results[kind].update(languages=languages, worst=worst)
+    return results
 
-    steps = ties = disagreements = agreed = 0
-    largest = 0.0
-    for path in paths:
-        first = path.prompt_tokens - 1
-        found = gguf.logits(path.tokens[:-1], first)[:, : path.logits.shape[1]]
-        if not (numpy.isfinite(found).all() and numpy.isfinite(path.logits).all()):
-            raise VerificationFailed("The model computes values that are no numbers (NaN): its training diverged.")
-        top_two = numpy.sort(path.logits, axis=1)[:, -2:]
-        is_tie = top_two[:, 1] - top_two[:, 0] <= logit_gap
-        is_same = found.argmax(axis=1) == path.logits.argmax(axis=1)
-        steps += len(is_same)
-        ties += int(is_tie.sum())
-        agreed += int(is_same.sum())
-        disagreements += int((~is_same & ~is_tie).sum())
-        largest = max(largest, float(numpy.abs(found - path.logits).max()))
+
+def _cost(subject: Subject, file: Path) -> dict[str, Any]:
+    """What a file takes on the machine that is to serve it."""
+    machine = fitting.machine_with(subject.machine.memory_mib * MIB or None)
+    found = fitting.fit(file, fitting.read(file), subject.serve, machine)
     return {
-        "prompts": len(paths),
-        "steps": steps,
-        "ties": ties,
-        "disagreements": disagreements,
-        "agreement_ratio": agreed / steps,
-        "largest_logit_difference": largest,
+        "size_bytes": file.stat().st_size,
+        "memory_bytes": found.needed_bytes or 0,
+        "fits": found.needed_bytes is not None,
+        "fits_as_asked": found.is_whole,
+        "fit_notes": found.reason,
     }
 
 
-def _load_merged(merged: Path) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _judge(gate: str, results: Mapping[str, Any], kl_limit: float) -> dict[str, Any]:
+    """Raises `VerificationFailed` when a language lost more than the limit, or the file does not fit its machine."""
+    file = results["files"][gate]
+    if not file["fits"]:
+        raise VerificationFailed(f"The {gate} file does not fit the machine that is to serve it: {file['fit_notes']}")
+    beyond = {language: each for language, each in file["languages"].items() if each["kl_mean"] > kl_limit}
+    if beyond:
+        said = ", ".join(f"{language} {each['kl_mean']:.3f}" for language, each in beyond.items())
+        raise VerificationFailed(
+            f"The {gate} file lost more than verify.kl_limit = {kl_limit} nats against 16 bits in {said}, on"
+            f" {results['rows']}. Serve a larger type ({human_bytes(file['size_bytes'])} now), or raise the limit knowingly."
+        )
+    return {"type": gate, "kl_limit": kl_limit, "passed": True, "rows": results["rows"]}
 
-    torch.set_num_threads(device.usable_cores())
+
+def load_tokenizer(folder: Path) -> Any:
+    """The merged model's tokenizer; raises `ModelFileError`."""
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelFileError(f"{merged} cannot be loaded: {error}") from error
-    return tokenizer, model.eval()
+        raise ModelFileError(f"{folder} has no tokenizer that can be loaded: {error}") from error
 
 
-def _difference(served: Sequence[int], trained: Sequence[int]) -> str:
-    pairs = enumerate(zip(served, trained, strict=False))
-    place = next((i for i, (a, b) in pairs if a != b), min(len(served), len(trained)))
-    return f"{len(served)} token ids against {len(trained)}, first difference at {place}"
+def _spread(prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+    count = min(count, len(prompts))
+    return [prompts[position * len(prompts) // count] for position in range(count)]
 
 
-def _check_vocabulary(gguf: GgufModel, tokenizer: Any, model: Any) -> list[str]:
-    problems = []
-    if gguf.token_count != model.config.get_text_config().vocab_size:
-        problems.append(f"the file has {gguf.token_count} tokens, the model {model.config.get_text_config().vocab_size}")
-    if (eos := gguf.metadata("tokenizer.ggml.eos_token_id")) != str(tokenizer.eos_token_id):
-        problems.append(f"the file's end-of-turn token is {eos}, the tokenizer's {tokenizer.eos_token_id}")
-    return problems
+def _failed(file: Path, problems: Sequence[str]) -> VerificationFailed:
+    more = [f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else []
+    return VerificationFailed(several([*problems[:MOST_SHOWN], *more], f"{file} is not the model that was trained"))
 
 
-def _in_words(result: Mapping[str, Any]) -> str:
-    return (
-        f"top token agrees at {result['agreement_ratio']:.1%} of {result['steps']} steps of {result['prompts']} prompts"
-        f" ({result['disagreements']} differ beyond the gap, {result['ties']} ties),"
-        f" logits differ by at most {result['largest_logit_difference']:.4f}"
-    )
+def _by_type(quantized: Sequence[Path]) -> dict[str, Path]:
+    """Files by their types; of two of one type, the one without an importance matrix is called plain."""
+    found: dict[str, Path] = {}
+    for file in sorted(quantized, key=lambda file: not _has_importance(file)):
+        kind = file.stem.rpartition("-")[2]
+        found[kind if kind not in found else f"{kind} plain"] = file
+    return {name: found[name] for name in sorted(found, key=lambda name: quantized.index(found[name]))}
 
 
-def _type_of(path: Path) -> str:
-    return path.stem.rpartition("-")[2]
+def _has_importance(file: Path) -> bool:
+    return (file.parent / artifacts.MANIFEST).exists() and bool(artifacts.load(file.parent).results.get("imatrix"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from hypothesis import settings
 from appliance import config
 from tests import tiny_recipe
 from tests.running import Trained, run
+from tests.tiny_encoders import Exported
 
 config.apply_quiet_environment()  # before any test imports torch, whose threads read it once
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would our children
@@ -40,3 +41,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     output = json.loads(result.stdout)
     made = {step["step"]: Path(step["artifact"]) for step in output["steps"]}
     return Trained(folder / "artifacts", recipe, made, output)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Encoders exported to ONNX, by the environment that `make onnx-env` builds."""
+    return Exported(tmp_path_factory.mktemp("encoders"))

@@ -31,6 +31,20 @@ def tensor(file: Path, name: str) -> None:
     found.data[:] = -found.data
 
 
+def scaled(file: Path, name: str, factor: float) -> None:
+    """Makes a 16-bit tensor a little larger."""
+    (found,) = [each for each in _open(file).tensors if each.name == name]
+    found.data[:] = (found.data.astype(np.float32) * factor).astype(found.data.dtype)
+
+
+def token(file: Path, text: str) -> None:
+    """Changes the last letter of a token in the vocabulary."""
+    value = _open(file).get_field("tokenizer.ggml.tokens")
+    assert value is not None
+    (part,) = [value.parts[index] for index in value.data if bytes(value.parts[index]) == text.encode()]
+    part[-1] += 1
+
+
 def copy(file: Path, folder: Path) -> Path:
     """A copy without a manifest, in a folder of its own."""
     folder.mkdir(parents=True)

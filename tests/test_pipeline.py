@@ -14,7 +14,7 @@ from appliance.training.loop import COMPLETE
 from tests import tampered, tiny_recipe
 from tests.running import Trained, call, kill_when, run, start
 
-STEPS = ["data", "base", "sft", "dpo", "merge", "gguf", "Q8_0", "Q4_K_M", "verify", "promote"]
+STEPS = ["data", "base", "sft", "dpo", "merge", "gguf", "imatrix", "Q8_0", "Q4_K_M", "verify", "promote"]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_only_what_depends_on_a_setting_is_made_again(trained: Trained, copied: 
     settings = ("--set", 'quantize.types=["Q8_0", "Q6_K"]', "--set", "quantize.serve=Q6_K", "--set", "serve.slots=3")
     result = run(copied, "run", trained.recipe, "--json", *settings)
     assert result.returncode == 0, result.stderr
-    kept = ("data", "base", "sft", "dpo", "merge", "gguf", "Q8_0")
+    kept = ("data", "base", "sft", "dpo", "merge", "gguf", "imatrix", "Q8_0")
     expected = {**dict.fromkeys(kept, "unchanged"), "Q6_K": "made", "verify": "made", "promote": "promoted"}
     assert states(result.stdout) == expected
     current = promotion.current(copied)
@@ -106,7 +106,7 @@ def test_failed_verification_ends_with_4_and_promotes_nothing(trained: Trained, 
     assert json.loads(result.stdout)["error"]["code"] == "step_failed"
     assert not (copied / promotion.CURRENT).exists()
     assert not (copied / promotion.RECORD).exists()
-    assert not list(copied.glob("report/*/manifest.json"))
+    assert not list(copied.glob("report/*verify*/manifest.json"))
 
 
 def test_ctrl_c_in_training_leaves_a_run_to_resume(trained: Trained, root: Path) -> None:

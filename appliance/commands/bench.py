@@ -226,7 +226,7 @@ def _made(own: "OtherFile", folder: Path) -> "tuple[Sequence[OtherFile], Sequenc
     """Other quantizations, made from the model's own file as far as the disk allows."""
     from appliance.serving import gguf_file
     from appliance.serving.speed_files import OtherFile
-    from convert.quantize import quantize_file
+    from convert.quantizer import Settings, quantize_file
 
     made: list[OtherFile] = []
     notes: list[str] = []
@@ -238,7 +238,7 @@ def _made(own: "OtherFile", folder: Path) -> "tuple[Sequence[OtherFile], Sequenc
         try:
             artifacts.require_space(folder, int(weights * bits / 8), f"A {quantization} file for comparison")
             note(f"making a {quantization} file for comparison")
-            quantize_file(own.path, target, quantization, is_requantized=True)
+            quantize_file(own.path, target, Settings(type=quantization, is_requantized=True))
         except (EnvironmentIncomplete, ModelFileError) as error:
             notes.append(f"{quantization} is not measured: {error}")
             continue

@@ -1,17 +1,18 @@
 """`appliance models ...`: what was made, which of it is served, and how it comes to another machine."""
 
+import contextlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 from appliance import artifacts, bundles, config, promotion
 from appliance.artifacts import Artifact
 from appliance.console import Command, Progress, emit, human_bytes, json_option, note
-from appliance.errors import ArtifactError, RecipeError
-from appliance.recipe import check_serve
+from appliance.errors import ArtifactError, VerificationFailed
+from appliance.recipe import parse_serve
+
+CERTIFICATE = "certificate.md"  # of a verification report
 
 
 @click.command("list", cls=Command)
@@ -44,10 +45,18 @@ def list_models(as_json: bool) -> None:
 @click.argument("model", required=False)
 @json_option
 def show(model: str | None, as_json: bool) -> None:
-    """The manifest of MODEL (a folder, or kind/name), by default of the promoted model."""
-    artifact = _find(model, config.artifacts_root())
+    """The manifest and the certificate of MODEL (a folder, or kind/name), by default of the promoted model."""
+    root = config.artifacts_root()
+    artifact = _find(model, root)
     manifest = {**artifact.manifest, "id": artifact.id, "path": str(artifact.path)}
-    emit(manifest, as_json, json.dumps(manifest, indent=2, ensure_ascii=False))
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    if artifact.manifest["kind"] == "gguf":
+        with contextlib.suppress(VerificationFailed):  # a model that nothing verified has no certificate
+            report = promotion.report_on(artifact, root)
+            manifest["certificate"] = {**report.results, "id": report.id}
+            page = report.path / CERTIFICATE
+            text += f"\n\n{page.read_text(encoding='utf-8')}" if page.is_file() else ""
+    emit(manifest, as_json, text)
 
 
 @click.command(cls=Command)
@@ -58,7 +67,7 @@ def show(model: str | None, as_json: bool) -> None:
 def promote(model: Path, report: Path, serve_json: str, as_json: bool) -> None:
     """Serve MODEL from now on; its files and its verification REPORT are checked first."""
     root = config.artifacts_root()
-    serve = _serve_settings(serve_json)
+    serve = parse_serve(serve_json, "--serve")
     chosen = _find(str(model), root)
     before = promotion.current(root)
     state = "unchanged" if before is not None and before.id == chosen.id else "promoted"
@@ -148,17 +157,6 @@ def import_model(file: Path, is_promoting: bool, public_key: Path | None, finger
     }
     state = f"{result['state']}, promoted" if is_promoting else str(result["state"])
     emit(result, as_json, f"{taken.model.path} ({state})\nfingerprint {taken.fingerprint}")
-
-
-def _serve_settings(text: str) -> Mapping[str, Any]:
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise RecipeError(f"--serve is not valid JSON: {error}.") from error
-    if not isinstance(settings, dict):
-        raise RecipeError(f"--serve: expected a JSON object, found {text!r}.")
-    check_serve(settings, "--serve")
-    return settings
 
 
 def _find(model: str | None, root: Path) -> Artifact:

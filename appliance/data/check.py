@@ -1,6 +1,6 @@
 """Checks every row of a recipe's files and writes the dataset that all later steps read.
 
-The dataset artifact holds `sft.jsonl`, `dpo.jsonl`, `faq.jsonl` in one normal form, and `defects.jsonl`.
+The dataset artifact holds `sft.jsonl`, `heldout.jsonl`, `dpo.jsonl`, `faq.jsonl` in one normal form, and `defects.jsonl`.
 """
 
 import json
@@ -19,7 +19,12 @@ from appliance.recipe import Recipe
 from appliance.text import languages
 
 REVISION = 1  # raised when the same files would give another dataset
-READERS = {"sft": formats.read_conversations, "dpo": formats.read_preferences, "faq": formats.read_faq}
+READERS = {
+    "sft": formats.read_conversations,
+    "heldout": formats.read_conversations,
+    "dpo": formats.read_preferences,
+    "faq": formats.read_faq,
+}
 MOST_SHOWN = 5
 
 
@@ -78,7 +83,8 @@ def read_rows(dataset: Path, name: str) -> list[Row]:
 
 
 def _files(recipe: Recipe) -> dict[str, Path]:
-    files = {"sft": recipe.data.sft, "dpo": recipe.data.dpo if "dpo" in recipe.phases else None, "faq": recipe.data.faq}
+    dpo = recipe.data.dpo if "dpo" in recipe.phases else None
+    files = {"sft": recipe.data.sft, "heldout": recipe.data.heldout, "dpo": dpo, "faq": recipe.data.faq}
     return {name: path for name, path in files.items() if path is not None}
 
 
@@ -95,6 +101,11 @@ def _read_all(recipe: Recipe, defects: list[Defect]) -> dict[str, list[Row]]:
         if not rows[name]:
             shown = "; ".join(f"line {defect.line}: {defect.what}" for defect in found[:MOST_SHOWN])
             problems.append(f"{path}: no usable row (data.{name}). {len(found)} defects, first: {shown}")
+    trained = {json.dumps(row["messages"]) for row in rows.get("sft", [])}
+    if shared := sum(json.dumps(row["messages"]) in trained for row in rows.get("heldout", [])):
+        problems.append(
+            f"{recipe.data.heldout}: {shared} conversations are in {recipe.data.sft} too; held out is what is not."
+        )
     if problems:
         raise DataError(several(problems, "Training data cannot be used"))
     return rows

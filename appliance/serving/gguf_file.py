@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from appliance.errors import ModelFileError
-from appliance.serving.gguf_types import ARRAY, BOOL, FILE_TYPES, SCALARS, STRING, TENSOR_TYPES
+from appliance.gguf_types import ARRAY, BOOL, FILE_TYPES, SCALARS, STRING, TENSOR_TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

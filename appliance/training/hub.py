@@ -15,7 +15,7 @@ from appliance.artifacts import Artifact, Plan
 from appliance.console import Progress
 from appliance.errors import EnvironmentIncomplete, ModelFileError, RecipeError
 
-WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "README.md")
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "README.md", "1_Pooling/*.json")
 SPARE_BYTES = 100_000_000
 
 
@@ -55,11 +55,17 @@ def resolve(name: str) -> HubModel:
     files = tuple(
         HubFile(each.rfilename, each.size or 0, each.lfs.sha256 if each.lfs else None)
         for each in info.siblings or []
-        if "/" not in each.rfilename and any(fnmatch.fnmatch(each.rfilename, pattern) for pattern in WANTED)
+        if any(_matches(each.rfilename, pattern) for pattern in WANTED)
     )
     if not any(file.name.endswith(".safetensors") for file in files):
         raise ModelFileError(f"{name} offers no .safetensors weights; other formats can run code and are not fetched.")
     return HubModel(identifier, revision, str(info.sha), files)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Each part by itself: `*.json` names no file of a subfolder."""
+    parts, patterns = name.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatch, parts, patterns))
 
 
 def plan(model: HubModel) -> Plan:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance import artifacts, bases, gpu
-from appliance.errors import ModelFileError
+from appliance.errors import EnvironmentIncomplete, ModelFileError
 from appliance.training import processes
 
 TRAINING_TEMPLATE = "training_template.jinja"
@@ -109,9 +109,19 @@ def has_gpu() -> bool:
 def gpu_lease() -> contextlib.AbstractContextManager[None]:
     """Holds this process's card while a phase trains, so that no server loads a model onto it; nothing on the CPU.
 
-    Raises `EnvironmentIncomplete` naming the server or training run that has it.
+    Raises `EnvironmentIncomplete` naming the server or training run that has it, and where one process sees several cards,
+    over which transformers' Trainer would spread it.
     """
-    return gpu.lease(processes.local_index(), "training") if has_gpu() else contextlib.nullcontext()
+    import torch
+
+    if not has_gpu():
+        return contextlib.nullcontext()
+    if processes.count() == 1 and (seen := torch.cuda.device_count()) > 1:
+        raise EnvironmentIncomplete(
+            f"{seen} cards are visible, and one process trains on one: name it with CUDA_VISIBLE_DEVICES=0 (or another"
+            " number), or start a process for each with `accelerate launch` (docs/scaling.md)."
+        )
+    return gpu.lease(processes.local_index(), "training")
 
 
 def weight_type() -> Any:

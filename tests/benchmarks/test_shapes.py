@@ -14,7 +14,7 @@ from appliance.serving import gguf_file
 from benchmarks import random_weights, shapes
 from benchmarks.shapes import SHAPES, Shape, Vocabulary
 from convert import llama_cpp_source
-from convert.quantize import quantize_file
+from convert.quantizer import Settings, quantize_file
 from tests import tiny_gguf
 from tests.serving.llama_decoding import decode, engine_settings
 
@@ -45,7 +45,7 @@ def test_types_are_mixed_as_llama_cpp_mixes_them(tmp_path: Path) -> None:
     """Its own quantizer is run on the same model in 16 bits."""
     full = shapes.write(tmp_path / "full.gguf", SMALL, "F16", VOCABULARY)
     for quantization in ("Q4_K_M", "Q4_0", "Q8_0"):
-        quantize_file(full, tmp_path / "theirs.gguf", quantization)
+        quantize_file(full, tmp_path / "theirs.gguf", Settings(type=quantization))
         theirs = gguf_file.check(tmp_path / "theirs.gguf")
         ours = gguf_file.check(shapes.write(tmp_path / "ours.gguf", SMALL, quantization, VOCABULARY))
         assert {tensor.name: (tensor.type, tensor.shape) for tensor in ours.tensors} == {

@@ -9,9 +9,9 @@ from tests import tiny_gguf
 PROGRAM = """
 import gc, sys
 from pathlib import Path
-from convert.quantize import quantize_file
+from convert.quantizer import Settings, quantize_file
 source, target = map(Path, sys.argv[1:])
-quantize_file(source, target, "Q8_0")
+quantize_file(source, target, Settings(type="Q8_0"))
 gc.collect()
 waste = [bytearray(100) for _ in range(100_000)]
 from llama_cpp import llama_cpp as c

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
+from appliance import artifacts
 from appliance.artifacts import PARTIAL
 from appliance.recipe import Starter
 from appliance.training import starter
+from convert import lora
 from convert import merge as merging
+from convert.lora import Adapter, Change
 from tests.running import Trained, call
 
 SHAPE = Starter(layers=2, hidden=64, feed_forward=96, heads=2, head_width=32, context_tokens=64)
@@ -68,8 +72,17 @@ def merged(root: Path, adapter: Path, base: Path) -> Path:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_rslora": True}, {"r": 1, "lora_alpha": 32}, {"target_modules": ["q_proj", "down_proj"]}],
-    ids=["lora", "rslora", "rank 1", "few modules"],
+    [
+        {},
+        {"use_rslora": True},
+        {"r": 1, "lora_alpha": 32},
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True},
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 8}},
+        {"alpha_pattern": {"q_proj": 32, "layers.1.mlp.up_proj": 1}, "use_rslora": True},
+    ],
+    ids=["lora", "rslora", "rank 1", "few modules", "dora", "rsdora", "ranks", "alphas"],
 )
 def test_merged_equals_adapter(base: Path, root: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     with_adapter = logits(make_adapter(base, tmp_path / "adapter", **settings))
@@ -86,20 +99,87 @@ def test_trained_adapter_merged_equals_adapter(trained: Trained) -> None:
     assert (logits(load(trained.made["merge"])) - logits(model)).abs().max() < 1e-5
 
 
-def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_half_precision_is_rounded_once(tmp_path: Path, is_transposed: bool) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
     torch.manual_seed(3)
     weight, a, b = torch.randn(6, 5).half(), torch.randn(2, 5), torch.randn(6, 2)
-    save_file({"w.weight": weight, "other": weight.clone()}, tmp_path / "in.safetensors", metadata={"format": "pt"})
-    lora = merging.Adapter({"w.weight": (a, b)}, 0.7)
-    assert merging.merge_shard(tmp_path / "in.safetensors", tmp_path / "out.safetensors", lora) == {"w.weight"}
+    stored = weight.T.contiguous() if is_transposed else weight
+    save_file({"w.weight": stored, "other": weight.clone()}, tmp_path / "in.safetensors", metadata={"format": "pt"})
+    adapter = Adapter({"w.weight": Change(a, b, 0.7, is_transposed=is_transposed)}, {})
+    merging.merge_shard(tmp_path / "in.safetensors", tmp_path / "out.safetensors", adapter)
     tensors = load_file(tmp_path / "out.safetensors")
+    found = tensors["w.weight"].T if is_transposed else tensors["w.weight"]
     expected = (weight.double() + 0.7 * (b.double() @ a.double())).float().half()
-    assert (tensors["w.weight"] - expected).abs().max() <= 2**-10
-    assert tensors["w.weight"].dtype == torch.float16
+    assert (found - expected).abs().max() <= 2**-10
+    assert found.dtype == torch.float16
     assert torch.equal(tensors["other"], weight)
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_rows_in_pieces_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    torch.manual_seed(4)
+    weight, change = torch.randn(37, 5).bfloat16(), Change(torch.randn(2, 5), torch.randn(37, 2), 0.5, torch.rand(37))
+    whole = torch.cat(list(lora.merged_rows(weight, change)))
+    monkeypatch.setattr(lora, "ROWS_BYTES", 4 * 5 * 4)
+    pieces = list(lora.merged_rows(weight, change))
+    assert len(pieces) == 10
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_trained_embeddings_and_added_tokens_survive(base: Path, root: Path, tmp_path: Path) -> None:
+    """As PEFT saves them: whole tensors of other shapes, beside a tokenizer that has the new tokens."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    untied = copied_untied(base, tmp_path / "untied")
+    tokenizer = AutoTokenizer.from_pretrained(untied)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|bed|>", "<|meal|>"]})
+    torch.manual_seed(5)
+    model = load(untied)
+    model.resize_token_embeddings(len(tokenizer))
+    options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    for name, value in adapted.named_parameters():
+        if value.requires_grad:
+            torch.nn.init.normal_(value, std=0.1)
+            assert name
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    folder = merged(root, tmp_path / "adapter", untied)
+    found = load(folder)
+    assert found.config.vocab_size == len(tokenizer)
+    assert (logits(found) - logits(adapted.eval())).abs().max() < 1e-5
+    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|meal|>") == len(tokenizer) - 1
+    results = artifacts.load(folder).results
+    assert (results["merged_weights"], results["replaced_weights"]) == (2, 2)
+
+
+def copied_untied(base: Path, folder: Path) -> Path:
+    import torch
+
+    model = load(base)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_what_is_tied_cannot_be_changed_on_one_side(base: Path, root: Path, tmp_path: Path, target: str) -> None:
+    make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=[target])
+    result = call("convert", "merge", tmp_path / "adapter", "--base", base)
+    assert result.exit_code == 1
+    assert "tie_word_embeddings" in result.stderr
+    assert not list(root.rglob("*.safetensors"))
 
 
 def test_shards_are_merged_one_by_one(base: Path, root: Path, tmp_path: Path) -> None:
@@ -146,16 +226,14 @@ def unpaired(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (edit(use_dora=True), "DoRA scales whole weights (use_dora)"),
-        (edit(modules_to_save=["lm_head"]), "it replaces whole modules (modules_to_save)"),
-        (edit(rank_pattern={"q_proj": 2}), "rank differs between layers"),
-        (edit(alpha_pattern={"q_proj": 2}), "alpha differs between layers"),
-        (edit(fan_in_fan_out=True), "its weights are transposed"),
-        (edit(bias="all"), "it trains biases"),
+        (edit(use_dora=True), "use_dora is True, which its tensors do not bear out"),
+        (edit(fan_in_fan_out=True), "has another shape"),
+        (edit(layer_replication=[[0, 2]]), "whose layers are repeated (layer_replication)"),
+        (edit(alora_invocation_tokens=[1]), "it is active in part of a text only"),
         (edit(peft_type="IA3"), "it is of type 'IA3', not LORA"),
-        (edit(init_lora_weights="pissa_niter_4"), "it belongs to a changed base (init_lora_weights = 'pissa_niter_4')"),
+        (edit(init_lora_weights="pissa_niter_4"), "path_initial_model_for_weight_conversion"),
         (truncate, "is damaged"),
-        (unpaired, "cannot be merged exactly"),
+        (unpaired, "without its other factor"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "is no adapter"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is damaged"),
     ],
@@ -169,12 +247,6 @@ def test_unmergeable_adapter_is_refused(
     assert result.exit_code == 1, result.stderr
     assert said in result.stderr
     assert not list(root.rglob("*.safetensors"))
-
-
-def test_dora_as_peft_saves_it_is_refused(base: Path, root: Path, tmp_path: Path) -> None:
-    make_adapter(base, tmp_path / "adapter", use_dora=True)
-    assert call("convert", "merge", tmp_path / "adapter", "--base", base).exit_code == 1
-    assert not root.exists()
 
 
 def test_another_base_is_refused(base: Path, root: Path, tmp_path: Path) -> None:
@@ -207,3 +279,43 @@ def test_second_time_nothing_is_done(base: Path, root: Path, tmp_path: Path) -> 
     states = [json.loads(call(*arguments, *extra).stdout)["state"] for extra in (("--dry-run",), (), (), ("--dry-run",))]
     assert states == ["to make", "made", "unchanged", "unchanged"]
     assert len(list(root.glob("merged/*/manifest.json"))) == 1
+
+
+def drop_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def cut_shard(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-7])
+
+
+def quantized_already(folder: Path) -> None:
+    path = folder / "config.json"
+    settings = {
+        **json.loads(path.read_text()),
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    }
+    path.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (drop_shard, "shards are missing); fetch the model again"),
+        (cut_shard, "its header promises"),
+        (quantized_already, "is quantized already (bitsandbytes)"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "cannot be read"),
+    ],
+)
+def test_unusable_base_is_refused(base: Path, root: Path, tmp_path: Path, change: Callable[[Path], None], said: str) -> None:
+    make_adapter(base, tmp_path / "adapter")
+    sharded = tmp_path / "sharded"
+    shutil.copytree(base, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    load(base).save_pretrained(sharded, max_shard_size="150KB")
+    change(sharded)
+    result = call("convert", "merge", tmp_path / "adapter", "--base", sharded)
+    assert result.exit_code == 1, result.stderr
+    assert said in result.stderr
+    assert not list(root.rglob("*.safetensors"))

@@ -1,15 +1,18 @@
 """Conversion by the pinned converter: what the file holds, what is refused, what a killed conversion leaves."""
 
 import json
+import re
 import shutil
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
 import pytest
 
 from appliance import artifacts
-from convert import to_gguf
+from convert import converter, pre_tokenizer
+from tests.convert import quick_converter
 from tests.running import Trained, call, kill_when, start
 
 
@@ -51,28 +54,93 @@ def test_weights_are_those_of_the_merged_model(trained: Trained) -> None:
         np.testing.assert_array_equal(found, expected.astype(found.dtype))
 
 
+def written(name: str, text: str | None) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        (model / name).unlink()
+        if text is not None:
+            (model / name).write_text(text)
+
+    return change
+
+
+def quantized(model: Path) -> None:
+    """As transformers saves a model that bitsandbytes has quantized."""
+    settings = json.loads((model / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (model / "config.json").write_text(json.dumps(settings))
+
+
+def cut_short(model: Path) -> None:
+    with (model / "model.safetensors").open("r+b") as stream:
+        stream.truncate(100_000)
+
+
+def one_shard_of_two(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    names = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def one_token_more(model: Path) -> None:
+    table = json.loads((model / "tokenizer.json").read_text())
+    table["added_tokens"].append({**table["added_tokens"][0], "id": len(table["model"]["vocab"]), "content": "<|new|>"})
+    (model / "tokenizer.json").write_text(json.dumps(table))
+
+
+def many_rows_more(model: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    tensors[name] = torch.cat([tensors[name], torch.zeros(2000, tensors[name].shape[1], dtype=tensors[name].dtype)])
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "vocab_size": len(tensors[name])}))
+
+
+def another_pattern(model: Path) -> None:
+    path = model / "tokenizer.json"
+    path.write_text(path.read_text().replace(r"[^\\r\\n\\p{L}\\p{N}]?\\p{L}+", r"\\p{L}{1,3}"))
+
+
+UNKNOWN = '{"architectures": ["T5XModel"], "model_type": "t5"}'
+
+
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("change", "said"),
     [
-        (
-            "config.json",
-            '{"architectures": ["T5XModel"], "model_type": "t5"}',
-            "Architecture ['T5XModel'] cannot be converted",
-        ),
-        ("config.json", "{}", "Architecture unnamed cannot be converted"),
-        ("config.json", "{", "is not a JSON object"),
-        ("config.json", None, "has no config.json"),
-        ("tokenizer.json", None, "was not converted"),
-        ("model.safetensors", "garbage", "was not converted"),
+        (written("config.json", UNKNOWN), "Architecture ['T5XModel'] cannot be converted to GGUF; known are: "),
+        (written("config.json", UNKNOWN), "Qwen3ForCausalLM"),
+        (written("config.json", "{}"), "Architecture unnamed cannot be converted"),
+        (written("config.json", "{"), "is not a JSON object"),
+        (written("config.json", None), "has no config.json"),
+        (written("tokenizer.json", None), "has no tokenizer that can be loaded"),
+        (written("tokenizer.json", '{"model": {}}'), "has no tokenizer that can be loaded"),
+        (written("chat_template.jinja", "{{ raise_exception('No, never.') }}"), "(No, never.); repair chat_template.jinja"),
+        (written("chat_template.jinja", "{% for message in %}"), "fails on a plain conversation of two turns"),
+        (written("chat_template.jinja", "{{ messages[0]['content'] + 1 }}"), "fails on a plain conversation of two turns"),
+        (written("model.safetensors", "garbage"), "is no whole safetensors file (7 bytes); fetch it again"),
+        (written("model.safetensors", None), "has no .safetensors file"),
+        (cut_short, "model.safetensors has 100000 bytes, its header promises "),
+        (one_shard_of_two, "lacks model-00002-of-00002.safetensors (1 of 2 shards are missing); fetch the model again"),
+        (quantized, "is quantized already (bitsandbytes), which cannot be converted; fetch the 16-bit model"),
+        (one_token_more, "rows; tokens were added and the embeddings not resized (resize_token_embeddings)"),
+        (many_rows_more, " rows: 2000 more, which no padding explains; the tokenizer is another model's"),
+        (another_pattern, "splits texts in a way that llama.cpp has no name for ((?i:'s|'t|'re|'ve|'m|'ll|'d)|"),
     ],
 )
 def test_unusable_model_is_refused(
-    trained: Trained, root: Path, tmp_path: Path, name: str, text: str | None, said: str
+    trained: Trained,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    said: str,
 ) -> None:
+    quick_converter.install(monkeypatch)
     model = copied(trained, tmp_path / "model")
-    (model / name).unlink()
-    if text is not None:
-        (model / name).write_text(text)
+    change(model)
     result = call("convert", "gguf", model)
     assert result.exit_code == 1, result.stderr
     assert said in result.stderr
@@ -80,21 +148,49 @@ def test_unusable_model_is_refused(
     assert not list(root.rglob("*.partial"))
 
 
+def test_wrong_pre_tokenizer_is_refused(
+    trained: Trained, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick_converter.install(monkeypatch)
+    monkeypatch.setattr(pre_tokenizer, "candidates", lambda _table: ["falcon", "gpt-2"])
+    result = call("convert", "gguf", copied(trained, tmp_path / "model"))
+    assert result.exit_code == 1, result.stderr
+    assert "llama.cpp splits texts otherwise than its tokenizer does" in result.stderr
+    assert re.search(r"Tried: falcon \(.+first difference at \d+\); gpt-2 \(.+first difference at \d+\)", result.stderr)
+    assert not list(root.rglob("*.gguf"))
+    assert not list(root.rglob("*.vocabulary"))
+
+
+def test_second_name_is_taken_when_the_first_is_wrong(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick_converter.install(monkeypatch)
+    monkeypatch.setattr(pre_tokenizer, "candidates", lambda _table: ["falcon", "qwen2"])
+    result = call("convert", "gguf", copied(trained, tmp_path / "model"), "--json")
+    assert result.exit_code == 0, result.stderr
+    made = artifacts.load(Path(json.loads(result.stdout)["artifact"]))
+    assert made.results["pre_tokenizer"] == "qwen2"
+    assert [file.suffix for file in made.path.iterdir() if file.name != "manifest.json"] == [".gguf"]
+    assert field(gguf.GGUFReader(next(made.path.glob("*.gguf"))), "tokenizer.ggml.pre") == "qwen2"
+
+
+def test_disk_that_fills_up(trained: Trained, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(arguments: Sequence[str]) -> tuple[int, str]:
+        Path(arguments[arguments.index("--outfile") + 1]).write_bytes(b"GGUF")
+        return 1, "Traceback\n  in write\nOSError: [Errno 28] No space left on device\n"
+
+    monkeypatch.setattr(converter, "execute", half)
+    result = call("convert", "gguf", trained.made["merge"])
+    assert result.exit_code == 1
+    assert "was not converted: Traceback |   in write | OSError: [Errno 28] No space left on device" in result.stderr
+    assert not list(root.rglob("*.gguf"))
+
+
 def test_check_answers_without_converting(trained: Trained, root: Path) -> None:
     result = call("convert", "gguf", trained.made["base"], "--check")
     assert result.exit_code == 0
     assert "(convertible)" in result.stdout
     assert not root.exists()
-
-
-def test_split_pattern_names_the_pre_tokenizer(trained: Trained, tmp_path: Path) -> None:
-    model = copied(trained, tmp_path / "model")
-    assert to_gguf.pre_tokenizer(model) == "qwen2"
-    path = model / "tokenizer.json"
-    path.write_text(path.read_text().replace("?=", "?!").replace(r"\\p{L}+", r"\\p{L}{1,9}"))
-    assert to_gguf.pre_tokenizer(model) is None
-    path.unlink()
-    assert to_gguf.pre_tokenizer(model) is None
 
 
 def test_killed_conversion_starts_afresh(trained: Trained, root: Path) -> None:

@@ -18,18 +18,73 @@ def verify(trained: Trained, file: Path, *more: str | Path, merged: Path | None 
     return call("convert", "verify", file, *where, "--prompts", "3", "--answer-tokens", "16", *more)
 
 
-def test_report_of_the_pipeline(trained: Trained) -> None:
+def test_certificate_of_the_pipeline(trained: Trained) -> None:
     manifest = trained.manifest("verify")
     results = manifest["results"]
     assert results["tokens"]["conversations"] == 6
     assert results["tokens"]["mismatches"] == 0
+    assert results["tokens"]["varied"] == 12  # each with a system message, and with tools
     assert results["F16"]["disagreements"] == 0
     assert results["F16"]["steps"] > 20
-    assert 0 < results["F16"]["largest_logit_difference"] < 0.05
-    assert results["F16"]["largest_logit_difference"] < results["Q4_K_M"]["largest_logit_difference"]
-    assert json.loads((trained.made["verify"] / "verify.json").read_text()) == results
+    assert 0 < results["F16"]["mean_logit_difference"] < results["F16"]["largest_logit_difference"] < 0.05
+    assert results["rows"] == "rows that were trained on"
+    assert results["gate"] == {"type": "Q8_0", "kl_limit": 0.1, "passed": True, "rows": "rows that were trained on"}
+    full, eight, four = (results["files"][kind] for kind in ("F16", "Q8_0", "Q4_K_M"))
+    assert full["size_bytes"] > eight["size_bytes"] > four["size_bytes"]
+    assert all(each["fits"] and each["decode_tokens_per_second"] > 0 for each in (full, eight, four))
+    assert eight["languages"].keys() == {"nl", "en"}
+    for language in ("nl", "en"):
+        assert 0 < eight["languages"][language]["kl_mean"] < four["languages"][language]["kl_mean"]
+        assert eight["languages"][language]["same_top_ratio"] > 0.95
+        assert eight["languages"][language]["perplexity_f16"] == four["languages"][language]["perplexity_f16"]
+    worst = [each["kl"] for each in four["worst"]]
+    assert len(worst) == 10
+    assert worst == sorted(worst, reverse=True)
+    assert json.loads((trained.made["verify"] / "certificate.json").read_text()) == results
     names = {trained.made[step].name for step in ("gguf", "Q8_0", "Q4_K_M", "merge")}
     assert {parent.partition("/")[2] for parent in manifest["parents"]} == names
+
+
+def test_page_and_show_tell_it_in_words(trained: Trained, root: Path) -> None:
+    trained.copy(root, "gguf", "Q8_0", "Q4_K_M", "verify")
+    shown = call("models", "show", str(root / trained.made["Q4_K_M"].relative_to(trained.root)))
+    assert shown.exit_code == 0, shown.stderr
+    page = (trained.made["verify"] / "certificate.md").read_text()
+    assert page in shown.stdout
+    for said in ("| Q4_K_M | nl |", "| Q8_0 | en |", "## Where Q4_K_M differs most", "Q8_0 keeps to the limit of 0.1 nats"):
+        assert said in page
+    as_json = json.loads(call("models", "show", trained.made["Q4_K_M"].name, "--json").stdout)
+    assert as_json["certificate"]["files"]["Q4_K_M"]["languages"]["nl"]["kl_mean"] > 0
+
+
+def test_limit_of_the_served_file(trained: Trained, root: Path) -> None:
+    (eight,) = trained.made["Q8_0"].glob("*.gguf")
+    (four,) = trained.made["Q4_K_M"].glob("*.gguf")
+    files = ("--quantized", eight, "--quantized", four)
+    result = verify(trained, trained.full, *files, "--gate", "Q4_K_M", "--kl-limit", "1e-6")
+    assert result.exit_code == 4
+    assert "lost more than verify.kl_limit = 1e-06 nats" in result.stderr
+    assert not list(root.rglob("certificate.json"))
+    assert verify(trained, trained.full, *files, "--gate", "Q4_K_M", "--memory-mib", "64").exit_code == 4
+    assert verify(trained, trained.full, *files, "--gate", "Q5_K_M").exit_code == 2
+    passed = verify(trained, trained.full, *files, "--gate", "Q8_0", "--kl-limit", "0.5")
+    assert passed.exit_code == 0, passed.stderr
+
+
+@pytest.mark.usefixtures("root")
+def test_heldout_rows_are_measured_on(trained: Trained, tmp_path: Path) -> None:
+    path = tmp_path / "data" / "heldout.jsonl"
+    path.parent.mkdir()
+    row = {
+        "messages": [{"role": "user", "content": "Is de balie open?"}, {"role": "assistant", "content": "Ja, tot vier uur."}]
+    }
+    path.write_text(json.dumps(row) + "\n")
+    (eight,) = trained.made["Q8_0"].glob("*.gguf")
+    result = verify(trained, trained.full, "--quantized", eight, "--heldout", path, "--language", "nl", "--json")
+    assert result.exit_code == 0, result.stderr
+    results = json.loads(result.stdout)["results"]
+    assert results["rows"] == "held-out rows"
+    assert results["files"]["Q8_0"]["languages"].keys() == {"nl"}
 
 
 def test_faithful_copy_passes(trained: Trained, tmp_path: Path, root: Path) -> None:
@@ -37,7 +92,7 @@ def test_faithful_copy_passes(trained: Trained, tmp_path: Path, root: Path) -> N
     result = verify(trained, file)
     assert result.exit_code == 0, result.stderr
     assert "0 conversations differ" in result.stderr
-    assert len(list(root.glob("report/*/verify.json"))) == 1
+    assert len(list(root.glob("report/*/certificate.json"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -51,12 +106,25 @@ def test_faithful_copy_passes(trained: Trained, tmp_path: Path, root: Path) -> N
         (lambda file: tampered.template(file, "{% endfor %}", "{% endfoo %}"), "The chat template does not compile"),
         (lambda file: tampered.template(file, "message['content']", "message['contort']"), "The chat template refuses"),
         (lambda file: tampered.tensor(file, "blk.1.ffn_down.weight"), "the F16 file's top token differs"),
+        (lambda file: tampered.scaled(file, "blk.1.ffn_down.weight", 1.05), "of their spread on average"),
+        (lambda file: tampered.token(file, "<|im_start|>"), "the token '<|im_start|>' has the id"),
         (
             lambda file: tampered.number(file, "tokenizer.ggml.eos_token_id", 0),
             "the file's end-of-turn token is 0, the tokenizer's 2",
         ),
     ],
-    ids=["template", "generation prompt", "template syntax", "template field", "weights", "end of turn"],
+    ids=[
+        *(
+            "template",
+            "generation prompt",
+            "template syntax",
+            "template field",
+            "weights",
+            "weights a little",
+            "special token",
+        ),
+        "end of turn",
+    ],
 )
 def test_tampered_file_fails(
     trained: Trained, tmp_path: Path, root: Path, change: Callable[[Path], None], said: str
@@ -68,7 +136,7 @@ def test_tampered_file_fails(
     assert "is not the model that was trained" in result.stderr
     assert said in result.stderr
     assert not list(root.rglob("manifest.json"))
-    assert not list(root.rglob("verify.json"))
+    assert not list(root.rglob("certificate.json"))
 
 
 def test_file_of_a_tampered_model_fails_against_the_original(trained: Trained, tmp_path: Path, root: Path) -> None:

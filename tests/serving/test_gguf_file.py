@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import llama_cpp as c
 
+from appliance import gguf_types
 from appliance.errors import ModelFileError
-from appliance.serving import gguf_file, gguf_types
+from appliance.serving import gguf_file
 from appliance.serving.gguf_file import GgufHeader, Skipped
 from tests import tiny_gguf
 from tests.serving import gguf_bytes

@@ -18,7 +18,7 @@ from appliance.serving.speed import EngineTimes, Others, Rate, Speed
 from appliance.serving.speed_files import OtherFile
 from appliance.serving.speed_meter import Laboratory, Meter, ReadPrompt, Task, WriteAnswers
 from appliance.serving.speed_report import Setting
-from convert.quantize import quantize_file
+from convert.quantizer import Settings, quantize_file
 from tests import tiny_gguf
 from tests.serving.llama_decoding import engine_settings
 
@@ -209,10 +209,10 @@ def test_plot_that_cannot_be_drawn_is_refused_first(tmp_path: Path, monkeypatch:
 
 
 def test_what_is_quantized_is_quantized_again_only_when_told(path: Path, tmp_path: Path) -> None:
-    quantize_file(path, tmp_path / "q8.gguf", "Q8_0")
+    quantize_file(path, tmp_path / "q8.gguf", Settings(type="Q8_0"))
     with pytest.raises(ModelFileError, match="was not quantized"):
-        quantize_file(tmp_path / "q8.gguf", tmp_path / "q4.gguf", "Q4_0")
-    quantize_file(tmp_path / "q8.gguf", tmp_path / "q4.gguf", "Q4_0", is_requantized=True)
+        quantize_file(tmp_path / "q8.gguf", tmp_path / "q4.gguf", Settings(type="Q4_0"))
+    quantize_file(tmp_path / "q8.gguf", tmp_path / "q4.gguf", Settings(type="Q4_0", is_requantized=True))
     assert gguf_file.check(tmp_path / "q4.gguf").quantization == "Q4_0"
 
 
@@ -225,7 +225,7 @@ def made(root: Path, name: str, path: Path, parents: Sequence[str]) -> artifacts
 
 def test_siblings_are_files_of_the_same_shape(root: Path, path: Path, tmp_path: Path) -> None:
     quantized = tmp_path / "q8.gguf"
-    quantize_file(path, quantized, "Q8_0")
+    quantize_file(path, quantized, Settings(type="Q8_0"))
     served = made(root, "tiny", path, ["merged/a-0123"])
     made(root, "tiny-Q8_0", quantized, [served.id])
     made(root, "other", quantized, ["merged/b-0123"])
@@ -237,7 +237,7 @@ def test_siblings_are_files_of_the_same_shape(root: Path, path: Path, tmp_path: 
 def test_siblings_of_a_file_without_manifest_lie_beside_it(path: Path, tmp_path: Path) -> None:
     plain = tmp_path / "a.gguf"
     plain.write_bytes(path.read_bytes())
-    quantize_file(path, tmp_path / "b.gguf", "Q4_0")
+    quantize_file(path, tmp_path / "b.gguf", Settings(type="Q4_0"))
     tiny_gguf.write_adapter(tmp_path / "lora.gguf")
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:2000])
     found, problems = speed_files.siblings(foreign(plain), tmp_path)

@@ -13,7 +13,7 @@ from appliance.serving.events import TokenLogprob
 from appliance.serving.llama import Context, Model
 from appliance.serving.requests import SamplingSettings
 from appliance.serving.scheduler import Scheduler
-from convert.quantize import quantize_file
+from convert.quantizer import Settings, quantize_file
 from tests.running import Trained
 from tests.serving.counting_decoder import Listener
 from tests.serving.llama_decoding import engine_settings
@@ -30,7 +30,7 @@ LAYOUTS = [(is_mapped, is_repacked) for is_mapped in (True, False) for is_repack
 def model(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In the type that llama.cpp repacks on most CPUs, and whose repacked form adds up in another order."""
     path = tmp_path_factory.mktemp("tuned") / "tiny-Q4_0.gguf"
-    quantize_file(trained.full, path, "Q4_0")
+    quantize_file(trained.full, path, Settings(type="Q4_0"))
     return path
 
 

@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
             body = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings}
             self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"}, with_body)
         else:
-            name = path.rpartition("/")[2]
+            name = path.partition("/resolve/")[2].partition("/")[2]
             if with_body:
                 self.server.downloaded.append(name)
             self._send(
@@ -106,6 +106,16 @@ def test_fetches_safetensors_and_keeps_hashes(hub: Hub, tmp_path: Path) -> None:
     assert manifest["files"]["model.safetensors"]["sha256"] == hashlib.sha256(WEIGHTS).hexdigest()
     assert manifest["inputs"]["revision"] == COMMIT
     assert json.loads(pull(hub, tmp_path).stdout)["state"] == "unchanged"
+
+
+def test_of_subfolders_only_the_pooling_of_an_encoder_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    for name in ("1_Pooling/config.json", "onnx/config.json", "onnx/model.safetensors"):
+        hub.files[name], hub.sha256[name] = b"{}", hashlib.sha256(b"{}").hexdigest()
+    folder = Path(json.loads(pull(hub, tmp_path).stdout)["artifact"])
+    assert {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()} == {
+        *("config.json", "tokenizer.json", "model.safetensors", "manifest.json"),
+        "1_Pooling/config.json",
+    }
 
 
 def test_an_interrupted_pull_continues(hub: Hub, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from appliance import recipe as recipes
 from appliance.artifacts import Plan
 from appliance.commands import train
 from appliance.errors import ArtifactError, EnvironmentIncomplete, RecipeError, TrainingFailed
-from appliance.training import loop, processes
+from appliance.training import loop, model, processes
 from tests import tiny_recipe
 from tests.running import WAIT_SECONDS, Trained, call, environment, kill_when
 from tests.training.test_training_metrics import free_port
@@ -333,3 +333,10 @@ def test_accelerate_accepts_the_configuration(
         assert "SHARDED" in str(plugin.state_dict_type)
         assert not plugin.cpu_ram_efficient_loading
         assert plugin.auto_wrap_policy is not None
+
+
+def test_one_process_is_not_spread_over_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(EnvironmentIncomplete, match=r"2 cards are visible.*CUDA_VISIBLE_DEVICES=0"):
+        model.gpu_lease()

@@ -1,0 +1,241 @@
+"""What must be equal between a merged model and the 16-bit GGUF file made of it: each check returns what differs, in words.
+
+Token ids both ways, the chat template as serving renders it, special tokens and the end of a turn, and the logits along the
+file's own greedy answers. Where top tokens agree at every step of such a path, both sides would have written the same text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from appliance.errors import VerificationFailed
+from appliance.text.chat_template import ChatTemplate, TemplateFailed
+from convert.conversations import Messages
+from convert.gguf_model import GgufModel, GgufVocabulary
+from convert.pre_tokenizer import probe_texts
+
+# Mean difference of logits along a path, in standard deviations of a row: of faithful files 0.0003 (two layers) to 0.001 (28
+# layers), since 16 bits round what is multiplied in each layer (docs/decisions.md).
+MOST_DIFFERENCE = 0.005
+VARIED = 8  # conversations that are also rendered with a system message and with tools
+SYSTEM = {"role": "system", "content": "Answer briefly. Antwoord kort. Odpowiadaj krótko."}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "opening_hours",
+            "description": "When a place is open.",
+            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+        },
+    }
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """Messages as the training tokenizer renders them: a whole conversation, or the prompt of its last answer."""
+
+    conversation: int
+    messages: Messages
+    is_prompt: bool
+    text: str
+    token_ids: list[int]
+    variables: Mapping[str, Any]
+    what: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPath:
+    """One prompt with the 16-bit file's greedy answer."""
+
+    tokens: Sequence[int]
+    prompt_tokens: int
+
+
+def renderings(tokenizer: Any, conversations: Sequence[Messages]) -> list[Rendering]:
+    """What the merged model's tokenizer makes of every conversation, and of the prompt that serving would see.
+
+    The first few also with a system message and with tools, where the template takes them.
+    """
+    found = []
+    for number, messages in enumerate(conversations, 1):
+        last_answer = max((i for i, each in enumerate(messages) if each["role"] == "assistant"), default=len(messages))
+        found.append(_rendered(tokenizer, number, messages, is_prompt=False))
+        found.append(
+            _rendered(tokenizer, number, messages[:last_answer], is_prompt=True, what=", prompt of its last answer")
+        )
+        if number > VARIED:
+            continue
+        if messages[0]["role"] != "system":
+            found.append(_rendered(tokenizer, number, [SYSTEM, *messages], is_prompt=False, what=" with a system message"))
+        tooled = messages[:last_answer]
+        found.append(_rendered(tokenizer, number, tooled, is_prompt=True, what=" with tools", tools=TOOLS))
+    return [each for each in found if each is not None]
+
+
+def _rendered(
+    tokenizer: Any, number: int, messages: Messages, *, is_prompt: bool, what: str = "", **variables: Any
+) -> Rendering | None:
+    """None where the template refuses what was added here (Gemma's takes no system message)."""
+    from jinja2 import TemplateError
+
+    options = {"add_generation_prompt": is_prompt, **variables}
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    except TemplateError as error:
+        if what in (" with a system message", " with tools"):
+            return None
+        raise VerificationFailed(
+            f"conversation {number}{what}: the model's own chat template refuses it: {error}"
+        ) from error
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Rendering(number, messages, is_prompt, text, list(ids), variables, what)
+
+
+def compare_vocabulary(gguf: GgufVocabulary, tokenizer: Any, rows: int) -> list[str]:
+    """Size, end of turn, and every token that stands for itself."""
+    problems = []
+    if gguf.token_count != rows:
+        problems.append(f"the file has {gguf.token_count} tokens, the model {rows}")
+    for name, said in (("eos", "end-of-turn"), ("bos", "first")):
+        ours, theirs = gguf.metadata(f"tokenizer.ggml.{name}_token_id"), getattr(tokenizer, f"{name}_token_id")
+        if theirs is not None and ours != str(theirs):
+            problems.append(f"the file's {said} token is {ours}, the tokenizer's {theirs}")
+    for token, text in sorted(tokenizer.added_tokens_decoder.items()):
+        if (found := gguf.tokenize(str(text))) != [token]:
+            problems.append(f"the token {str(text)!r} has the id {token} in training and {found} in the file")
+    return problems
+
+
+def compare_tokens(gguf: GgufVocabulary, expected: Sequence[Rendering]) -> list[str]:
+    """What differs between the text and ids that serving would use and those of training, one line per conversation."""
+    source = gguf.metadata("tokenizer.chat_template")
+    if source is None:
+        return ["the file has no chat template"]
+    problems: dict[int, str] = {}
+    try:
+        template = ChatTemplate(source, gguf.special_tokens())
+        for each in expected:
+            text = template.render(each.messages, add_generation_prompt=each.is_prompt, **each.variables)
+            served = gguf.tokenize(text)
+            if served != each.token_ids:
+                problems.setdefault(each.conversation, f"conversation {each.conversation}{each.what}: {_ids(served, each)}")
+            elif text != each.text:
+                problems.setdefault(each.conversation, f"conversation {each.conversation}{each.what}: {_texts(text, each)}")
+    except TemplateFailed as error:
+        return [*problems.values(), str(error)]
+    return list(problems.values())
+
+
+def compare_end_of_turn(gguf: GgufVocabulary, tokenizer: Any, expected: Sequence[Rendering]) -> list[str]:
+    """Generation must end with what training ends an answer with."""
+    whole = next((each for each in expected if not each.is_prompt and each.messages[-1]["role"] == "assistant"), None)
+    if whole is None or tokenizer.chat_template is None:
+        return []
+    start = max(index for index in range(len(whole.token_ids)) if _ends_with(whole, tokenizer, index))
+    closing = whole.token_ids[start:]
+    if any(gguf.is_end(token) for token in closing):
+        return []
+    return [
+        f"an answer ends with {tokenizer.decode(closing)!r}, which ends no generation in the file: it would write on and on"
+    ]
+
+
+def _ends_with(whole: Rendering, tokenizer: Any, index: int) -> bool:
+    """Whether the answer's last characters lie before this token."""
+    answer = str(whole.messages[-1]["content"]).rstrip()
+    return index == 0 or str(tokenizer.decode(whole.token_ids[:index])).rstrip().endswith(answer[-20:])
+
+
+def compare_torture(gguf: GgufVocabulary, tokenizer: Any) -> list[str]:
+    """Every line of a text of many scripts, signs and spaces: to ids, and back; as it could be served."""
+    problems = []
+    for line in probe_texts(gguf, tokenizer):
+        expected = list(tokenizer(line, add_special_tokens=False)["input_ids"])
+        if (served := gguf.tokenize(line)) != expected:
+            problems.append(f"{line.strip()[:30]!r}: {_difference(served, expected)}")
+        text = tokenizer.decode(expected, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if (back := gguf.detokenize(expected)).strip() != text.strip():
+            problems.append(f"{line.strip()[:30]!r} comes back as {back.strip()[:30]!r}")
+    return problems
+
+
+def greedy_paths(gguf: GgufModel, prompts: Sequence[Sequence[int]], answer_tokens: int) -> list[AnswerPath]:
+    """The file's own greedy answers."""
+    return [AnswerPath([*ids, *gguf.greedy(ids, answer_tokens)], len(ids)) for ids in prompts]
+
+
+def compare_paths(found: Sequence[Any], expected: Sequence[Any], logit_gap: float) -> dict[str, Any]:
+    """Top-token agreement of logits `(steps, vocabulary)` along each path, the merged model's being the expected ones.
+
+    Steps whose top two logits are closer than the gap are ties. Raises `VerificationFailed` for values that are no numbers.
+    """
+    import numpy
+
+    steps = ties = disagreements = agreed = 0
+    largest = relative = extreme = total = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        ours = ours[:, : theirs.shape[1]]
+        if not (numpy.isfinite(ours).all() and numpy.isfinite(theirs).all()):
+            raise VerificationFailed("The model computes values that are no numbers (NaN): its training diverged.")
+        top_two = numpy.partition(theirs, -2, axis=1)[:, -2:]
+        is_tie = top_two[:, 1] - top_two[:, 0] <= logit_gap
+        is_same = ours.argmax(axis=1) == theirs.argmax(axis=1)
+        difference = numpy.abs(ours - theirs)
+        steps += len(is_same)
+        ties += int(is_tie.sum())
+        agreed += int(is_same.sum())
+        disagreements += int((~is_same & ~is_tie).sum())
+        largest = max(largest, float(difference.max()))
+        spread = numpy.maximum(theirs.std(axis=1), numpy.finfo(theirs.dtype).tiny)
+        extreme = max(extreme, float((difference.max(axis=1) / spread).max()))
+        relative = max(relative, float((difference.mean(axis=1) / spread).mean()))
+        total += float(difference.mean(axis=1).sum())
+    return {
+        "prompts": len(found),
+        "steps": steps,
+        "ties": ties,
+        "disagreements": disagreements,
+        "agreement_ratio": agreed / steps,
+        "largest_logit_difference": largest,
+        "mean_logit_difference": total / steps,
+        "mean_difference_ratio": relative,
+        "largest_difference_ratio": extreme,
+    }
+
+
+def judge_paths(result: Mapping[str, Any]) -> list[str]:
+    """What of a 16-bit file's comparison is too far from the merged model."""
+    if result["steps"] == result["ties"]:
+        return [f"no step could be judged: {in_words(result)}; ask for more prompts or answer tokens"]
+    if result["disagreements"]:
+        return [f"the F16 file's top token differs: {in_words(result)}"]
+    if result["mean_difference_ratio"] > MOST_DIFFERENCE:
+        return [
+            f"the F16 file's logits differ by {result['mean_difference_ratio']:.4f} of their spread on average"
+            f" (at most {MOST_DIFFERENCE}): {in_words(result)}"
+        ]
+    return []
+
+
+def in_words(result: Mapping[str, Any]) -> str:
+    return (
+        f"top token agrees at {result['agreement_ratio']:.1%} of {result['steps']} steps of {result['prompts']} prompts"
+        f" ({result['disagreements']} differ beyond the gap, {result['ties']} ties),"
+        f" logits differ by at most {result['largest_logit_difference']:.4f}"
+    )
+
+
+def _ids(served: Sequence[int], each: Rendering) -> str:
+    return _difference(served, each.token_ids)
+
+
+def _texts(served: str, each: Rendering) -> str:
+    place = next((i for i, (a, b) in enumerate(zip(served, each.text, strict=False)) if a != b), 0)
+    return f"the same ids, and another text from character {place} on: {served[place : place + 20]!r}"
+
+
+def _difference(served: Sequence[int], trained: Sequence[int]) -> str:
+    pairs = enumerate(zip(served, trained, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(served), len(trained)))
+    return f"{len(served)} token ids against {len(trained)}, first difference at {place}"

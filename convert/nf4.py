@@ -1,0 +1,101 @@
+"""A base in four bits (NF4, Dettmers et al. 2023), as QLoRA trains on it: which matrices, and what they become again.
+
+bitsandbytes' own kernels decide, so that the bytes are those that training computed with. Used to find the better merge: an
+adapter learned to correct these values, not the 16-bit ones.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from appliance.errors import EnvironmentIncomplete
+from convert.lora import Adapter, merged_rows
+from convert.mapped_model import FileWeights, MappedModel, blocks
+
+BLOCK_VALUES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4:
+    """How a base was quantized for training: scales quantized too or not, and the weights that were, by name."""
+
+    covered: frozenset[str]
+    is_double: bool = True
+
+
+class MergedWeights:
+    """A base with an adapter, merged as they are read.
+
+    `nf4` widens four bits first, as training did; `is_rounded` gives what a merged file would hold, otherwise exact sums.
+    """
+
+    def __init__(self, files: FileWeights, adapter: Adapter, nf4: Nf4 | None, *, is_rounded: bool) -> None:
+        self._files, self._adapter, self._nf4, self._is_rounded = files, adapter, nf4, is_rounded
+
+    def tensor(self, name: str) -> Any:
+        return self._adapter.replaced[name] if name in self._adapter.replaced else self._files.tensor(name)
+
+    def rows(self, name: str) -> Iterator[Any]:
+        import torch
+
+        matrix = widened(self.tensor(name), name, self._nf4)
+        change = self._adapter.changes.get(name)
+        if change is None:
+            yield from blocks(matrix)
+            return
+        for rows in merged_rows(matrix if self._is_rounded else matrix.to(torch.float32), change):
+            yield rows.to(torch.float32)
+
+
+def covered(model: MappedModel) -> frozenset[str]:
+    """The weights that transformers quantizes by default: those of linear layers, not the head."""
+    return frozenset(f"{path}.weight" for path in model.matrices if path.rpartition(".")[2] != "lm_head")
+
+
+def widened(weight: Any, name: str, nf4: Nf4 | None) -> Any:
+    """What training computed with instead of `weight`: quantized to NF4 and back, in the weight's own type."""
+    if nf4 is None or name not in nf4.covered:
+        return weight
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise EnvironmentIncomplete(
+            "An adapter that was trained on four bits is merged with bitsandbytes, which is not installed; run `make setup`."
+        ) from error
+    quantized, state = functional.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK_VALUES, compress_statistics=nf4.is_double, quant_type="nf4"
+    )
+    return functional.dequantize_4bit(quantized, state)
+
+
+def divergences(base: Path, adapter: Adapter, nf4: Nf4, texts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How far each way of merging is from the adapter as it was trained: mean KL divergence in nats over the texts.
+
+    "16-bit" adds the adapter to the weights in 16 bits, "round trip" to what four bits made of them.
+    """
+    files = FileWeights(MappedModel(base).checkpoint)
+    live = MappedModel(base, MergedWeights(files, adapter, nf4, is_rounded=False))
+    ways = {
+        "16-bit": MappedModel(base, MergedWeights(files, adapter, None, is_rounded=True)),
+        "round trip": MappedModel(base, MergedWeights(files, adapter, nf4, is_rounded=True)),
+    }
+    sums = dict.fromkeys(ways, 0.0)
+    for ids in texts:
+        expected = live.logits(ids)
+        for way, model in ways.items():
+            sums[way] += kl(expected, model.logits(ids))
+    tokens = sum(map(len, texts))
+    return {way: total / tokens for way, total in sums.items()}
+
+
+def kl(expected: Any, found: Any) -> float:
+    """Kullback-Leibler divergence of two arrays of logits `(tokens, vocabulary)`, summed over tokens, in nats."""
+    import torch
+
+    log_p, log_q = (torch.log_softmax(torch.from_numpy(each), dim=-1) for each in (expected, found))
+    return float((log_p.exp() * (log_p - log_q)).sum())
+
+
+def better(found: Mapping[str, float]) -> str:
+    return min(found, key=lambda way: found[way])

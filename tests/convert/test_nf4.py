@@ -1,0 +1,74 @@
+"""An adapter that was trained on four bits is merged in the way that stays closer to what was trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance import artifacts
+from convert import nf4
+from convert.lora import read_adapter
+from convert.mapped_model import FileWeights, MappedModel
+from tests.convert.test_merge import load, logits, make_adapter
+from tests.running import Trained, call
+
+
+@pytest.fixture
+def base(trained: Trained) -> Path:
+    return trained.made["base"]
+
+
+def live(base: Path, adapter: Path) -> Any:
+    """The model as PEFT and bitsandbytes train it: transformers' own 4-bit loading, and the adapter on top."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32, device_map="cpu")
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def test_live_weights_are_those_of_training(base: Path, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "adapter", use_rslora=True)
+    adapter = read_adapter(tmp_path / "adapter")
+    settings = nf4.Nf4(nf4.covered(MappedModel(base)))
+    weights = nf4.MergedWeights(FileWeights(MappedModel(base).checkpoint), adapter, settings, is_rounded=False)
+    found = MappedModel(base, weights).logits(list(range(3, 43)))
+    expected = logits(live(base, tmp_path / "adapter"))[0].numpy()
+    without = logits(load(base))[0].numpy()
+    assert abs(found - expected).max() < 0.02 * abs(found - without).max()
+
+
+@pytest.mark.usefixtures("root")
+def test_the_closer_way_is_taken_and_told(base: Path, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "adapter")
+    result = call("convert", "merge", tmp_path / "adapter", "--base", base, "--trained-on", "nf4", "--json")
+    assert result.exit_code == 0, result.stderr
+    made = artifacts.load(Path(json.loads(result.stdout)["artifact"]))
+    distances = made.results["kl_to_trained"]
+    assert distances["round trip"] < distances["16-bit"]
+    assert made.results["merged_into"] == "round trip"
+    assert "taken: round trip" in result.stderr
+    expected = logits(live(base, tmp_path / "adapter"))
+    plain = json.loads(call("convert", "merge", tmp_path / "adapter", "--base", base, "--json").stdout)
+    closer = (logits(load(made.path)) - expected).abs().mean()
+    farther = (logits(load(Path(plain["artifact"]))) - expected).abs().mean()
+    assert closer < 0.5 * farther
+
+
+def test_sixteen_bits_are_taken_where_they_are_closer(base: Path, root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    make_adapter(base, tmp_path / "adapter")
+    monkeypatch.setattr(nf4, "divergences", lambda *_: {"16-bit": 0.1, "round trip": 0.2})
+    arguments = ("convert", "merge", tmp_path / "adapter", "--base", base, "--json")
+    made = [Path(json.loads(call(*arguments, *more).stdout)["artifact"]) for more in (("--trained-on", "nf4"), ())]
+    assert made[0] != made[1]
+    assert artifacts.load(made[0]).results["merged_into"] == "16-bit"
+    assert (made[0] / "model.safetensors").read_bytes() == (made[1] / "model.safetensors").read_bytes()
+    assert len(list(root.glob("merged/*/manifest.json"))) == 2
