@@ -45,8 +45,8 @@ def _faithful(results: Mapping[str, Any]) -> list[str]:
     return [
         "## The 16-bit file is the model that was trained",
         "",
-        f"- {tokens['conversations']} conversations ({tokens['tokens']:,} tokens) have the same text and token ids in training and"
-        f" in serving; {tokens['varied']} of these renderings with a system message or tools.",
+        f"- {tokens['conversations']} conversations ({tokens['tokens']:,} tokens) have the same text and token ids in"
+        f" training and in serving; {tokens['varied']} of these renderings with a system message or tools.",
         f"- {tokens['torture_lines']} lines of many scripts, signs and spaces become the same tokens, and text again.",
         f"- {tokens['special_tokens']} special tokens stand for themselves; an answer's last token ends generation.",
         f"- Along {f16['prompts']} greedy answers of {f16['steps']} tokens the top token is the same in"

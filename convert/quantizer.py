@@ -37,9 +37,11 @@ NAMES = (
 )
 TYPES = {name: number for name in NAMES for number, found in gguf_types.FILE_TYPES.items() if found == name}
 # Of single tensors, for a recipe that names some of them.
-TENSOR_TYPES = {name: number for number, (name, *_) in gguf_types.TENSOR_TYPES.items() if name in {
-    *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K"), "Q2_K",
-}}  # fmt: skip
+SINGLE = (
+    *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K"),
+    "Q2_K",
+)
+TENSOR_TYPES = {name: number for number, (name, *_) in gguf_types.TENSOR_TYPES.items() if name in SINGLE}
 BUFFER_BYTES = 1 << 29  # of rows in memory at a time; llama.cpp's own default is 8 GiB
 # One line for each tensor in a dry run: its name, and the type that it would get where that is another one.
 DRY_LINE = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\w+), .*?(?:\((\w+)\))?$")
