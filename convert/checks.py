@@ -12,7 +12,7 @@ from appliance.errors import VerificationFailed
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
 from convert.conversations import Messages
 from convert.gguf_model import GgufModel, GgufVocabulary
-from convert.pre_tokenizer import probe_texts
+from convert.pre_tokenizer import probe_texts, unequal
 
 # Mean difference of logits along a path, in standard deviations of a row: of faithful files 0.0003 (two layers) to 0.001 (28
 # layers), since 16 bits round what is multiplied in each layer (docs/decisions.md).
@@ -119,7 +119,9 @@ def compare_tokens(gguf: GgufVocabulary, expected: Sequence[Rendering]) -> list[
             text = template.render(each.messages, add_generation_prompt=each.is_prompt, **each.variables)
             served = gguf.tokenize(text)
             if served != each.token_ids:
-                problems.setdefault(each.conversation, f"conversation {each.conversation}{each.what}: {_ids(served, each)}")
+                problems.setdefault(
+                    each.conversation, f"conversation {each.conversation}{each.what}: {unequal(served, each.token_ids)}"
+                )
             elif text != each.text:
                 problems.setdefault(each.conversation, f"conversation {each.conversation}{each.what}: {_texts(text, each)}")
     except TemplateFailed as error:
@@ -153,7 +155,7 @@ def compare_torture(gguf: GgufVocabulary, tokenizer: Any) -> list[str]:
     for line in probe_texts(gguf, tokenizer):
         expected = list(tokenizer(line, add_special_tokens=False)["input_ids"])
         if (served := gguf.tokenize(line)) != expected:
-            problems.append(f"{line.strip()[:30]!r}: {_difference(served, expected)}")
+            problems.append(f"{line.strip()[:30]!r}: {unequal(served, expected)}")
         text = tokenizer.decode(expected, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if (back := gguf.detokenize(expected)).strip() != text.strip():
             problems.append(f"{line.strip()[:30]!r} comes back as {back.strip()[:30]!r}")
@@ -226,16 +228,6 @@ def in_words(result: Mapping[str, Any]) -> str:
     )
 
 
-def _ids(served: Sequence[int], each: Rendering) -> str:
-    return _difference(served, each.token_ids)
-
-
 def _texts(served: str, each: Rendering) -> str:
     place = next((i for i, (a, b) in enumerate(zip(served, each.text, strict=False)) if a != b), 0)
     return f"the same ids, and another text from character {place} on: {served[place : place + 20]!r}"
-
-
-def _difference(served: Sequence[int], trained: Sequence[int]) -> str:
-    pairs = enumerate(zip(served, trained, strict=False))
-    place = next((i for i, (a, b) in pairs if a != b), min(len(served), len(trained)))
-    return f"{len(served)} token ids against {len(trained)}, first difference at {place}"

@@ -18,7 +18,7 @@ from appliance.artifacts import Plan
 from appliance.console import Command, Progress, emit, json_option, note
 from appliance.errors import DataError, ModelFileError
 from appliance.recipe import Quantize
-from convert import conversations, gguf_names
+from convert import conversations, gguf_names, pre_tokenizer
 from convert.mapped_model import MappedModel
 
 REVISION = 1  # raised when the same inputs would give another matrix
@@ -74,16 +74,13 @@ def _make(plan: Plan, model: Path, rows: Path, codes: Sequence[str], tokens: int
     config.apply_quiet_environment()
     mapped = MappedModel(model)
     chosen = calibration_text(model, conversations.by_language(conversations.read(rows), codes), tokens)
-    sums = collect(mapped, [ids for group in chosen.values() for ids in group])
+    texts = [ids for group in chosen.values() for ids in group]
+    sums = collect(mapped, texts)
     with artifacts.create(plan, root) as draft:
-        write(draft.path / FILE, sums, datasets=[plan.inputs["conversations"]], chunk_tokens=max(map(len, _flat(chosen))))
+        write(draft.path / FILE, sums, datasets=[plan.inputs["conversations"]], chunk_tokens=max(map(len, texts)))
         counts = {code: sum(map(len, group)) for code, group in chosen.items()}
         draft.results.update(matrices=len(sums), tokens=counts)
         note(f"imatrix: {len(sums)} matrices, tokens read: {', '.join(f'{code} {n:,}' for code, n in counts.items())}")
-
-
-def _flat(groups: Mapping[str, Sequence[Sequence[int]]]) -> list[Sequence[int]]:
-    return [ids for group in groups.values() for ids in group]
 
 
 def calibration_text(
@@ -93,9 +90,7 @@ def calibration_text(
 
     Rows are taken evenly over a language's rows. Raises `DataError` when there is nothing to read.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = pre_tokenizer.load(folder)
     chosen: dict[str, list[list[int]]] = {}
     for code, rows in groups.items():
         share = tokens // len(groups)

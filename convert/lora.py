@@ -61,10 +61,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """By the names of weights in the base: what is added to some, and what replaces others (trained embeddings, biases)."""
+    """By the names of weights in the base: what is added to some, and what replaces others (trained embeddings, biases).
+
+    `is_tied`: the embeddings that replace the base's are those of the head, too.
+    """
 
     changes: Mapping[str, Change]
     replaced: Mapping[str, Any]
+    is_tied: bool = False
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -74,6 +78,8 @@ def read_adapter(folder: Path) -> Adapter:
 
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"{CONFIG} holds {settings!r}")
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise ModelFileError(f"{folder} is no adapter: {error.filename} is missing.") from error
@@ -153,6 +159,8 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any
 def _unusable(settings: Mapping[str, Any]) -> str | None:
     if settings.get("peft_type") != "LORA":
         return f"it is of type {settings.get('peft_type')!r}, not LORA"
+    if not isinstance(settings.get("lora_alpha"), int | float):
+        return f"lora_alpha is {settings.get('lora_alpha')!r}, which is no number"
     initial = str(settings.get("init_lora_weights", True)).lower()
     if initial.startswith(CHANGED_BASES):
         return (

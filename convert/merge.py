@@ -6,6 +6,7 @@ and what else can be done. An adapter that was trained on four bits is merged in
 made of them, and the way that stays closer to what was trained is taken.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,13 +19,12 @@ from appliance import artifacts, config
 from appliance.artifacts import Plan
 from appliance.console import Command, emit, json_option, note
 from appliance.errors import ModelFileError
-from convert import checkpoint, conversations, safetensors_file
+from convert import checkpoint, conversations, pre_tokenizer, safetensors_file
 from convert import nf4 as four_bits
 from convert.checkpoint import Checkpoint
 from convert.lora import Adapter, merged_rows, read_adapter
 from convert.mapped_model import MappedModel
 from convert.nf4 import Nf4, widened
-from convert.pre_tokenizer import PROBE
 
 REVISION = 2  # raised when the same inputs would give other files
 NOT_COPIED = {artifacts.MANIFEST, "README.md", "training_template.jinja", "loss.jsonl", "loss.png"}
@@ -76,7 +76,7 @@ def _make(plan: Plan, adapter: Path, base: Path, root: Path, rows: Path | None, 
     for folder in (adapter, base):
         artifacts.check_input(folder)
     _require_same_base(adapter, base)
-    lora = read_adapter(adapter)
+    lora = _tied(read_adapter(adapter), model)
     check_fit(lora, model, adapter)
     nf4, ways = _better_way(base, lora, rows) if is_nf4 else (None, {})
     with artifacts.create(plan, root) as draft:
@@ -94,7 +94,7 @@ def _make(plan: Plan, adapter: Path, base: Path, root: Path, rows: Path | None, 
 def _better_way(base: Path, lora: Adapter, rows: Path | None) -> tuple[Nf4 | None, dict[str, Any]]:
     """Both ways of merging an adapter that was trained on four bits, and how far each is from what was trained."""
     config.apply_quiet_environment()
-    nf4 = Nf4(four_bits.covered(MappedModel(base)))
+    nf4 = four_bits.as_trained(MappedModel(base))
     found = four_bits.divergences(base, lora, nf4, _texts(base, rows))
     way = four_bits.better(found)
     said = ", ".join(f"{name} {value:.5f}" for name, value in found.items())
@@ -104,11 +104,9 @@ def _better_way(base: Path, lora: Adapter, rows: Path | None) -> tuple[Nf4 | Non
 
 def _texts(base: Path, rows: Path | None) -> list[list[int]]:
     """Some conversations, or the probe text where none are given."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    tokenizer = pre_tokenizer.load(base)
     if rows is None:
-        return [list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])]
+        return [list(tokenizer(pre_tokenizer.PROBE, add_special_tokens=False)["input_ids"])]
     found = conversations.read(rows)
     chosen = found[:: max(1, len(found) // COMPARED)][:COMPARED]
     texts = [tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True) for messages in chosen]
@@ -123,6 +121,19 @@ def _require_same_base(adapter: Path, base: Path) -> None:
             raise ModelFileError(f"{adapter} was trained on {', '.join(parents)}, not on {given}; name its own base.")
 
 
+def _tied(lora: Adapter, model: Checkpoint) -> Adapter:
+    """Where the base has one matrix for embeddings and head, PEFT saves it twice: once is enough, if the two are equal."""
+    import torch
+
+    replaced = {next((end for end in (EMBEDDING, HEAD) if name.endswith(end)), name): name for name in lora.replaced}
+    if not model.is_tied or not {EMBEDDING, HEAD} <= replaced.keys():
+        return lora
+    if not torch.equal(lora.replaced[replaced[EMBEDDING]], lora.replaced[replaced[HEAD]]):
+        return lora
+    kept = {name: tensor for name, tensor in lora.replaced.items() if name != replaced[HEAD]}
+    return dataclasses.replace(lora, replaced=kept, is_tied=True)
+
+
 def check_fit(lora: Adapter, model: Checkpoint, adapter: Path) -> None:
     """Raises `ModelFileError`, with names and shapes, for an adapter that is another base's, or cannot be merged."""
     wanted = {**{name: each.shape for name, each in lora.changes.items()}, **_shapes(lora)}
@@ -133,7 +144,7 @@ def check_fit(lora: Adapter, model: Checkpoint, adapter: Path) -> None:
                 " merged, it would change the embeddings too; train without lm_head among target_modules."
             )
         raise ModelFileError(f"{adapter} changes {missing[0]} ({len(missing)} such), which {model.folder} does not have.")
-    if model.is_tied and any(name.endswith(EMBEDDING) for name in wanted):
+    if model.is_tied and not lora.is_tied and any(name.endswith(EMBEDDING) for name in wanted):
         raise ModelFileError(
             f"{adapter} trains the embeddings, and {model.folder} has one matrix for embeddings and head"
             " (tie_word_embeddings): merged, it would change the head too; train with ensure_weight_tying, or without them."

@@ -21,6 +21,7 @@ class Nf4:
     """How a base was quantized for training: scales quantized too or not, and the weights that were, by name."""
 
     covered: frozenset[str]
+    transposed: frozenset[str] = frozenset()  # of these: stored (in, out), as GPT-2's are, and turned before
     is_double: bool = True
 
 
@@ -48,9 +49,12 @@ class MergedWeights:
             yield rows.to(torch.float32)
 
 
-def covered(model: MappedModel) -> frozenset[str]:
-    """The weights that transformers quantizes by default: those of linear layers, not the head."""
-    return frozenset(f"{path}.weight" for path in model.matrices if path.rpartition(".")[2] != "lm_head")
+def as_trained(model: MappedModel) -> Nf4:
+    """What transformers quantizes by default: the weights of linear layers, not the head (integrations/bitsandbytes.py)."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = {f"{path}.weight": module for path, module in model.matrices.items() if path.rpartition(".")[2] != "lm_head"}
+    return Nf4(frozenset(found), frozenset(name for name, module in found.items() if isinstance(module, Conv1D)))
 
 
 def widened(weight: Any, name: str, nf4: Nf4 | None) -> Any:
@@ -63,10 +67,15 @@ def widened(weight: Any, name: str, nf4: Nf4 | None) -> Any:
         raise EnvironmentIncomplete(
             "An adapter that was trained on four bits is merged with bitsandbytes, which is not installed; run `make setup`."
         ) from error
+    is_transposed = name in nf4.transposed
     quantized, state = functional.quantize_4bit(
-        weight.contiguous(), blocksize=BLOCK_VALUES, compress_statistics=nf4.is_double, quant_type="nf4"
+        (weight.T if is_transposed else weight).contiguous(),
+        blocksize=BLOCK_VALUES,
+        compress_statistics=nf4.is_double,
+        quant_type="nf4",
     )
-    return functional.dequantize_4bit(quantized, state)
+    found = functional.dequantize_4bit(quantized, state)
+    return found.T.contiguous() if is_transposed else found
 
 
 def divergences(base: Path, adapter: Adapter, nf4: Nf4, texts: Sequence[Sequence[int]]) -> dict[str, float]:

@@ -126,7 +126,8 @@ def difference(gguf: Path, tokenizer: Any) -> str | None:
         for text in (*probe_texts(served, tokenizer), *renderings(tokenizer)):
             expected = list(tokenizer(text, add_special_tokens=False)["input_ids"])
             if (found := served.tokenize(text)) != expected:
-                return _in_words(text.removeprefix(tokenizer.bos_token or ""), found, expected)
+                shown = text.removeprefix(tokenizer.bos_token or "").strip()[:40]
+                return f"{shown!r}: {unequal(found, expected)}"
     return None
 
 
@@ -193,8 +194,8 @@ def _is_longer(found: Sequence[str], known: Sequence[str]) -> bool:
     return known[0] == r"\p{N}{1,3}" and found[:2] == known[:2] and found[-1:] == known[-1:]
 
 
-def _in_words(text: str, found: Sequence[int], expected: Sequence[int]) -> str:
+def unequal(found: Sequence[int], expected: Sequence[int]) -> str:
+    """Where llama.cpp's token ids begin to differ, in words."""
     pairs = enumerate(zip(found, expected, strict=False))
     place = next((index for index, (a, b) in pairs if a != b), min(len(found), len(expected)))
-    shown = text.strip()[:40]
-    return f"{shown!r}: {len(found)} token ids against {len(expected)}, first difference at {place}"
+    return f"{len(found)} token ids against {len(expected)}, first difference at {place}"

@@ -67,7 +67,7 @@ def quantize(
     source = model if model.suffix == ".gguf" else model / f"{model.name[:-13]}.gguf"
     folder = source.parent if (source.parent / artifacts.MANIFEST).exists() or model.suffix != ".gguf" else source
     stem = name or source.stem.removesuffix(next((end for end in SIXTEEN_BITS if source.stem.endswith(end)), ""))
-    importance = None if imatrix is None else imatrix / matrices.FILE if imatrix.is_dir() else imatrix
+    importance = None if imatrix is None else imatrix if imatrix.suffix == ".gguf" else imatrix / matrices.FILE
     if for_memory is not None:
         serve = recipes.build_serve(recipes.parse_serve(serve_json, "--serve"), "--serve")
         types = (_choose(source, for_memory, serve, overrides),)

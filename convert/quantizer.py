@@ -16,24 +16,9 @@ from appliance.errors import ModelFileError
 
 # In the order in which quality falls. Two of llama_ftype are left out: they need a mixture of experts or cards of one maker.
 NAMES = (
-    *(
-        "F32",
-        "BF16",
-        "F16",
-        "Q8_0",
-        "Q6_K",
-        "Q5_K_M",
-        "Q5_K_S",
-        "Q5_1",
-        "Q5_0",
-        "Q4_K_M",
-        "Q4_K_S",
-        "Q4_1",
-        "IQ4_NL",
-        "Q4_0",
-    ),
-    *("IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "IQ3_S", "Q3_K_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "IQ2_M", "Q2_K_S", "IQ2_S"),
-    *("IQ2_XS", "Q2_0", "TQ2_0", "IQ2_XXS", "IQ1_M", "TQ1_0", "IQ1_S", "Q1_0"),
+    *("F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "IQ4_NL"),
+    *("Q4_0", "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "IQ3_S", "Q3_K_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "IQ2_M", "Q2_K_S"),
+    *("IQ2_S", "IQ2_XS", "Q2_0", "TQ2_0", "IQ2_XXS", "IQ1_M", "TQ1_0", "IQ1_S", "Q1_0"),
 )
 TYPES = {name: number for name in NAMES for number, found in gguf_types.FILE_TYPES.items() if found == name}
 # Of single tensors, for a recipe that names some of them.

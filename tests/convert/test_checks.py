@@ -9,7 +9,7 @@ import pytest
 from appliance.errors import VerificationFailed
 from convert import checks, conversations
 from convert.gguf_model import GgufVocabulary
-from convert.verify import load_tokenizer
+from convert.pre_tokenizer import load as load_tokenizer
 from tests.running import Trained
 
 

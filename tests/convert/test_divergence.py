@@ -8,7 +8,7 @@ import pytest
 from convert import divergence
 from convert.divergence import Answer
 from convert.gguf_model import GgufModel
-from convert.verify import load_tokenizer
+from convert.pre_tokenizer import load as load_tokenizer
 from tests.running import Trained
 
 MESSAGES = [

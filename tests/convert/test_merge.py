@@ -161,6 +161,27 @@ def test_trained_embeddings_and_added_tokens_survive(base: Path, root: Path, tmp
     assert (results["merged_weights"], results["replaced_weights"]) == (2, 2)
 
 
+@pytest.mark.parametrize("more", [0, 3], ids=["trained", "added tokens"])
+def test_tied_embeddings_that_stay_tied_are_merged(base: Path, root: Path, tmp_path: Path, more: int) -> None:
+    """PEFT saves such a matrix twice, under the name of the head too."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(6)
+    model = load(base)
+    if more:
+        model.resize_token_embeddings(model.config.vocab_size + more)
+    options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    trained = [value for value in adapted.parameters() if value.requires_grad]
+    for value in trained:
+        torch.nn.init.normal_(value, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = load(merged(root, tmp_path / "adapter", base))
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert (logits(found) - logits(adapted.eval())).abs().max() < 1e-5
+
+
 def copied_untied(base: Path, folder: Path) -> Path:
     import torch
 
@@ -230,6 +251,8 @@ def unpaired(folder: Path) -> None:
         (edit(fan_in_fan_out=True), "has another shape"),
         (edit(layer_replication=[[0, 2]]), "whose layers are repeated (layer_replication)"),
         (edit(alora_invocation_tokens=[1]), "it is active in part of a text only"),
+        (edit(lora_alpha=None), "lora_alpha is None, which is no number"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "is damaged"),
         (edit(peft_type="IA3"), "it is of type 'IA3', not LORA"),
         (edit(init_lora_weights="pissa_niter_4"), "path_initial_model_for_weight_conversion"),
         (truncate, "is damaged"),

@@ -38,12 +38,32 @@ def live(base: Path, adapter: Path) -> Any:
 def test_live_weights_are_those_of_training(base: Path, tmp_path: Path) -> None:
     make_adapter(base, tmp_path / "adapter", use_rslora=True)
     adapter = read_adapter(tmp_path / "adapter")
-    settings = nf4.Nf4(nf4.covered(MappedModel(base)))
+    settings = nf4.as_trained(MappedModel(base))
     weights = nf4.MergedWeights(FileWeights(MappedModel(base).checkpoint), adapter, settings, is_rounded=False)
     found = MappedModel(base, weights).logits(list(range(3, 43)))
     expected = logits(live(base, tmp_path / "adapter"))[0].numpy()
     without = logits(load(base))[0].numpy()
     assert abs(found - expected).max() < 0.02 * abs(found - without).max()
+
+
+def test_four_bits_of_gpt2_are_those_of_training(tmp_path: Path) -> None:
+    """Its matrices are stored (in, out); training turns them before it quantizes them, so that other values share a scale."""
+    import torch
+    from bitsandbytes import functional
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
+
+    torch.manual_seed(3)
+    shape = GPT2Config(vocab_size=300, n_embd=128, n_layer=1, n_head=2, n_positions=64)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)
+    double = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    trained_on = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=double, device_map="cpu")
+    weight = trained_on.transformer.h[0].attn.c_attn.weight
+    expected = functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    model = MappedModel(tmp_path)
+    name = "transformer.h.0.attn.c_attn.weight"
+    found = nf4.widened(FileWeights(model.checkpoint).tensor(name), name, nf4.as_trained(model))
+    assert found.shape == (128, 384)
+    torch.testing.assert_close(found.T, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.usefixtures("root")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from appliance.errors import VerificationFailed
+from convert import verify as verifying
 from tests import tampered
 from tests.running import Trained, call
 
@@ -71,6 +73,19 @@ def test_limit_of_the_served_file(trained: Trained, root: Path) -> None:
     assert passed.exit_code == 0, passed.stderr
 
 
+def test_gate_lets_nothing_through_that_was_not_measured() -> None:
+    cost = {"fits": True, "size_bytes": 1, "fit_notes": ""}
+    results = {"rows": "held-out rows", "left_out": 3, "files": {"F16": cost, "Q8_0": {**cost, "languages": {}}}}
+    with pytest.raises(VerificationFailed, match=r"none of the held-out rows .* \(3 were left out\)"):
+        verifying._judge("Q8_0", results, 0.1)
+    results["files"] = {"Q8_0": {**cost, "languages": {"nl": {"kl_mean": float("nan")}, "en": {"kl_mean": 0.01}}}}
+    with pytest.raises(VerificationFailed, match=r"lost more than .* in nl nan"):
+        verifying._judge("Q8_0", results, 0.1)
+    assert verifying._judge("F16", {**results, "files": {"F16": cost}}, 0.1)["passed"]
+    with pytest.raises(VerificationFailed, match="does not fit"):
+        verifying._judge("F16", {**results, "files": {"F16": {**cost, "fits": False}}}, 0.1)
+
+
 @pytest.mark.usefixtures("root")
 def test_heldout_rows_are_measured_on(trained: Trained, tmp_path: Path) -> None:
     path = tmp_path / "data" / "heldout.jsonl"
@@ -83,7 +98,7 @@ def test_heldout_rows_are_measured_on(trained: Trained, tmp_path: Path) -> None:
     result = verify(trained, trained.full, "--quantized", eight, "--heldout", path, "--language", "nl", "--json")
     assert result.exit_code == 0, result.stderr
     results = json.loads(result.stdout)["results"]
-    assert results["rows"] == "held-out rows"
+    assert (results["rows"], results["left_out"]) == ("held-out rows", 0)
     assert results["files"]["Q8_0"]["languages"].keys() == {"nl"}
 
 
