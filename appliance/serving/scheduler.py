@@ -3,8 +3,8 @@
 Each step computes the running answers first and fills what room is left with prompts, so that a long prompt never freezes
 an answer. `Scheduler` is used from any thread. Its parts: `job.py` (a request's state), `backlog.py` (who waits),
 `running.py` (who is answered), `slots.py` (where), `prefixes.py` (what is known of a prompt), `batch.py` (what a step
-computes), `recall.py` (what comes back from disk), `idle.py` (what is done while nobody asks). Knows nothing of llama.cpp
-(a `Decoder` does the computing), of HTTP or of templates.
+computes), `recall.py` (what comes back from disk), `idle.py` and `heap.py` (what is done while nobody asks). Knows nothing of
+llama.cpp (a `Decoder` does the computing), of HTTP or of templates.
 """
 
 import logging
@@ -18,6 +18,7 @@ from appliance.serving.decoder import Adapter, CompiledGrammar, Decoder, Feed, S
 from appliance.serving.engine import StatsListener
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import Accepted, Event, Failed, FinishReason, Load
+from appliance.serving.heap import Heap
 from appliance.serving.idle import SETTLE_SECONDS, IdleWork
 from appliance.serving.intake import Intake
 from appliance.serving.job import Answer, Job, Ticket
@@ -72,6 +73,7 @@ class Scheduler:
         self._backlog = Backlog(decoder.slots, settings.queue_requests, settings.queue_tokens)
         self._running = Running(decoder, self._prefixes, self._pace, self._gate, weight_bytes)
         self._idle = IdleWork(decoder, self._prefixes, self._pace, snapshots)
+        self._heap = Heap()
         self._recall = Recall(self._prefixes, self._notify)
         self._tickets: dict[str, Ticket] = {}
         self._in_flight: Sequence[Answer] = ()  # answers of the decode call now running
@@ -311,6 +313,7 @@ class Scheduler:
                 self._backlog.remove(answer)
 
     def _work_idly(self) -> None:
+        self._heap.trim_sometimes()
         with self._changed:
             if self._intake.is_closed:
                 return

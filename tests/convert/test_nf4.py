@@ -47,7 +47,7 @@ def test_live_weights_are_those_of_training(base: Path, tmp_path: Path) -> None:
 
 
 def test_four_bits_of_gpt2_are_those_of_training(tmp_path: Path) -> None:
-    """Its matrices are stored (in, out); training turns them before it quantizes them, so that other values share a scale."""
+    """Its matrices are stored (in, out); training turns them before it quantizes: other values share a scale."""
     import torch
     from bitsandbytes import functional
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
