@@ -4,10 +4,10 @@ RECIPE ?= recipes/shelter/recipe.toml
 BIN := .venv/bin
 
 .PHONY: help setup demo train serve chat test full check lint type onnx-env bench-peers bench-serve bench-train \
-	image-cpu image-cuda image-rocm image-test clean
+	image-cpu image-cuda image-rocm image-test image-test-arm64 clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /  \1\t/' | expand -t 20
 
 setup: ## .venv, pinned packages and llama.cpp for this CPU (BACKEND=cpu|cuda|rocm, TORCH_INDEX=, CMAKE_ARGS=)
 	@$(PYTHON) -m appliance.setup
@@ -27,8 +27,8 @@ chat: setup ## talk to a running server
 test: setup ## the tests that CI runs
 	$(BIN)/pytest $(ARGS)
 
-full: setup ## all tests, also the slow ones and those for an accelerator; but for `make image-test`
-	$(BIN)/pytest -m "not image" $(ARGS)
+full: setup ## all tests, also the slow ones and those for an accelerator; but for `make image-test*`
+	$(BIN)/pytest -m "not image and not image_arm64" $(ARGS)
 
 check: lint type ## lint, types, import contracts, Dockerfiles
 	$(BIN)/lint-imports
@@ -64,6 +64,9 @@ image-rocm: ## container image for AMD cards
 
 image-test: setup ## build the images on a minimal Debian and probe them (needs root, buildah, podman, mmdebstrap)
 	$(BIN)/pytest -m image -s -rs tests/images $(ARGS)
+
+image-test-arm64: setup ## the CPU image for ARM, built and probed under emulation (also needs g++-aarch64-linux-gnu, qemu-user-static)
+	$(BIN)/pytest -m image_arm64 -s -rs tests/images $(ARGS)
 
 clean: ## remove the caches of tools and interrupted steps (which then start over); trained models stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, str | Mapping[str, str]] = {
         "merge": "convert.merge:merge",
         "gguf": "convert.to_gguf:gguf",
         "imatrix": "convert.imatrix:imatrix",
+        "sensitivity": "convert.sensitivity:sensitivity",
         "quantize": "convert.quantize:quantize",
         "adapter": "convert.adapter:adapter",
         "onnx": "convert.to_onnx:onnx",

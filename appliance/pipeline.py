@@ -72,7 +72,7 @@ def run(recipe_path: Path, recipe: Recipe, sets: Sequence[str], *, is_strict: bo
     adapter = [this.step(phase, "train", *this.recipe_flags, "--phase", phase, "--resume") for phase in recipe.phases][-1]
     merged = this.step("merge", "convert", "merge", adapter.artifact, "--base", base, "--name", recipe.name)
     full = this.step("gguf", "convert", "gguf", merged.artifact, "--name", recipe.name)
-    files = {"F16": full, **_quantized(this, full, _importance(this, merged, dataset))}
+    files = {"F16": full, **_quantized(this, full, merged, dataset)}
     report = _verify(this, files, merged, dataset)
     if not is_dry:
         settings = json.dumps(config.plain(recipe.serve))
@@ -103,29 +103,46 @@ def _base(this: Run) -> Path:
     return folder
 
 
+def _quantized(this: Run, full: StepResult, merged: StepResult, dataset: StepResult) -> dict[str, StepResult]:
+    """The files of the recipe's types; with `compare` also without what is measured for them, under another name."""
+    weighed = _importance(this, merged, dataset)
+    files: dict[str, StepResult] = {}
+    for kind in this.recipe.quantize.types:
+        if kind == "F16":
+            continue
+        flags = [] if kind in UNWEIGHED else [*weighed, *_sensitivity(this, kind, full, merged, dataset, weighed)]
+        files[kind] = this.step(kind, "convert", "quantize", full.artifact, "--type", kind, *flags)
+        if flags and this.recipe.quantize.compare:
+            plain = f"{kind} plain"
+            files[plain] = this.step(plain, "convert", "quantize", full.artifact, "--type", kind)
+    return files
+
+
 def _importance(this: Run, merged: StepResult, dataset: StepResult) -> list[str | Path]:
     """The importance matrix for the files that use one, as flags."""
     settings = this.recipe.quantize
     if not settings.imatrix_tokens or UNWEIGHED.issuperset(settings.types):
         return []
     rows: list[str | Path] = ["--conversations", dataset.artifact / "sft.jsonl", "--tokens", str(settings.imatrix_tokens)]
-    codes = [part for code in this.recipe.languages for part in ("--language", code)]
-    step = this.step("imatrix", "convert", "imatrix", merged.artifact, *rows, *codes, "--name", this.recipe.name)
+    step = this.step("imatrix", "convert", "imatrix", merged.artifact, *rows, *_languages(this), "--name", this.recipe.name)
     return ["--imatrix", step.result["file"]]
 
 
-def _quantized(this: Run, full: StepResult, weighed: Sequence[str | Path]) -> dict[str, StepResult]:
-    """The files of the recipe's types; with `compare` also without the importance matrix, under another name."""
-    files: dict[str, StepResult] = {}
-    for kind in this.recipe.quantize.types:
-        if kind == "F16":
-            continue
-        flags = [] if kind in UNWEIGHED else weighed
-        files[kind] = this.step(kind, "convert", "quantize", full.artifact, "--type", kind, *flags)
-        if flags and this.recipe.quantize.compare:
-            plain = f"{kind} plain"
-            files[plain] = this.step(plain, "convert", "quantize", full.artifact, "--type", kind)
-    return files
+def _sensitivity(
+    this: Run, kind: str, full: StepResult, merged: StepResult, dataset: StepResult, weighed: Sequence[str | Path]
+) -> list[str | Path]:
+    """What is measured to spend bytes on, and how many may be spent, as flags."""
+    if not (spend_mib := this.recipe.quantize.spend_mib):
+        return []
+    rows = ("--conversations", dataset.artifact / "sft.jsonl")
+    flags: list[str | Path] = ["--merged", merged.artifact, "--type", kind, *rows, *_languages(this), *weighed]
+    name = f"{this.recipe.name}-{kind}"
+    step = this.step(f"{kind} sensitivity", "convert", "sensitivity", full.artifact, *flags, "--name", name)
+    return ["--sensitivity", step.result["file"], "--spend", f"{spend_mib}MiB"]
+
+
+def _languages(this: Run) -> list[str]:
+    return [part for code in this.recipe.languages for part in ("--language", code)]
 
 
 def _verify(this: Run, files: Mapping[str, StepResult], merged: StepResult, dataset: StepResult) -> StepResult:
@@ -136,7 +153,7 @@ def _verify(this: Run, files: Mapping[str, StepResult], merged: StepResult, data
         "verify",
         *("convert", "verify", files["F16"].result["file"], "--merged", merged.artifact),
         *("--conversations", dataset.artifact / "sft.jsonl", *heldout, *quantized, "--name", recipe.name),
-        *(part for code in recipe.languages for part in ("--language", code)),
+        *_languages(this),
         *("--gate", recipe.quantize.serve, "--kl-limit", str(settings.kl_limit)),
         *("--prompts", str(settings.prompts), "--answer-tokens", str(settings.answer_tokens)),
         *("--logit-gap", str(settings.logit_gap), "--memory-mib", str(recipe.machine.memory_mib)),

@@ -89,7 +89,10 @@ class Quantize:
     imatrix_tokens: int = setting(
         8192, minimum=0, about="of the training text, to find which weights matter (importance matrix); 0: all matter alike"
     )
-    compare: bool = setting(False, about="also make each file without the importance matrix, to measure what it is worth")
+    spend_mib: int = setting(
+        0, minimum=0, about="that each file may grow by, for better types of the tensors that lose most; 0: none"
+    )
+    compare: bool = setting(False, about="also make each file without either, to measure what they are worth")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Builds what this appliance is measured beside: `make bench-peers`, `python -m benchmarks.peers`.
 
-llama-server, llama-bench and llama-batched-bench come from the source distribution that our own engine is built from, with
-the same CMAKE_ARGS, so that a difference in speed is not one of versions or flags. `binary` only looks. Standard library and
-the kernel only, as `convert/llama_cpp_source.py`, whose cache this is.
+llama-server, llama-bench, llama-batched-bench and llama-imatrix come from the source distribution that our own engine is
+built from, with the same CMAKE_ARGS, so that a difference in speed is not one of versions or flags. `binary` only looks.
+Standard library and the kernel only, as `convert/llama_cpp_source.py`, whose cache this is.
 
     <cache>/peers/<key>/bin/            the programs and their libraries; key = version + flags + CPU
     <cache>/peers/build-<key>/          an interrupted compile, continued by the next run
@@ -23,7 +23,7 @@ from appliance.console import Command
 from appliance.errors import EnvironmentIncomplete, several
 from convert import llama_cpp_source
 
-PROGRAMS = ("llama-server", "llama-bench", "llama-batched-bench")
+PROGRAMS = ("llama-server", "llama-bench", "llama-batched-bench", "llama-imatrix")
 FLAGS = (
     *("-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_BUILD_COMMON=ON", "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_SERVER=ON"),
     *("-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF"),

@@ -49,6 +49,7 @@ def _faithful(results: Mapping[str, Any]) -> list[str]:
         f" training and in serving; {tokens['varied']} of these renderings with a system message or tools.",
         f"- {tokens['torture_lines']} lines of many scripts, signs and spaces become the same tokens, and text again.",
         f"- {tokens['special_tokens']} special tokens stand for themselves; an answer's last token ends generation.",
+        f"- {tokens['matrices']} matrices have the sum and the norm that they have in the model.",
         f"- Along {f16['prompts']} greedy answers of {f16['steps']} tokens the top token is the same in"
         f" {f16['agreement_ratio']:.1%}; logits differ by {f16['mean_logit_difference']:.4f} on average,"
         f" {f16['largest_logit_difference']:.4f} at most.",
@@ -68,7 +69,9 @@ def _sizes(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for kind, each in files.items()
     ]
     head = ["File", "Size", "Reads tokens/s", "Writes tokens/s", "Memory to serve", "Fits"]
-    return ["## Files", "", *_table(head, rows)]
+    better = [f"{kind}: {', '.join(each['better'])}." for kind, each in files.items() if each.get("better")]
+    said = ["", "Better types where they save most (`convert sensitivity`):", "", *(f"- {line}" for line in better)]
+    return ["## Files", "", *_table(head, rows), *(said if better else [])]
 
 
 def _languages(files: Mapping[str, Mapping[str, Any]]) -> list[str]:

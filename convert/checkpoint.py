@@ -11,8 +11,9 @@ from convert import safetensors_file
 from convert.safetensors_file import Entry
 
 INDEX = "model.safetensors.index.json"
-# Vocabularies are rounded up for speed: Qwen2.5-7B has 152,064 rows for 151,665 tokens. More than this is no rounding.
-LARGEST_PADDING = 1024
+# Vocabularies are rounded up, for speed or for tokens to come: Qwen2.5-7B has 152,064 rows for 151,665 tokens,
+# deepseek-llm-7b 102,400 for 100,016. More than this is another model's tokenizer.
+LARGEST_PADDING = 4096
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 

@@ -6,7 +6,7 @@ rendered with all special tokens, equally many tokens of each language. Computed
 which stays on disk. Written in llama.cpp's own format, so that its tools read it too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from convert.mapped_model import MappedModel
 
 REVISION = 1  # raised when the same inputs would give another matrix
 FILE = "imatrix.gguf"
+BATCH_TOKENS = 2048  # whose activations are in memory together: 80 MB where a matrix has 9,728 columns
 SUMS, COUNTS = ".in_sum2", ".counts"  # names of llama.cpp's format
 
 
@@ -128,11 +129,11 @@ def collect(model: MappedModel, texts: Sequence[Sequence[int]]) -> dict[str, Sum
 
     name_of = gguf_names.tensor_names(model.checkpoint.settings)
     squares: dict[str, Any] = {}
-    tokens = 0
+    is_text = torch.empty(0)
 
     def watch(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
         def before(_module: Any, arguments: tuple[Any, ...]) -> None:
-            columns = arguments[0].reshape(-1, arguments[0].shape[-1])
+            columns = arguments[0].reshape(-1, arguments[0].shape[-1])[is_text]
             found = columns.square().sum(dim=0, dtype=torch.float64)
             squares[name] = squares[name] + found if name in squares else found
 
@@ -143,11 +144,17 @@ def collect(model: MappedModel, texts: Sequence[Sequence[int]]) -> dict[str, Sum
         for path, module in model.matrices.items()
         if (name := name_of(f"{path}.weight")) is not None and name.startswith("blk.")
     ]
-    progress = Progress("imatrix", len(texts))
+    if unnamed := [path for path in model.matrices if name_of(f"{path}.weight") is None]:
+        note(f"imatrix: no importance for {unnamed[0]} ({len(unnamed)} such), which a GGUF file has under other names")
+    batches = list(_batches(texts))
+    progress = Progress("imatrix", len(batches))
     try:
-        for number, ids in enumerate(texts, 1):
+        for number, batch in enumerate(batches, 1):
+            longest = max(map(len, batch))
+            # What follows a text in its row changes nothing of it, since a token sees only those before it.
+            ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in batch])
+            is_text = torch.cat([torch.arange(longest) < len(text) for text in batch])
             model.run(ids)
-            tokens += len(ids)
             progress.update(number)
     finally:
         for handle in handles:
@@ -155,7 +162,19 @@ def collect(model: MappedModel, texts: Sequence[Sequence[int]]) -> dict[str, Sum
     for name, found in squares.items():
         if not torch.isfinite(found).all():
             raise ModelFileError(f"{name} is given values that are no numbers (NaN): the model's training diverged.")
+    tokens = sum(map(len, texts))
     return {name: Sums(found.numpy().astype("float32"), tokens) for name, found in sorted(squares.items())}
+
+
+def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Texts of much the same length together: weights are read from disk and widened once for each batch."""
+    batch: list[Sequence[int]] = []
+    for text in sorted(texts, key=len, reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0]) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(text)
+    yield batch
 
 
 def write(path: Path, sums: Mapping[str, Sums], *, datasets: Sequence[str], chunk_tokens: int) -> None:
@@ -176,6 +195,16 @@ def write(path: Path, sums: Mapping[str, Sums], *, datasets: Sequence[str], chun
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def file_of(given: Path) -> Path:
+    """The matrix's file, given that or the folder of its artifact."""
+    return given if given.suffix == ".gguf" else given / FILE
+
+
+def folder_of(file: Path) -> Path:
+    """What a manifest names as the matrix: its artifact, or the file where there is none."""
+    return file.parent if artifacts.is_location(file.parent) else file
 
 
 def read(path: Path) -> dict[str, Any]:

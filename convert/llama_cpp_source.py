@@ -45,8 +45,25 @@ CONVERTER_MARK = ".whole"
 
 # Together these two leave out 59 % of the compile: multimodal input and the helpers of llama.cpp's own programs.
 NO_COMMON = "set(LLAMA_BUILD_COMMON OFF)\n"
+# llama.cpp compiles a variant for ARM with SME, which GCC knows from 14 on and Debian 12 does not have. No kernel of ggml
+# uses SME by itself: where the compiler lacks it, these two are made of the instructions of the variant before.
+OLD_ARM_COMPILER = """
+include(CheckCCompilerFlag)
+check_c_compiler_flag("-march=armv9.2-a+sme" HAS_SME)
+function(without_sme)
+  foreach(target ggml-cpu-armv9.2_1 ggml-cpu-armv9.2_2)
+    if(TARGET ${target} AND NOT HAS_SME)
+      get_target_property(options ${target} COMPILE_OPTIONS)
+      string(REGEX REPLACE "-march=armv9.2-a([^;]*)[+]sme" "-march=armv8.6-a\\\\1" options "${options}")
+      set_target_properties(${target} PROPERTIES COMPILE_OPTIONS "${options}")
+    endif()
+  endforeach()
+endfunction()
+cmake_language(DEFER CALL without_sme)
+"""
 # BINDIR: a build with GGML_BACKEND_DL puts its libggml-cpu-*.so there, and they are only found beside libggml.so.
 BASE_FLAGS = ("-DLLAVA_BUILD=OFF", "-DCMAKE_INSTALL_BINDIR=llama_cpp/lib")
+PORTABLE = "-DGGML_NATIVE=OFF"
 # Libraries that llama_cpp opens as lib<name>.so; all others are found by their soname, lib<name>.so.<major>.
 OPENED_BY_NAME = ("libllama", "libggml", "libmtmd")
 
@@ -74,11 +91,14 @@ def wheel_path() -> Path:
 
 
 def wheel_key(cmake_args: str | None = None, cpu: str | None = None) -> str:
-    """Names a build: the version, the flags (also CMAKE_ARGS of the environment), the CPU and the Python."""
-    if cmake_args is None:
-        cmake_args = quiet_environment().get("CMAKE_ARGS", "")
+    """Names a build: the version, the flags (also CMAKE_ARGS of the environment), the CPU and the Python.
+
+    A portable build is the same on every CPU of its architecture.
+    """
+    flags = (quiet_environment().get("CMAKE_ARGS", "") if cmake_args is None else cmake_args).split()
+    cpu = cpu or (platform.machine() if PORTABLE in flags else cpu_identity())
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    parts = [VERSION, SOURCE_SHA256, BASE_FLAGS, NO_COMMON, cmake_args.split(), cpu or cpu_identity(), python]
+    parts = [VERSION, SOURCE_SHA256, BASE_FLAGS, _included(flags, cpu), flags, cpu, python]
     return f"{VERSION}-{python}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
@@ -231,7 +251,8 @@ def unpack(source: Path, build: Path) -> None:
 
 
 def _compile(python: str, build: Path, log: Path, lock: int) -> Path:
-    (build / "no-common.cmake").write_text(NO_COMMON)
+    flags = _build_environment().get("CMAKE_ARGS", "").split()
+    (build / "no-common.cmake").write_text(_included(flags, platform.machine()))
     output = build / "wheel"
     shutil.rmtree(output, ignore_errors=True)
     command = [python, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", str(output)]
@@ -246,6 +267,12 @@ def _compile(python: str, build: Path, log: Path, lock: int) -> Path:
     if code or not wheels:
         raise compile_failed(code, log, build / "objects")
     return wheels[0]
+
+
+def _included(flags: Sequence[str], machine: str) -> str:
+    """What llama.cpp's build files are given to include; a compiler for another machine is named in the flags."""
+    is_arm = machine == "aarch64" or "-DCMAKE_SYSTEM_PROCESSOR=aarch64" in flags
+    return NO_COMMON + OLD_ARM_COMPILER if is_arm else NO_COMMON
 
 
 def run_compiler(command: Sequence[str], environment: Mapping[str, str], log: Path, lock: int) -> int:

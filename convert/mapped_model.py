@@ -88,12 +88,26 @@ class MappedModel:
         with torch.inference_mode():
             return self.module(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0].numpy()
 
-    def run(self, tokens: Sequence[int]) -> None:
-        """All layers in one pass, without the head: for hooks on `matrices`."""
+    def run(self, ids: Any) -> None:
+        """All layers in one pass over token ids `(texts, tokens)`, without the head: for hooks on `matrices`."""
         import torch
 
         with torch.inference_mode():
-            self.module.base_model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+            self.module.base_model(input_ids=ids, use_cache=False)
+
+    def rows(self, path: str) -> Iterator[Any]:
+        """The weights of one of `matrices`, or of the embeddings, in float32, some rows at a time."""
+        return self._weights.rows(self.stored_name(path))
+
+    def stored_name(self, path: str) -> str:
+        """Under which these weights are in `checkpoint`."""
+        return self._file_name(f"{path}.weight", self.module.get_submodule(path))
+
+    @property
+    def embeddings(self) -> str:
+        """The path of the module."""
+        wanted = self.module.get_input_embeddings()
+        return next(str(path) for path, each in self.module.named_modules() if each is wanted)
 
     def _fill(self, path: str, module: Any) -> None:
         import torch
@@ -126,11 +140,9 @@ class MappedModel:
         """The name in the files: a tied head is not stored, it is the embeddings."""
         if parameter in self.checkpoint.tensors:
             return parameter
-        if module is self.module.get_output_embeddings():
-            embeddings = self.module.get_input_embeddings()
-            path = next(path for path, each in self.module.named_modules() if each is embeddings)
-            if (name := f"{path}.weight") in self.checkpoint.tensors:
-                return name
+        is_head = module is self.module.get_output_embeddings()
+        if is_head and (name := f"{self.embeddings}.weight") in self.checkpoint.tensors:
+            return name
         raise ModelFileError(f"{self.checkpoint.folder} has no {parameter}, which its architecture needs.")
 
 

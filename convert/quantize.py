@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,30 @@ from appliance import artifacts, config
 from appliance import recipe as recipes
 from appliance.artifacts import Plan
 from appliance.console import Command, Memory, emit, human_bytes, json_option, note
-from appliance.errors import ModelFileError
 from appliance.recipe import Serve
-from convert import fitting, llama_cpp_source
+from convert import fitting, gguf_source, llama_cpp_source
 from convert import imatrix as matrices
+from convert import sensitivity as sensitivities
+from convert.gguf_source import Source
 from convert.quantizer import TENSOR_TYPES, TYPES, Settings, quantize_file, tensor_types
+from convert.sensitivity import Sensitivity
 
 REVISION = 2  # raised when the same input would give another file
 # What --for-memory chooses from: by quality, none that needs an importance matrix, none that another beats at its size.
 LADDER = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
-SIXTEEN_BITS = ("-F16", "-BF16", "-F32")
+SPEND_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is quantized, whatever the type: the file, the result's name, and what was measured for it."""
+
+    source: Source
+    stem: str
+    importance: Path | None
+    overrides: Sequence[tuple[str, str]]
+    sensitivity: Path | None
+    spend_bytes: int
 
 
 class TensorType(click.ParamType[tuple[str, str]]):
@@ -49,6 +64,8 @@ class TensorType(click.ParamType[tuple[str, str]]):
 @click.option("--serve", "serve_json", default="{}", help="Serving settings, as JSON, for --for-memory.")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix (a file, or its artifact folder).")
 @click.option("--tensor", "overrides", type=TensorType(), multiple=True, help="Another type for some tensors.")
+@click.option("--sensitivity", type=click.Path(path_type=Path), help="A report of `convert sensitivity`, for --spend.")
+@click.option("--spend", type=Memory(), help="On better types, where they save most; default: 64MiB.")
 @click.option("--name", help="Name of the result; default: the file's, without its number type.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and make nothing.")
 @json_option
@@ -59,28 +76,42 @@ def quantize(
     serve_json: str,
     imatrix: Path | None,
     overrides: tuple[tuple[str, str], ...],
+    sensitivity: Path | None,
+    spend: int | None,
     name: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Quantize MODEL, a 16-bit GGUF file or its artifact folder."""
-    source = model if model.suffix == ".gguf" else model / f"{model.name[:-13]}.gguf"
-    folder = source.parent if (source.parent / artifacts.MANIFEST).exists() or model.suffix != ".gguf" else source
-    stem = name or source.stem.removesuffix(next((end for end in SIXTEEN_BITS if source.stem.endswith(end)), ""))
-    importance = None if imatrix is None else imatrix if imatrix.suffix == ".gguf" else imatrix / matrices.FILE
+    if spend is not None and sensitivity is None:
+        raise click.UsageError("--spend goes with --sensitivity, which says where bytes save most.")
+    if for_memory is not None and sensitivity is not None:
+        raise click.UsageError("--for-memory chooses a type; give --type, the one that --sensitivity was measured for.")
+    source = gguf_source.find(model)
+    importance = None if imatrix is None else matrices.file_of(imatrix)
     if for_memory is not None:
         serve = recipes.build_serve(recipes.parse_serve(serve_json, "--serve"), "--serve")
         types = (_choose(source, for_memory, serve, overrides),)
-    made = [_one(source, folder, stem, kind, importance, overrides, is_dry=dry_run) for kind in dict.fromkeys(types)]
+    order = Order(
+        source=source,
+        stem=name or source.stem,
+        importance=importance,
+        overrides=overrides,
+        sensitivity=sensitivities.file_of(sensitivity),
+        spend_bytes=SPEND_BYTES if spend is None else spend,
+    )
+    if order.sensitivity is not None and order.sensitivity.exists():  # else it is to be made, too
+        _check(sensitivities.read(order.sensitivity), source, types)
+    made = [_one(order, kind, is_dry=dry_run) for kind in dict.fromkeys(types)]
     text = "\n".join(f"{each['file']} ({each['state']})" for each in made)
     emit({**made[-1], "made": made}, as_json, text)
 
 
-def _choose(source: Path, memory_bytes: int, serve: Serve, overrides: Sequence[tuple[str, str]]) -> str:
+def _choose(source: Source, memory_bytes: int, serve: Serve, overrides: Sequence[tuple[str, str]]) -> str:
     """The best type for a machine with so much memory; says what each would take."""
-    _require(source)
-    types = {kind: tensor_types(source, Settings(type=kind, overrides=overrides)) for kind in LADDER}
-    offers = fitting.offers(source, types, serve, fitting.machine_with(memory_bytes))
+    gguf_source.require(source)
+    types = {kind: tensor_types(source.file, Settings(type=kind, overrides=overrides)) for kind in LADDER}
+    offers = fitting.offers(source.file, types, serve, fitting.machine_with(memory_bytes))
     for each in offers:
         needed = "does not fit" if each.fit.needed_bytes is None else f"{human_bytes(each.fit.needed_bytes)} to serve"
         smaller = "" if each.fit.is_whole or each.fit.needed_bytes is None else " (with smaller settings)"
@@ -90,57 +121,71 @@ def _choose(source: Path, memory_bytes: int, serve: Serve, overrides: Sequence[t
     return chosen.type
 
 
-def _one(
-    source: Path,
-    folder: Path,
-    stem: str,
-    kind: str,
-    importance: Path | None,
-    overrides: Sequence[tuple[str, str]],
-    *,
-    is_dry: bool,
-) -> dict[str, Any]:
+def _one(order: Order, kind: str, *, is_dry: bool) -> dict[str, Any]:
     root = config.artifacts_root()
-    parents = [folder] if importance is None else [folder, _folder(importance)]
+    measured = [matrices.folder_of(each) for each in (order.importance, order.sensitivity) if each is not None]
     settings: dict[str, Any] = {"type": kind}
-    if overrides:
-        settings["tensors"] = [list(each) for each in overrides]
+    if order.overrides:
+        settings["tensors"] = [list(each) for each in order.overrides]
+    if order.sensitivity is not None:
+        settings["spend_bytes"] = order.spend_bytes
     plan = Plan(
         kind="gguf",
-        name=f"{stem}-{kind}",
+        name=f"{order.stem}-{kind}",
         inputs={"revision": REVISION, "llama_cpp_python": llama_cpp_source.VERSION},
-        parents=[artifacts.identity(each) for each in parents],
+        parents=[artifacts.identity(each) for each in (order.source.origin, *measured)],
         config=settings,
     )
     file = plan.location(root) / f"{plan.name}.gguf"
     state = "unchanged" if plan.existing(root) else "to make" if is_dry else "made"
     if state == "made":
-        _make(plan, source, importance, Settings(type=kind, overrides=overrides), root)
+        _make(plan, order, kind, root)
     return {"type": kind, "artifact": plan.location(root), "file": file, "state": state}
 
 
-def _make(plan: Plan, source: Path, importance: Path | None, settings: Settings, root: Path) -> None:
-    _require(source)
-    for given in (source, *([] if importance is None else [importance])):
-        artifacts.check_input(given)
+def _make(plan: Plan, order: Order, kind: str, root: Path) -> None:
+    source = order.source.file
+    gguf_source.require(order.source)
+    for given in (source, order.importance, order.sensitivity):
+        if given is not None:
+            artifacts.check_input(given)
     artifacts.require_space(root, source.stat().st_size, "The quantized file")
-    means = {} if importance is None else matrices.read(importance)
+    means = {} if order.importance is None else matrices.read(order.importance)
+    better = {} if order.sensitivity is None else _spent(order, kind)
+    overrides = [*order.overrides, *((sensitivities.pattern_of(role), other) for role, other in better.items())]
     with artifacts.create(plan, root) as draft:
         target = draft.path / f"{plan.name}.gguf"
-        quantize_file(source, target, Settings(type=settings.type, overrides=settings.overrides, imatrix=means))
-        draft.results.update(size_bytes=target.stat().st_size, imatrix=importance is not None)
+        quantize_file(source, target, Settings(type=kind, overrides=overrides, imatrix=means))
+        draft.results.update(size_bytes=target.stat().st_size, imatrix=order.importance is not None)
+        if order.sensitivity is not None:
+            draft.results["better"] = better
         sizes = f"{human_bytes(source.stat().st_size)} to {human_bytes(target.stat().st_size)}"
-        with_imatrix = "" if importance is None else f", with {len(means)} matrices' importance"
+        with_imatrix = "" if order.importance is None else f", with {len(means)} matrices' importance"
         note(f"quantize: {target.name}, {sizes}{with_imatrix}")
 
 
-def _require(source: Path) -> None:
-    if not source.is_file():
-        raise ModelFileError(f"{source} does not exist; name a GGUF file or the folder of one.")
+def _check(found: Sensitivity, source: Source, types: Sequence[str]) -> None:
+    """Raises a usage error for a report of another type or another model."""
+    if other := [kind for kind in types if kind != found.type]:
+        raise click.BadParameter(
+            f"it was measured for {found.type}, not for {', '.join(other)}; measure that.", param_hint="--sensitivity"
+        )
+    if (given := artifacts.identity(source.origin)) != found.model:
+        raise click.BadParameter(f"it was measured on {found.model}, not on {given}.", param_hint="--sensitivity")
 
 
-def _folder(file: Path) -> Path:
-    return file.parent if artifacts.is_location(file.parent) else file
+def _spent(order: Order, kind: str) -> dict[str, str]:
+    """The better types that are worth their bytes, by role; says what each brings. What `--tensor` names is left alone."""
+    assert order.sensitivity is not None
+    found = sensitivities.read(order.sensitivity)
+    _check(found, order.source, [kind])
+    taken = {role.role for role in found.roles for pattern, _ in order.overrides if re.search(pattern, role.tensor)}
+    chosen = sensitivities.choose([role for role in found.roles if role.role not in taken], found.kl, order.spend_bytes)
+    for role in chosen:
+        note(f"quantize: {role.role} in {found.better}: {sensitivities.told(found, role)}")
+    if not chosen:
+        note(f"quantize: nothing that {human_bytes(order.spend_bytes)} buy makes {found.type} better")
+    return {role.role: found.better for role in chosen}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from convert.conversations import Messages
 from convert.gguf_model import GgufModel
 from convert.mapped_model import MappedModel
 
-REVISION = 4  # raised when the checks change
+REVISION = 5  # raised when the checks change
 DEFAULTS = Verify()
 MIB = 1 << 20
 MOST_SHOWN = 5
@@ -172,6 +172,8 @@ def _certify_full(subject: Subject, settings: Verify) -> dict[str, Any]:
         problems += checks.compare_end_of_turn(gguf, tokenizer, expected)
         torture = checks.compare_torture(gguf, tokenizer)
         problems += torture
+        wrong, matrices = checks.compare_weights(file, model)
+        problems += wrong
         paths = checks.greedy_paths(gguf, prompts, settings.answer_tokens)
         found = [gguf.logits(path.tokens[:-1], path.prompt_tokens - 1) for path in paths]
     wanted = [model.logits(path.tokens[:-1])[path.prompt_tokens - 1 :] for path in paths]
@@ -189,6 +191,7 @@ def _certify_full(subject: Subject, settings: Verify) -> dict[str, Any]:
         "varied": sum(each.what.startswith(" with") for each in expected),
         "torture_lines": len(pre_tokenizer.PROBE.splitlines()),
         "special_tokens": len(tokenizer.added_tokens_decoder),
+        "matrices": matrices,
     }
     return {"tokens": counted, SIXTEEN_BITS: sixteen}
 
@@ -212,7 +215,7 @@ def _measure_files(subject: Subject, rows: Sequence[Messages]) -> tuple[dict[str
                     raise _failed(subject.files[kind], problems)
                 languages, worst = divergence.measure(full, quantized, groups)
                 results[kind] = {**_cost(subject, subject.files[kind]), **quantized.speed()}
-                results[kind].update(languages=languages, worst=worst)
+                results[kind].update(languages=languages, worst=worst, better=_measured(subject.files[kind])[1])
     asked = sum(message["role"] == "assistant" for messages in rows for message in messages)
     return results, asked - sum(map(len, groups.values()))
 
@@ -265,16 +268,22 @@ def _failed(file: Path, problems: Sequence[str]) -> VerificationFailed:
 
 
 def _by_type(quantized: Sequence[Path]) -> dict[str, Path]:
-    """Files by their types; of two of one type, the one without an importance matrix is called plain."""
+    """Files by their types; of two of one type, the one for which nothing was measured is called plain."""
+    kinds = {file: file.stem.rpartition("-")[2] for file in quantized}
+    measured = {kind for file, kind in kinds.items() if any(_measured(file))}
     found: dict[str, Path] = {}
-    for file in sorted(quantized, key=lambda file: not _has_importance(file)):
-        kind = file.stem.rpartition("-")[2]
-        found[kind if kind not in found else f"{kind} plain"] = file
-    return {name: found[name] for name in sorted(found, key=lambda name: quantized.index(found[name]))}
+    for file, kind in kinds.items():
+        name = kind if kind not in measured or any(_measured(file)) else f"{kind} plain"
+        if name in found:
+            raise click.BadParameter(f"{found[name]} and {file} would both be called {name}.", param_hint="--quantized")
+        found[name] = file
+    return found
 
 
-def _has_importance(file: Path) -> bool:
-    return (file.parent / artifacts.MANIFEST).exists() and bool(artifacts.load(file.parent).results.get("imatrix"))
+def _measured(file: Path) -> tuple[bool, list[str]]:
+    """Whether an importance matrix was used, and which tensors have a better type than the file's."""
+    results = artifacts.load(file.parent).results if (file.parent / artifacts.MANIFEST).exists() else {}
+    return bool(results.get("imatrix")), [f"{role} in {better}" for role, better in results.get("better", {}).items()]
 
 
 if __name__ == "__main__":

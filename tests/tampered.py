@@ -9,13 +9,18 @@ import numpy as np
 
 def template(file: Path, old: str, new: str) -> None:
     """Replaces a part of the chat template by one of the same length."""
-    value = _open(file).get_field("tokenizer.chat_template")
+    text(file, "tokenizer.chat_template", old, new)
+
+
+def text(file: Path, key: str, old: str, new: str) -> None:
+    """Replaces a part of a text by one of the same length."""
+    value = _open(file).get_field(key)
     assert value is not None
-    text = value.parts[value.data[0]]
-    changed = bytes(text).replace(old.encode(), new.encode())
-    assert len(changed) == len(text)
-    assert changed != bytes(text)
-    text[:] = np.frombuffer(changed, dtype=np.uint8)
+    found = value.parts[value.data[0]]
+    changed = bytes(found).replace(old.encode(), new.encode())
+    assert len(changed) == len(found)
+    assert changed != bytes(found)
+    found[:] = np.frombuffer(changed, dtype=np.uint8)
 
 
 def number(file: Path, key: str, value: int) -> None:
@@ -35,6 +40,12 @@ def scaled(file: Path, name: str, factor: float) -> None:
     """Makes a 16-bit tensor a little larger."""
     (found,) = [each for each in _open(file).tensors if each.name == name]
     found.data[:] = (found.data.astype(np.float32) * factor).astype(found.data.dtype)
+
+
+def turned(file: Path, name: str) -> None:
+    """Puts the rows of a tensor in another order."""
+    (found,) = [each for each in _open(file).tensors if each.name == name]
+    found.data[:] = found.data[::-1].copy()
 
 
 def token(file: Path, text: str) -> None:

@@ -68,6 +68,16 @@ class TestWheelKey:
         monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=OFF")
         assert source.wheel_key() == source.wheel_key("-DGGML_NATIVE=OFF") != before
 
+    def test_a_portable_wheel_is_the_same_on_every_cpu_of_an_architecture(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        keys = {}
+        for machine, cpu in (("x86_64", "old"), ("x86_64", "new"), ("aarch64", "old")):
+            monkeypatch.setattr(source.platform, "machine", lambda machine=machine: machine)
+            monkeypatch.setattr(source, "cpu_identity", lambda machine=machine, cpu=cpu: f"{machine} {cpu}")
+            keys[machine, cpu] = (source.wheel_key(source.PORTABLE), source.wheel_key(""))
+        assert len({portable for portable, _ in keys.values()}) == 2
+        assert keys["x86_64", "old"][0] == keys["x86_64", "new"][0]
+        assert len({native for _, native in keys.values()}) == 3
+
     def test_a_wheel_for_other_flags_is_not_taken(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = cache / "wheels" / source.wheel_key()
         folder.mkdir(parents=True)
@@ -198,6 +208,25 @@ class TestWheel:
         assert str(cache / "logs") in message
         assert (build / "source/CMakeLists.txt").exists()
         assert not (build / "objects").exists()
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "is_arm"),
+    [("x86_64", "", False), ("aarch64", "", True), ("x86_64", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", True)],
+)
+def test_an_arm_compiler_without_sme_is_helped(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, is_arm: bool
+) -> None:
+    """What the build includes; that it is enough is seen by `make image-test-arm64`."""
+    name = source.SOURCE_NAME.removesuffix(".tar.gz")
+    monkeypatch.setattr(source, "ensure_source", lambda _: sdist(tmp_path / "s.tar.gz", {f"{name}/CMakeLists.txt": b""}))
+    monkeypatch.setattr(source.platform, "machine", lambda: machine)
+    monkeypatch.setenv("CMAKE_ARGS", flags)
+    with pytest.raises(EnvironmentIncomplete):
+        source.ensure_wheel(script(tmp_path / "python", "exit 7"))
+    (included,) = cache.glob("build-*/no-common.cmake")
+    assert ("armv9.2" in included.read_text()) == is_arm
+    assert source.NO_COMMON in included.read_text()
 
 
 def digest(content: bytes) -> str:

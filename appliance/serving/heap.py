@@ -18,12 +18,23 @@ class Heap:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._trimmed_at = clock()
+        self._is_used = False
         self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
-    def trim_sometimes(self) -> bool:
-        """Trims, if the last time was a while ago (malloc_trim(3)); whether it did. Others may allocate meanwhile."""
-        if self._malloc_trim is None or self._clock() - self._trimmed_at < INTERVAL_SECONDS:
+    def use(self) -> None:
+        """Something was computed."""
+        self._is_used = self._malloc_trim is not None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until it is time to trim; None where nothing was computed since."""
+        return max(0.0, self._trimmed_at + INTERVAL_SECONDS - self._clock()) if self._is_used else None
+
+    def trim_in_time(self) -> bool:
+        """Trims when it is time (malloc_trim(3)); whether it did. Other threads may allocate meanwhile."""
+        if self._malloc_trim is None or self.seconds_left != 0:
             return False
         self._malloc_trim(0)
         self._trimmed_at = self._clock()
+        self._is_used = False
         return True

@@ -3,8 +3,8 @@
 Each step computes the running answers first and fills what room is left with prompts, so that a long prompt never freezes
 an answer. `Scheduler` is used from any thread. Its parts: `job.py` (a request's state), `backlog.py` (who waits),
 `running.py` (who is answered), `slots.py` (where), `prefixes.py` (what is known of a prompt), `batch.py` (what a step
-computes), `recall.py` (what comes back from disk), `idle.py` and `heap.py` (what is done while nobody asks). Knows nothing of
-llama.cpp (a `Decoder` does the computing), of HTTP or of templates.
+computes), `recall.py` (what comes back from disk), `idle.py` and `heap.py` (what is done while nobody asks). Knows nothing
+of llama.cpp (a `Decoder` does the computing), of HTTP or of templates.
 """
 
 import logging
@@ -223,6 +223,7 @@ class Scheduler:
 
     def _step(self) -> None:
         """Decodes one batch and hands out what came of it; without requests, does idle work or waits."""
+        self._heap.trim_in_time()
         with self._changed:
             self._retire()
             self._admit()
@@ -234,6 +235,7 @@ class Scheduler:
             self._work_idly()
             return
         sampled, seconds = self._decode(batch.feeds, batch.adapter)
+        self._heap.use()
         with self._changed:
             self._in_flight = ()
             if sampled is None:
@@ -313,7 +315,6 @@ class Scheduler:
                 self._backlog.remove(answer)
 
     def _work_idly(self) -> None:
-        self._heap.trim_sometimes()
         with self._changed:
             if self._intake.is_closed:
                 return
@@ -325,7 +326,7 @@ class Scheduler:
                 if (early := self._stepped_at + SETTLE_SECONDS - time.monotonic()) > 0:
                     self._changed.wait(early)
                 elif not self._idle.save_one(self._notify):
-                    self._changed.wait()
+                    self._changed.wait(self._heap.seconds_left)
                 return
         job, feed = chunk
         sampled, seconds = self._decode([feed], job.adapter)

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from appliance.serving import listening
 from appliance.serving.api.connection import Connection
 from appliance.serving.engine import Models
+from appliance.serving.heap import Heap
 
 OVERTIME_SECONDS = 2.0
 LAST_BYTES_SECONDS = 5  # for a slow reader, once its answer is complete
@@ -53,6 +54,8 @@ class _DrainingServer(uvicorn.Server):
         self._grace_seconds = grace_seconds
         self._signals = 0
         self._leave_at: float | None = None
+        self._heap = Heap()
+        self._requests_seen = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -66,6 +69,10 @@ class _DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
+        if self.server_state.total_requests > self._requests_seen:
+            self._requests_seen = self.server_state.total_requests
+            self._heap.use()
+        self._heap.trim_in_time()
         if self._signals and self._leave_at is None:
             # The engines end what is late by themselves; one that hangs is not waited for.
             self._leave_at = time.monotonic() + self._grace_seconds + OVERTIME_SECONDS

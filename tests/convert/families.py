@@ -208,7 +208,7 @@ def _falcon_tokenizer(folder: Path) -> None:
 
 
 def _gemma_tokenizer(folder: Path) -> None:
-    own = ["<start_of_turn>", "<end_of_turn>", "\n\n", "\n\n\n"]
+    own = ["<start_of_turn>", "<end_of_turn>", "\n\n", "\n\n\n", "▁▁", "▁▁▁", "▁▁▁▁", "<table>"]
     files.write_pieces(
         folder,
         files.pieces_trained(control=["<mask>"], own=own, gemma=True),

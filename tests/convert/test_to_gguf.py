@@ -93,7 +93,7 @@ def many_rows_more(model: Path) -> None:
 
     tensors = load_file(model / "model.safetensors")
     name = "model.embed_tokens.weight"
-    tensors[name] = torch.cat([tensors[name], torch.zeros(2000, tensors[name].shape[1], dtype=tensors[name].dtype)])
+    tensors[name] = torch.cat([tensors[name], torch.zeros(5000, tensors[name].shape[1], dtype=tensors[name].dtype)])
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**settings, "vocab_size": len(tensors[name])}))
@@ -126,7 +126,7 @@ UNKNOWN = '{"architectures": ["T5XModel"], "model_type": "t5"}'
         (one_shard_of_two, "lacks model-00002-of-00002.safetensors (1 of 2 shards are missing); fetch the model again"),
         (quantized, "is quantized already (bitsandbytes), which cannot be converted; fetch the 16-bit model"),
         (one_token_more, "rows; tokens were added and the embeddings not resized (resize_token_embeddings)"),
-        (many_rows_more, " rows: 2000 more, which no padding explains; the tokenizer is another model's"),
+        (many_rows_more, " rows: 5000 more, which no padding explains; the tokenizer is another model's"),
         (another_pattern, "splits texts in a way that llama.cpp has no name for ((?i:'s|'t|'re|'ve|'m|'ll|'d)|"),
     ],
 )

@@ -9,13 +9,14 @@ import pytest
 from click.testing import Result
 
 from appliance.errors import VerificationFailed
+from convert import checks
 from convert import verify as verifying
 from tests import tampered
 from tests.running import Trained, call
 
 
-def verify(trained: Trained, file: Path, *more: str | Path, merged: Path | None = None) -> Result:
-    conversations = trained.made["data"] / "sft.jsonl"
+def verify(trained: Trained, file: Path, *more: str | Path, merged: Path | None = None, rows: Path | None = None) -> Result:
+    conversations = rows or trained.made["data"] / "sft.jsonl"
     where = ("--merged", merged or trained.made["merge"], "--conversations", conversations)
     return call("convert", "verify", file, *where, "--prompts", "3", "--answer-tokens", "16", *more)
 
@@ -73,6 +74,20 @@ def test_limit_of_the_served_file(trained: Trained, root: Path) -> None:
     assert passed.exit_code == 0, passed.stderr
 
 
+@pytest.mark.usefixtures("root")
+def test_files_of_one_type_have_names_of_their_own(trained: Trained, tmp_path: Path) -> None:
+    """What was measured for a file makes the name; of two that would be called alike, neither is passed over."""
+    (weighed,) = trained.made["Q4_K_M"].glob("*.gguf")
+    plain = Path(json.loads(call("convert", "quantize", trained.full, "--type", "Q4_K_M", "--json").stdout)["file"])
+    other = tmp_path / "copy" / plain.parent.name / plain.name
+    shutil.copytree(plain.parent, other.parent)
+    assert verifying._by_type([plain, weighed]) == {"Q4_K_M plain": plain, "Q4_K_M": weighed}
+    assert verifying._by_type([plain]) == {"Q4_K_M": plain}
+    result = verify(trained, trained.full, "--quantized", weighed, "--quantized", plain, "--quantized", other)
+    assert result.exit_code == 2
+    assert "would both be called Q4_K_M plain" in " ".join(result.stderr.split())
+
+
 def test_gate_lets_nothing_through_that_was_not_measured() -> None:
     cost = {"fits": True, "size_bytes": 1, "fit_notes": ""}
     results = {"rows": "held-out rows", "left_out": 3, "files": {"F16": cost, "Q8_0": {**cost, "languages": {}}}}
@@ -122,6 +137,7 @@ def test_faithful_copy_passes(trained: Trained, tmp_path: Path, root: Path) -> N
         (lambda file: tampered.template(file, "message['content']", "message['contort']"), "The chat template refuses"),
         (lambda file: tampered.tensor(file, "blk.1.ffn_down.weight"), "the F16 file's top token differs"),
         (lambda file: tampered.scaled(file, "blk.1.ffn_down.weight", 1.05), "of their spread on average"),
+        (lambda file: tampered.scaled(file, "blk.0.attn_q.weight", 1.003), "blk.0.attn_q.weight is not the model's: its"),
         (lambda file: tampered.token(file, "<|im_start|>"), "the token '<|im_start|>' has the id"),
         (
             lambda file: tampered.number(file, "tokenizer.ggml.eos_token_id", 0),
@@ -136,6 +152,7 @@ def test_faithful_copy_passes(trained: Trained, tmp_path: Path, root: Path) -> N
             "template field",
             "weights",
             "weights a little",
+            "weights a hair",
             "special token",
         ),
         "end of turn",
@@ -152,6 +169,36 @@ def test_tampered_file_fails(
     assert said in result.stderr
     assert not list(root.rglob("manifest.json"))
     assert not list(root.rglob("certificate.json"))
+
+
+@pytest.mark.parametrize(
+    ("check", "change"),
+    [
+        ("compare_tokens", lambda file: tampered.template(file, "<|im_start|>assistant", "<|im_start|>Assistant")),
+        ("compare_vocabulary", lambda file: tampered.number(file, "tokenizer.ggml.eos_token_id", 0)),
+        ("compare_torture", lambda file: tampered.text(file, "tokenizer.ggml.pre", "qwen2", "gpt-2")),
+        ("compare_weights", lambda file: tampered.scaled(file, "blk.1.ffn_down.weight", 1.005)),
+        ("judge_paths", lambda file: tampered.turned(file, "blk.1.ffn_down.weight")),
+    ],
+    ids=["tokens", "vocabulary", "torture", "weights", "paths"],
+)
+def test_no_check_is_idle(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str, change: Callable[[Path], None]
+) -> None:
+    """Without that one check, the broken file would pass: no other finds it."""
+    monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(tmp_path / "artifacts"))
+    # Without the one conversation that shows another pre-tokenizer by itself ("o'clock").
+    rows = tmp_path / "data" / "sft.jsonl"
+    rows.parent.mkdir()
+    lines = (trained.made["data"] / "sft.jsonl").read_text().splitlines(keepends=True)
+    rows.write_text("".join(line for line in lines if "o'clock" not in line))
+    file = tampered.copy(trained.full, tmp_path / "copy")
+    change(file)
+    assert verify(trained, file, rows=rows).exit_code == 4
+    nothing = ([], 0) if check == "compare_weights" else []
+    monkeypatch.setattr(checks, check, lambda *_: nothing)
+    passed = verify(trained, file, rows=rows)
+    assert passed.exit_code == 0, passed.stderr
 
 
 def test_file_of_a_tampered_model_fails_against_the_original(trained: Trained, tmp_path: Path, root: Path) -> None:

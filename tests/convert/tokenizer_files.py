@@ -264,8 +264,9 @@ def write_pieces(
     special += [text for text in shown if text.endswith("_of_turn>")]  # Gemma's; its tokenizer.json has them as special
     own = [text for text in shown if text not in special]
     vocab = {each.piece: index for index, each in enumerate(proto.pieces)}
-    scores = {each.piece: each.score for each in proto.pieces if each.type == kinds.NORMAL}
-    merges = generate_merges(vocab, scores, skip_tokens=[*special, *own])
+    spaces = {text for text in own if not text.strip("▁")}  # a tokenizer.json finds these only by merging
+    scores = {each.piece: each.score for each in proto.pieces if each.type == kinds.NORMAL or each.piece in spaces}
+    merges = generate_merges(vocab, scores, skip_tokens=[*special, *(text for text in own if text not in spaces)])
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     decoded = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix == "first":

@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from appliance import images
+from appliance import containers, images
 from appliance.config import cache_root
 from appliance.errors import ApplianceError, EnvironmentIncomplete
 
 TOOLS = ("podman", "runc", "conmon", "mmdebstrap")
 PACKAGES = "podman runc conmon netavark aardvark-dns catatonit iptables uidmap mmdebstrap"
 APT_SOURCES = (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list"))
-BASE = "localhost/appliance-base:bookworm"
+BASES = {"amd64": "localhost/appliance-base:bookworm", "arm64": "localhost/appliance-base:bookworm-arm64"}
+BASE = BASES["amd64"]
 SUITE = "bookworm"
 BUILD_SECONDS = 1800.0
 COMMAND_SECONDS = 300.0
@@ -87,37 +88,45 @@ class ImageEngine:
             raise ApplianceError(f"`{' '.join(words[:4])} …` failed with {result.returncode}:\n{last}")
         return result
 
-    def ensure_base(self) -> None:
+    def ensure_base(self, architecture: str = "amd64") -> None:
         """A minimal Debian, made from packages once."""
-        if not self.run("podman", "image", "exists", BASE, is_checked=False).returncode:
+        base = BASES[architecture]
+        if not self.run("podman", "image", "exists", base, is_checked=False).returncode:
             return
-        archive = self.folder / "base.tar"
+        archive = self.folder / f"base-{architecture}.tar"
         sources = next(path for path in APT_SOURCES if path.exists())
         self.run(
-            *("mmdebstrap", "--variant=minbase", "--mode=root", "--include=ca-certificates"),
+            *("mmdebstrap", "--variant=minbase", "--mode=root", f"--architectures={architecture}"),
+            *("--include=ca-certificates",),
             *('--aptopt=Acquire::Languages "none"', "--dpkgopt=path-exclude=/usr/share/man/*"),
             *("--dpkgopt=path-exclude=/usr/share/locale/*", SUITE, archive, sources),
             seconds=BUILD_SECONDS,
         )
-        self.run("podman", "import", "--change", 'CMD ["bash"]', archive, BASE)
+        self.run("podman", "import", "--arch", architecture, "--change", 'CMD ["bash"]', archive, base)
         archive.unlink()
 
-    def build_options(self, arguments: Mapping[str, str], mounts: Mapping[Path, str]) -> list[str]:
+    def build_options(
+        self, arguments: Mapping[str, str], mounts: Mapping[Path, str], architecture: str = "amd64"
+    ) -> list[str]:
         """What a build takes beside what `make image-cpu` says: the base, pip's settings, what was compiled before."""
-        arguments = {"BUILD_IMAGE": BASE, "RUNTIME_IMAGE": BASE, **arguments}
+        base = BASES[architecture]
+        arguments = {"BUILD_IMAGE": base, "RUNTIME_IMAGE": base, **arguments}
         if self._wheel_folders:
             arguments["TORCH_INDEX"] = ""
         options = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
         places = {**mounts, **{folder: str(folder) for folder in self._wheel_folders}}
         options += [part for source, place in places.items() for part in ("--volume", f"{source}:{place}:ro")]
         secret = f"id=pip_conf,src={self.folder / 'pip.conf'}"
-        return [*options, "--network", "host", "--pull=never", "--layers", "--volume", CERTIFICATES, "--secret", secret]
+        options += ["--arch", architecture, "--network", "host", "--pull=never", "--layers", "--volume", CERTIFICATES]
+        return [*options, "--secret", secret]
 
-    def build(self, backend: str, target: str, options: Sequence[str]) -> float:
+    def build(self, backend: str, target: str, options: Sequence[str], tag: str | None = None) -> float:
         """Builds on the base; returns the seconds that it took. The log lies beside the storage."""
         started = time.monotonic()
+        usual = containers.image(backend, target)
         command = images.build("podman", backend, target, options, images.revision())
-        self.run(*command, log=self.folder / f"build-{backend}-{target}.log", seconds=BUILD_SECONDS)
+        log = self.folder / f"build-{(tag or usual).rpartition(':')[2]}.log"
+        self.run(*(tag if tag and part == usual else part for part in command), log=log, seconds=BUILD_SECONDS)
         return time.monotonic() - started
 
     def inspect(self, tag: str) -> Mapping[str, Any]:

@@ -10,35 +10,17 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests import tiny_gguf
 from tests.images.image_engine import ImageEngine
+from tests.images.image_run import COMPUTE, CONFINED, LIBRARIES, ask, wait_until_ready
 from tests.images.image_table import Row
 
 pytestmark = pytest.mark.image
 
-CONFINED = (
-    *("--read-only", "--tmpfs", "/tmp:rw,noexec,nosuid,nodev,size=64m,mode=1777", "--cap-drop", "ALL"),
-    *("--security-opt", "no-new-privileges", "--pids-limit", "256", "--memory", "1g", "--network", "none"),
-    *("--volume", "/dev/null:/usr/bin/dash:ro", "--volume", "/dev/null:/usr/bin/bash:ro"),
-)
-READY_SECONDS = 90.0
 FIRST_MODEL = "/stick/tiny.appliance"
-ASK = """
-import json, pathlib, sys, urllib.error, urllib.request
-key = pathlib.Path("/data/keys/chat.key").read_text().strip() if sys.argv[1] == "key" else ""
-body = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}).encode()
-headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-try:
-    request = urllib.request.Request("http://127.0.0.1:8080/v1/chat/completions", body, headers)
-    with urllib.request.urlopen(request) as answer:
-        print(answer.status, json.load(answer)["usage"]["completion_tokens"])
-except urllib.error.HTTPError as error:
-    print(error.code, 0)
-"""
 LOOK = """
 import os, pathlib
 status = dict(line.split(":\\t", 1) for line in pathlib.Path("/proc/1/status").read_text().splitlines() if ":\\t" in line)
@@ -51,33 +33,8 @@ print(os.getuid(), status["CapEff"], status["NoNewPrivs"], status["Seccomp"], wr
 """
 
 
-# In one process, since an emulator of user programs does not follow into others. Its last word: the library that was chosen.
-COMPUTE = """
-import pathlib
-from appliance.serving.decoder import Feed
-from appliance.serving.engine_settings import EngineSettings
-from appliance.serving.llama import Context, Model
-from appliance.serving.requests import SamplingSettings
-
-path = pathlib.Path("/model.gguf")
-settings = EngineSettings(
-    name="tiny", model_path=str(path), sha256="", made_at=0, kind="chat", slots=1, context_tokens=64, threads_decode=1,
-    threads_prefill=1, kv_type="f16", is_mapped=True, is_repacked=True, queue_requests=1, queue_tokens=1,
-)
-context = Context(Model(path, is_mapped=True, is_repacked=True), settings)
-context.start(0, SamplingSettings(), None, None)
-feed, position = list(b"What do dogs eat?"), 0
-for _ in range(8):
-    found = context.decode([Feed(0, feed, position, is_sampled=True)], None)[0]
-    position += len(feed)
-    feed = [found[-1].token]
-    print(*feed, end=" ")
-maps = pathlib.Path("/proc/self/maps").read_text().split()
-print(next(pathlib.Path(part).name for part in maps if "libggml-cpu-" in part))
-"""
 # Nehalem of 2008 was the first with SSE4.2; Haswell of 2013 has AVX2 and FMA.
 OLD_CPUS = {"Nehalem": "libggml-cpu-sse42.so", "Haswell": "libggml-cpu-haswell.so"}
-LIBRARIES = "/opt/venv/lib/python3.11/site-packages/llama_cpp/lib"
 
 
 @pytest.fixture
@@ -123,22 +80,6 @@ def test_cpu_image_answers_confined_offline_and_without_a_shell(
         assert {"request", "answered"} <= set(events)
     finally:
         engine.run("podman", "rm", "--force", name)
-
-
-def wait_until_ready(engine: ImageEngine, name: str, started: float) -> float:
-    """The seconds since `started`."""
-    question = "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/readyz', timeout=2)"
-    while engine.run("podman", "exec", name, "python3", "-c", question, is_checked=False).returncode:
-        log: Any = engine.run("podman", "logs", name, is_checked=False)
-        assert time.monotonic() - started < READY_SECONDS, log.stderr
-        time.sleep(0.2)
-    return time.monotonic() - started
-
-
-def ask(engine: ImageEngine, name: str, key: str) -> tuple[int, int]:
-    """HTTP status and tokens of the answer, asked from inside: there is no network."""
-    status, tokens = engine.run("podman", "exec", name, "python3", "-c", ASK, key).stdout.split()
-    return int(status), int(tokens)
 
 
 def test_library_for_a_card_that_cannot_load_leaves_the_cpu(

@@ -26,8 +26,9 @@ full = anonymous()
 for block in blocks[:-1]:
     c.free(block)
 freed = anonymous()
+heap.use()
 now = INTERVAL_SECONDS
-assert heap.trim_sometimes()
+assert heap.trim_in_time()
 print(full, freed, anonymous())
 """
 
@@ -39,12 +40,18 @@ def test_freed_memory_is_given_back() -> None:
     assert trimmed < full - 35_000
 
 
-def test_not_more_often_than_once_in_a_while() -> None:
+def test_not_more_often_than_once_in_a_while_and_only_after_work() -> None:
     now = 100.0
     heap = Heap(lambda: now)
-    assert not heap.trim_sometimes()
+    assert heap.seconds_left is None
+    heap.use()
+    assert heap.seconds_left == INTERVAL_SECONDS
+    assert not heap.trim_in_time()
     now += INTERVAL_SECONDS
-    assert heap.trim_sometimes()
-    assert not heap.trim_sometimes()
-    now += INTERVAL_SECONDS - 1
-    assert not heap.trim_sometimes()
+    assert heap.seconds_left == 0
+    assert heap.trim_in_time()
+    now += 2 * INTERVAL_SECONDS
+    assert not heap.trim_in_time()
+    assert heap.seconds_left is None
+    heap.use()
+    assert heap.trim_in_time()

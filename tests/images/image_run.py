@@ -1,0 +1,66 @@
+"""Containers as the tests run them: confined, asked from inside, and asked what llama.cpp computes."""
+
+import time
+from typing import Any
+
+from tests.images.image_engine import ImageEngine
+
+CONFINED = (
+    *("--read-only", "--tmpfs", "/tmp:rw,noexec,nosuid,nodev,size=64m,mode=1777", "--cap-drop", "ALL"),
+    *("--security-opt", "no-new-privileges", "--pids-limit", "256", "--memory", "1g", "--network", "none"),
+    *("--volume", "/dev/null:/usr/bin/dash:ro", "--volume", "/dev/null:/usr/bin/bash:ro"),
+)
+READY_SECONDS = 90.0
+LIBRARIES = "/opt/venv/lib/python3.11/site-packages/llama_cpp/lib"
+ASK = """
+import json, pathlib, sys, urllib.error, urllib.request
+key = pathlib.Path("/data/keys/chat.key").read_text().strip() if sys.argv[1] == "key" else ""
+body = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}).encode()
+headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+try:
+    request = urllib.request.Request("http://127.0.0.1:8080/v1/chat/completions", body, headers)
+    with urllib.request.urlopen(request) as answer:
+        print(answer.status, json.load(answer)["usage"]["completion_tokens"])
+except urllib.error.HTTPError as error:
+    print(error.code, 0)
+"""
+# In one process, since an emulator of user programs does not follow into others. Its last word: the library that was chosen.
+COMPUTE = """
+import pathlib
+from appliance.serving.decoder import Feed
+from appliance.serving.engine_settings import EngineSettings
+from appliance.serving.llama import Context, Model
+from appliance.serving.requests import SamplingSettings
+
+path = pathlib.Path("/model.gguf")
+settings = EngineSettings(
+    name="tiny", model_path=str(path), sha256="", made_at=0, kind="chat", slots=1, context_tokens=64, threads_decode=1,
+    threads_prefill=1, kv_type="f16", is_mapped=True, is_repacked=True, queue_requests=1, queue_tokens=1,
+)
+context = Context(Model(path, is_mapped=True, is_repacked=True), settings)
+context.start(0, SamplingSettings(), None, None)
+feed, position = list(b"What do dogs eat?"), 0
+for _ in range(8):
+    found = context.decode([Feed(0, feed, position, is_sampled=True)], None)[0]
+    position += len(feed)
+    feed = [found[-1].token]
+    print(*feed, end=" ")
+maps = pathlib.Path("/proc/self/maps").read_text().split()
+print(next(pathlib.Path(part).name for part in maps if "libggml-cpu-" in part))
+"""
+
+
+def wait_until_ready(engine: ImageEngine, name: str, started: float, patience_seconds: float = READY_SECONDS) -> float:
+    """The seconds since `started`."""
+    question = "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/readyz', timeout=2)"
+    while engine.run("podman", "exec", name, "python3", "-c", question, is_checked=False).returncode:
+        log: Any = engine.run("podman", "logs", name, is_checked=False)
+        assert time.monotonic() - started < patience_seconds, log.stderr
+        time.sleep(0.2)
+    return time.monotonic() - started
+
+
+def ask(engine: ImageEngine, name: str, key: str) -> tuple[int, int]:
+    """HTTP status and tokens of the answer, asked from inside: there is no network."""
+    status, tokens = engine.run("podman", "exec", name, "python3", "-c", ASK, key).stdout.split()
+    return int(status), int(tokens)
