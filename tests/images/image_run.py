@@ -50,12 +50,12 @@ print(next(pathlib.Path(part).name for part in maps if "libggml-cpu-" in part))
 """
 
 
-def wait_until_ready(engine: ImageEngine, name: str, started: float, patience_seconds: float = READY_SECONDS) -> float:
+def wait_until_ready(engine: ImageEngine, name: str, started: float) -> float:
     """The seconds since `started`."""
     question = "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/readyz', timeout=2)"
     while engine.run("podman", "exec", name, "python3", "-c", question, is_checked=False).returncode:
         log: Any = engine.run("podman", "logs", name, is_checked=False)
-        assert time.monotonic() - started < patience_seconds, log.stderr
+        assert time.monotonic() - started < READY_SECONDS, log.stderr
         time.sleep(0.2)
     return time.monotonic() - started
 

@@ -1,15 +1,14 @@
 """`make image-test-arm64`: the CPU image for ARM, from the same file, under emulation. Minutes, so CI leaves it out.
 
 llama.cpp is cross-compiled first, since an emulated compiler would take hours; all else happens in the emulated build. What
-emulation cannot show: the engine's seccomp filter (qemu takes none), and speed.
+emulation cannot show: speed, and the server as a whole, since the engine refuses to start beside a thread that is not its
+own, and qemu has one in each process.
 """
 
 import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,19 +19,18 @@ from convert import llama_cpp_source
 from tests import tiny_gguf
 from tests.images.conftest import REPOSITORY, portable_flags
 from tests.images.image_engine import ImageEngine
-from tests.images.image_run import COMPUTE, CONFINED, ask, wait_until_ready
+from tests.images.image_run import COMPUTE, CONFINED
 
 pytestmark = pytest.mark.image_arm64
 
 IMAGE = "localhost/edge-appliance:cpu-arm64"
 COMPILERS = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++")
 REGISTERED = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64")
-READY_SECONDS = 900.0
-# Of 2012, without dot products; of 2019, with them and 16-bit floats; the first with SVE; all that the emulator knows.
+# Of 2012; with SVE and without dot products; of 2019, with these and 16-bit floats; all that the emulator knows.
 CPUS = {
     "cortex-a53": "libggml-cpu-armv8.0_1.so",
+    "a64fx": "libggml-cpu-armv8.0_1.so",
     "neoverse-n1": "libggml-cpu-armv8.2_2.so",
-    "a64fx": "libggml-cpu-armv8.2_3.so",
     "max": "libggml-cpu-armv9.2_2.so",
 }
 
@@ -76,14 +74,6 @@ def image(engine: ImageEngine, wheels: Path) -> str:
     return IMAGE
 
 
-@pytest.fixture
-def volume(engine: ImageEngine) -> Iterator[str]:
-    name = f"appliance-test-arm-{os.getpid()}"
-    engine.run("podman", "volume", "create", name)
-    yield name
-    engine.run("podman", "volume", "rm", "--force", name)
-
-
 def test_image_is_for_arm(engine: ImageEngine, image: str) -> None:
     assert engine.inspect(image)["Architecture"] == "arm64"
     said = engine.run(
@@ -92,22 +82,11 @@ def test_image_is_for_arm(engine: ImageEngine, image: str) -> None:
     assert said.stdout.strip() == "aarch64"
 
 
-def test_image_answers(engine: ImageEngine, image: str, stick: Path, volume: str) -> None:
-    data = ("--volume", f"{volume}:/data", "--volume", f"{stick}:/stick:ro")
-    name = f"{volume}-server"
-    started = time.monotonic()
-    command = ("serve", "--first-model", "/stick/tiny.appliance")
-    engine.run("podman", "run", "--detach", "--name", name, *CONFINED, *data, image, *command)
-    try:
-        seconds = wait_until_ready(engine, name, started, READY_SECONDS)
-        assert ask(engine, name, "none") == (401, 0)
-        assert ask(engine, name, "key") == (200, 4)
-        engine.run("podman", "stop", "--time", "120", name)
-        code = engine.run("podman", "container", "inspect", "--format", "{{.State.ExitCode}}", name).stdout.strip()
-        assert code == "0"
-        print(f"\n{IMAGE}: ready after {seconds:.0f} s of emulation, answered 4 tokens")
-    finally:
-        engine.run("podman", "rm", "--force", name)
+def test_image_takes_a_model_in(engine: ImageEngine, image: str, stick: Path) -> None:
+    """Everything compiled that the command line and the store stand on loads, and the bundle's digests agree."""
+    run = ("podman", "run", "--rm", *CONFINED, "--tmpfs", "/data:rw,mode=1777", "--volume", f"{stick}:/stick:ro", image)
+    said = engine.run(*run, "models", "import", "/stick/tiny.appliance", "--promote")
+    assert "(imported, promoted)" in said.stdout
 
 
 def test_each_kind_of_cpu_gets_its_variant_and_computes_the_same(engine: ImageEngine, image: str, tmp_path: Path) -> None:
