@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.images.image_engine import Layer
 
 NOT_PROVEN = {
-    "cpu": "arm64",
+    "cpu": "arm64 (`make image-test-arm64`)",
     "cpu-train": "a card; a model of real size",
     "cuda": "nvidia/cuda as a base, compiling for CUDA, a card",
     "rocm": "rocm/dev-ubuntu as a base, compiling for HIP, a card",
