@@ -18,7 +18,7 @@ pull
 data check|audit|split|generate
 plan
 train
-convert merge|gguf|imatrix|quantize|adapter|onnx|verify
+convert merge|gguf|imatrix|sensitivity|quantize|adapter|onnx|verify
 run
 runs list|compare|diagnose
 models list|show|promote|rollback|remove|export|import
