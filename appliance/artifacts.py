@@ -140,6 +140,11 @@ def is_location(path: Path) -> bool:
     return path.parent.name in KINDS and NAME_WITH_DIGEST.fullmatch(path.name) is not None
 
 
+def origin(file: Path) -> Path:
+    """What another artifact names as the origin of a file: the artifact that holds it, or the file itself."""
+    return file.parent if is_location(file.parent) or (file.parent / MANIFEST).exists() else file
+
+
 def check_input(path: Path) -> None:
     """Compares an artifact that is about to be read with its manifest; a foreign folder or file has none and passes."""
     folder = path if path.is_dir() else path.parent

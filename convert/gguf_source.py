@@ -23,9 +23,8 @@ def find(given: Path) -> Source:
     """Whether the file exists is not asked: a dry run names what is not made yet."""
     is_file = given.suffix == ".gguf"
     file = given if is_file else given / f"{given.name[:-KEY_LENGTH]}.gguf"
-    is_artifact = (file.parent / artifacts.MANIFEST).exists() or artifacts.is_location(file.parent) or not is_file
     stem = file.stem.removesuffix(next((end for end in NUMBER_TYPES if file.stem.endswith(end)), ""))
-    return Source(file, file.parent if is_artifact else file, stem)
+    return Source(file, artifacts.origin(file) if is_file else given, stem)
 
 
 def require(source: Source) -> None:

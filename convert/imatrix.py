@@ -202,11 +202,6 @@ def file_of(given: Path) -> Path:
     return given if given.suffix == ".gguf" else given / FILE
 
 
-def folder_of(file: Path) -> Path:
-    """What a manifest names as the matrix: its artifact, or the file where there is none."""
-    return file.parent if artifacts.is_location(file.parent) else file
-
-
 def read(path: Path) -> dict[str, Any]:
     """The mean square of each input column, float32, by tensor; of a file of ours or of llama.cpp's `llama-imatrix`."""
     gguf = gguf_names.gguf_package()

@@ -45,6 +45,8 @@ CONVERTER_MARK = ".whole"
 
 # Together these two leave out 59 % of the compile: multimodal input and the helpers of llama.cpp's own programs.
 NO_COMMON = "set(LLAMA_BUILD_COMMON OFF)\n"
+# BINDIR: a build with GGML_BACKEND_DL puts its libggml-cpu-*.so there, and they are only found beside libggml.so.
+BASE_FLAGS = ("-DLLAVA_BUILD=OFF", "-DCMAKE_INSTALL_BINDIR=llama_cpp/lib")
 # llama.cpp compiles a variant for ARM with SME, which GCC knows from 14 on and Debian 12 does not have. No kernel of ggml
 # uses SME by itself: where the compiler lacks it, these two are made of the instructions of the variant before.
 OLD_ARM_COMPILER = """
@@ -61,8 +63,6 @@ function(without_sme)
 endfunction()
 cmake_language(DEFER CALL without_sme)
 """
-# BINDIR: a build with GGML_BACKEND_DL puts its libggml-cpu-*.so there, and they are only found beside libggml.so.
-BASE_FLAGS = ("-DLLAVA_BUILD=OFF", "-DCMAKE_INSTALL_BINDIR=llama_cpp/lib")
 PORTABLE = "-DGGML_NATIVE=OFF"
 # Libraries that llama_cpp opens as lib<name>.so; all others are found by their soname, lib<name>.so.<major>.
 OPENED_BY_NAME = ("libllama", "libggml", "libmtmd")

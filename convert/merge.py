@@ -26,7 +26,7 @@ from convert.lora import Adapter, merged_rows, read_adapter
 from convert.mapped_model import MappedModel
 from convert.nf4 import Nf4, widened
 
-REVISION = 2  # raised when the same inputs would give other files
+REVISION = 3  # raised when the same inputs would give other files
 NOT_COPIED = {artifacts.MANIFEST, "README.md", "training_template.jinja", "loss.jsonl", "loss.png"}
 TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),

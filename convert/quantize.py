@@ -123,7 +123,7 @@ def _choose(source: Source, memory_bytes: int, serve: Serve, overrides: Sequence
 
 def _one(order: Order, kind: str, *, is_dry: bool) -> dict[str, Any]:
     root = config.artifacts_root()
-    measured = [matrices.folder_of(each) for each in (order.importance, order.sensitivity) if each is not None]
+    measured = [artifacts.origin(each) for each in (order.importance, order.sensitivity) if each is not None]
     settings: dict[str, Any] = {"type": kind}
     if order.overrides:
         settings["tensors"] = [list(each) for each in order.overrides]

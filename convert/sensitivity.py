@@ -90,7 +90,7 @@ def sensitivity(
     root = config.artifacts_root()
     importance = None if imatrix is None else matrices.file_of(imatrix)
     source = gguf_source.find(model)
-    parents = [source.origin, merged, *([] if importance is None else [matrices.folder_of(importance)])]
+    parents = [source.origin, merged, *([] if importance is None else [artifacts.origin(importance)])]
     plan = Plan(
         kind="report",
         name=f"{name or source.stem}-sensitivity",

@@ -3,8 +3,8 @@
 Each step computes the running answers first and fills what room is left with prompts, so that a long prompt never freezes
 an answer. `Scheduler` is used from any thread. Its parts: `job.py` (a request's state), `backlog.py` (who waits),
 `running.py` (who is answered), `slots.py` (where), `prefixes.py` (what is known of a prompt), `batch.py` (what a step
-computes), `recall.py` (what comes back from disk), `idle.py` and `heap.py` (what is done while nobody asks). Knows nothing
-of llama.cpp (a `Decoder` does the computing), of HTTP or of templates.
+computes), `recall.py` (what comes back from disk), `idle.py` (what is done while nobody asks), `heap.py` (freed memory).
+Knows nothing of llama.cpp (a `Decoder` does the computing), of HTTP or of templates.
 """
 
 import logging
