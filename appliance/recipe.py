@@ -125,6 +125,9 @@ class Serve:
     max_tokens: int = setting(512, minimum=1, about="answer length when the request names none")
     deadline_seconds: float = setting(600.0, minimum=1.0, about="for a whole request; a client may ask for less")
     grace_seconds: float = setting(30.0, minimum=0.0, about="for answers still running at shutdown")
+    stream_seconds: float = setting(
+        0.05, minimum=0.0, maximum=1.0, about="text of an answer leaves at most this often; 0: each token by itself"
+    )
     watchdog_seconds: float = setting(120.0, minimum=5.0, about="an engine that computes one step longer is restarted")
     threads: int = setting(0, minimum=0, maximum=1024, about="for decoding; 0 takes the usable physical cores")
     prefill_threads: int = setting(0, minimum=0, maximum=1024, about="for reading prompts; 0 takes all usable cores")

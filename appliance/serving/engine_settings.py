@@ -36,6 +36,7 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
     snapshot_bytes: int = 0
     system_prompts: tuple[str, ...] = ()
     is_speculating: bool = True
+    stream_seconds: float = 0.0  # text of an answer leaves at most this often
     notes: tuple[str, ...] = ()  # what was stepped down from what was asked, for a person
 
     @property

@@ -4,7 +4,8 @@ Turns sampled tokens into events. Knows the `Decoder` only as a vocabulary; slot
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from appliance.serving.decoder import Adapter, CompiledGrammar, Sampled
@@ -69,10 +70,18 @@ class Answer:
     reason: FinishReason | None = None
     failure: str | None = None  # why sampling could not go on
     is_over: bool = False
+    interval_seconds: float = 0.0  # text leaves at most this often
+    unsent: str = ""
+    unsent_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+    sent_at: float = -math.inf
 
     @property
     def is_decoding(self) -> bool:
         return self.generated > 0
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self.unsent or self.unsent_logprobs)
 
     @property
     def known_tokens(self) -> int:
@@ -81,24 +90,33 @@ class Answer:
 
     def take(self, sampled: Iterable[Sampled], vocabulary: Vocabulary, now: float) -> int:
         """Adds what was sampled and delivers its text; returns how many tokens counted. Sets `reason` at the end."""
-        text, before = "", self.generated
-        logprobs: list[TokenLogprob] = []
+        before = self.generated
         for each in sampled:
             self.job.tokens.append(each.token)
             if self.reason is None:
-                text += self._take_token(each, vocabulary, logprobs)
+                self.unsent += self._take_token(each, vocabulary)
         if self.generated > before:
             self.first_token_at = self.first_token_at or now
             self.ticket.first_token_at = self.ticket.first_token_at or now
             self.last_token_at = now
         if self.reason is not None:
-            text += self.stream.finish()
-        self.send(text, logprobs)
+            self.send_rest()
+        elif self.has_unsent and now - self.sent_at >= self.interval_seconds:
+            self.send()
+            self.sent_at = now
         return self.generated - before
 
-    def send(self, text: str, logprobs: Sequence[TokenLogprob] = ()) -> None:
-        if text or logprobs:
-            self.ticket.deliver(TextPiece(text=text, index=self.index, logprobs=tuple(logprobs)))
+    def send_rest(self) -> None:
+        """Delivers all text that there is, since no more can follow."""
+        self.unsent += self.stream.finish()
+        self.send()
+
+    def send(self) -> None:
+        """Delivers what has not left yet."""
+        if self.has_unsent:
+            self.ticket.deliver(TextPiece(text=self.unsent, index=self.index, logprobs=tuple(self.unsent_logprobs)))
+            self.unsent = ""
+            self.unsent_logprobs.clear()
 
     def finished(self, reason: FinishReason, now: float, *, is_deadline: bool = False) -> Finished:
         started, first = self.started_at or now, self.first_token_at or now
@@ -115,7 +133,7 @@ class Answer:
             decode_seconds=now - first,
         )
 
-    def _take_token(self, sampled: Sampled, vocabulary: Vocabulary, logprobs: list[TokenLogprob]) -> str:
+    def _take_token(self, sampled: Sampled, vocabulary: Vocabulary) -> str:
         """The text that one token makes final."""
         if sampled.failure is not None:
             self.reason, self.failure = "stop", sampled.failure
@@ -129,7 +147,7 @@ class Answer:
         text = self.stream.push(piece)
         if sampled.logprob is not None:
             top = tuple((vocabulary.piece(token), logprob) for token, logprob in sampled.top)
-            logprobs.append(TokenLogprob(piece=piece, logprob=sampled.logprob, top=top))
+            self.unsent_logprobs.append(TokenLogprob(piece=piece, logprob=sampled.logprob, top=top))
         if self.stream.is_stopped:
             self.reason = "stop"
         elif self.generated >= self.ticket.max_tokens:

@@ -163,6 +163,7 @@ def _plan(outset: _Outset, asked: Serve, *, chunk_tokens: int = IDLE_CHUNK_TOKEN
         snapshot_bytes=asked.snapshot_mib * MIB,
         system_prompts=asked.system_prompts if model.kind == "chat" else (),
         is_speculating=asked.speculation == "auto" and model.kind == "chat",
+        stream_seconds=asked.stream_seconds,
         notes=tuple(notes),
     )
     return Plan(

@@ -62,8 +62,11 @@ class Outbox:
             self._requests.append(stats)
 
     def flush(self) -> None:
-        """Sends what there is."""
+        """Sends what there is; figures alone wait for what a person waits for, but not long."""
         with self._changed:
+            is_waited_for = self._events or self._messages or self._requests
+            if not is_waited_for and time.monotonic() < self._said_at + SAID_SECONDS:
+                return
             self._is_due = True
             if self._is_being_written:
                 return

@@ -66,6 +66,7 @@ class Scheduler:
         self._listener = listener
         self._flush = flush
         self._pace = Pace(settings.chunk_tokens)
+        self._stream_seconds = settings.stream_seconds
         self._threads, self._prefill_threads = ThreadChoice(settings.threads_decode), settings.threads_prefill
         self._gate = Gate(self._pace.costs) if settings.is_speculating and decoder.can_share else None
         self._changed = threading.Condition()  # guards everything below
@@ -174,7 +175,7 @@ class Scheduler:
         request = ticket.request
         adapter = None if request.adapter is None else Adapter(request.adapter, request.adapter_scale)
         job = Job(list(ticket.prompt), len(ticket.prompt), adapter, request.tenant)
-        return Answer(ticket, index, job, TextStream(request.stop))
+        return Answer(ticket, index, job, TextStream(request.stop), interval_seconds=self._stream_seconds)
 
     def _require_place(self, ticket: Ticket) -> None:
         """Raises when the request has to be refused."""
@@ -228,6 +229,9 @@ class Scheduler:
             self._retire()
             self._admit()
             batch = self._running.compose() if self._running.answers and not self._intake.is_closed else None
+            if batch is not None and any(feed.is_read for feed in batch.feeds):
+                for answer in self._running.answers:
+                    answer.send()  # reading takes longer than text may be kept
             self._in_flight = [answer for answer, _ in batch.parts] if batch is not None else ()
             self._idle.tell(is_free=batch is None)
         self._flush()
@@ -346,7 +350,7 @@ class Scheduler:
             return
         now = time.monotonic()
         if answer.reason is None and reason != "cancelled":
-            answer.send(answer.stream.finish())
+            answer.send_rest()
         answer.reason = reason
         self._take_out(answer)
         answer.ticket.deliver(answer.finished(reason, now, is_deadline=is_deadline))
@@ -359,6 +363,7 @@ class Scheduler:
         """The way out of a request that cannot be answered."""
         for answer in ticket.answers:
             if not answer.is_over:
+                answer.send()
                 self._take_out(answer)
         ticket.deliver(Failed.of(error))
         self._record(ticket, time.monotonic(), error.api_code)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from appliance.serving import wire
-from appliance.serving.events import Load, TextPiece
+from appliance.serving import outbox, wire
+from appliance.serving.events import Load, StepStats, TextPiece
 from appliance.serving.outbox import Outbox
 
 LOAD = Load(state="ready", running=0, waiting=0, slots=1)
@@ -98,3 +98,19 @@ def test_a_server_that_is_gone_is_no_matter(ends: Ends) -> None:
     for _ in range(3):
         ends.outbox.deliver("a", TextPiece(text="lost"))
         ends.outbox.flush()
+
+
+def test_figures_wait_for_what_a_person_waits_for(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step without text to send costs no frame of its own; its figures come with the next text."""
+    monkeypatch.setattr(outbox, "SAID_SECONDS", 60.0)
+    ends.start()
+    ends.outbox.deliver("a", TextPiece(text="one"))
+    ends.outbox.flush()
+    assert ends.texts(1) == ["one"]
+    ends.outbox.record_step(StepStats(seconds=0.1, prompt_tokens=0, generated_tokens=1))
+    ends.outbox.flush()
+    ends.outbox.deliver("a", TextPiece(text="two"))
+    ends.outbox.flush()
+    message = ends.read()
+    assert isinstance(message, wire.Report)
+    assert (len(message.steps), [event.text for _, event in message.events if isinstance(event, TextPiece)]) == (1, ["two"])

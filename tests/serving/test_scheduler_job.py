@@ -37,3 +37,25 @@ def test_first_token_stays_the_first() -> None:
     for now in (2.0, 3.0):
         answer.take([Sampled(5)], CountingDecoder(), now)
     assert (answer.first_token_at, answer.ticket.first_token_at, answer.last_token_at) == (2.0, 2.0, 3.0)
+
+
+def test_text_leaves_no_more_often_than_it_may_and_never_stays() -> None:
+    """The first token at once; then what came in the meantime together; at the end the rest."""
+    events: list[Event] = []
+    answer = answer_to([1], events, max_tokens=7)
+    answer.interval_seconds = 0.03
+    for token, now in ((1, 2.0), (2, 2.02), (3, 2.04), (4, 2.06), (5, 2.2), (6, 2.21), (7, 2.22)):
+        answer.take([Sampled(token)], CountingDecoder(), now)
+    assert answer.reason == "length"
+    assert events == [TextPiece(text=text) for text in ("1 ", "2 3 ", "4 5 ", "6 7 ")]
+
+
+def test_what_did_not_leave_yet_leaves_with_a_failure() -> None:
+    events: list[Event] = []
+    answer = answer_to([1], events)
+    answer.interval_seconds = 60.0
+    for now in (2.0, 3.0):
+        answer.take([Sampled(5)], CountingDecoder(), now)
+    answer.send()
+    answer.send()
+    assert events == [TextPiece(text="5 "), TextPiece(text="5 ")]

@@ -11,7 +11,7 @@ from appliance.errors import (
     EngineFailed,
     ShuttingDown,
 )
-from appliance.serving.events import Failed, Finished
+from appliance.serving.events import Failed, Finished, TextPiece
 from tests.serving.scheduler_bench import WAIT_SECONDS, Bench, until
 
 
@@ -143,3 +143,17 @@ def _now() -> float:
     import time
 
     return time.monotonic()
+
+
+def test_text_does_not_wait_for_another_prompt_to_be_read() -> None:
+    """A step with reading is a long one: what was kept for the next frame leaves before it."""
+    with Bench(stream_seconds=60.0) as bench:
+        bench.decoder.hold_at = 2
+        client = bench.client(1, max_tokens=4)
+        until(lambda: len(bench.decoder.feeds) == 2 and not bench.decoder.gate.is_set())
+        other = bench.client(20, 21, 22, max_tokens=1)
+        bench.decoder.hold_at = 3
+        bench.decoder.gate.set()
+        assert [client.next(), client.next()] == [TextPiece(text="2 "), TextPiece(text="3 4 ")]
+        bench.decoder.gate.set()
+        assert (client.reason(), other.reason()) == ("length", "length")
