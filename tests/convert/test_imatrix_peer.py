@@ -14,7 +14,7 @@ from tests.running import Trained
 
 CHUNK_TOKENS, CHUNKS = 128, 4
 # The 16-bit file rounds inputs of each product to 16 bits (11 bits of mantissa), which the merged model's float32 does not.
-ROUNDING = 2e-2
+ROUNDING = 5e-3
 
 
 @pytest.mark.slow
