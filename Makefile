@@ -50,8 +50,8 @@ bench-peers: setup ## build llama-server and llama-bench, from the same source a
 bench-serve: setup ## this server beside llama-server and others on this machine, 20 minutes (ARGS="--quick")
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 
-bench-train: setup ## (planned) how fast this machine trains
-	$(BIN)/appliance bench train
+bench-train: setup ## what a 4B model's way to Q4_K_M costs here, beside the plain upstream chain (ARGS=4B)
+	$(BIN)/python -m benchmarks.conversion $(or $(ARGS),4B)
 
 image-cpu: ## container image for any x86-64 or ARM CPU (ENGINE=docker|podman, TARGET=serve|train, MODEL=FILE.appliance)
 	@$(PYTHON) -m appliance.images cpu

@@ -31,6 +31,9 @@ SHARD_BYTES = 2_000_000_000
 RANK = 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MOST_MEMORY_BYTES, MOST_TIME_RATIO = 4 << 30, 1.2
+# Small enough for a test: a model of two layers, with the whole vocabulary that its tokenizer has.
+SMALL = Shape(layers=2, hidden=256, feed_forward=768, heads=4, kv_heads=2, head_width=64)
+MEASURED = {"small": SMALL} | {name: shape for name, shape in SHAPES.items() if name != "tiny"}
 
 PEFT_MERGE = """
 import sys, torch
@@ -63,8 +66,8 @@ class Step:
 
 
 @click.command(cls=Command)
-@click.argument("shape", type=click.Choice([name for name in SHAPES if name != "tiny"]))
-@click.option("--folder", type=click.Path(path_type=Path), help="Where to work; a 4B model takes 45 GB there.")
+@click.argument("shape", type=click.Choice(list(MEASURED)))
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to work; a 4B model takes 30 GB there.")
 @click.option("--only", type=click.Choice(["ours", "upstream"]), help="One chain alone.")
 @json_option
 def conversion(shape: str, folder: Path | None, only: str | None, as_json: bool) -> None:
@@ -72,8 +75,8 @@ def conversion(shape: str, folder: Path | None, only: str | None, as_json: bool)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         here = Path(scratch)
         note(f"conversion: writing a random {shape} model to {here}")
-        write_model(here / "base", SHAPES[shape])
-        write_adapter(here / "adapter", SHAPES[shape])
+        write_model(here / "base", MEASURED[shape])
+        write_adapter(here / "adapter", MEASURED[shape])
         chains = {"ours": ours, "upstream": upstream}
         steps = [step for name, chain in chains.items() if only in (None, name) for step in chain(here)]
     result = {**about.machine(), **about.versions(), "shape": shape, "steps": [asdict(step) for step in steps]}
