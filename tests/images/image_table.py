@@ -38,6 +38,11 @@ def table(rows: dict[str, Row]) -> str:
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     for row in rows.values():
         largest = sorted(row.layers, key=lambda layer: -layer.size_bytes)[:3]
-        said = (f"{layer.size_bytes / 1e6:.0f} MB {layer.made_by.split('#')[0].strip()[:70]!r}" for layer in largest)
+        said = (f"{layer.size_bytes / 1e6:.0f} MB {_step(layer)!r}" for layer in largest)
         text += f"\nlargest layers of {row.image}: {'; '.join(said)}"
     return text
+
+
+def _step(layer: Layer) -> str:
+    """As the Dockerfile has it, without what buildah puts around it."""
+    return layer.made_by.removeprefix("/bin/sh -c ").removeprefix("#(nop) ").split("#")[0].strip()[:70]

@@ -45,10 +45,12 @@ def volume(engine: ImageEngine) -> Iterator[str]:
     engine.run("podman", "volume", "rm", "--force", name)
 
 
-def test_cpu_image_answers_confined_offline_and_without_a_shell(
-    rows: dict[str, Row], engine: ImageEngine, stick: Path, volume: str
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "rocm"])
+def test_image_answers_confined_offline_and_without_a_shell(
+    backend: str, rows: dict[str, Row], engine: ImageEngine, stick: Path, volume: str
 ) -> None:
-    row = rows["cpu"]
+    """Those for cards too, which compute on the CPU where there is none."""
+    row = rows[backend]
     data = ("--volume", f"{volume}:/data")
     brought = ("--volume", f"{stick}:/stick:ro")
     engine.run(
@@ -76,6 +78,7 @@ def test_cpu_image_answers_confined_offline_and_without_a_shell(
         assert (state["ExitCode"], state["OOMKilled"]) == (0, False)
         log = engine.run("podman", "logs", name).stderr
         assert "made a first API key: it is in /data/keys/chat.key" in log
+        assert ("This image is made for cards (" in log) == (backend != "cpu")
         events = [json.loads(line)["event"] for line in log.splitlines() if line.startswith("{")]
         assert {"request", "answered"} <= set(events)
     finally:
