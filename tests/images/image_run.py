@@ -48,6 +48,26 @@ for _ in range(8):
 maps = pathlib.Path("/proc/self/maps").read_text().split()
 print(next(pathlib.Path(part).name for part in maps if "libggml-cpu-" in part))
 """
+# The server's compiled packages, likewise in one process: its modules, an encrypted store with a key in it, a grammar.
+SERVE_PARTS = """
+import importlib, pathlib, pkgutil
+import llguidance
+import appliance.serving
+from appliance import keys, store_key
+from appliance.store import Store
+
+modules = [each.name for each in pkgutil.walk_packages(appliance.serving.__path__, "appliance.serving.")]
+for name in modules:
+    importlib.import_module(name)
+key_file, path = pathlib.Path("/tmp/secret/store.key"), pathlib.Path("/tmp/data/store.sqlite")
+store_key.create(key_file, path)
+with Store.open(path, key_file) as store:
+    keys.create(store, "old", ["chat"])
+    assert len(keys.list_keys(store)) == 1
+assert not path.read_bytes().startswith(b"SQLite format 3")
+assert "properties" in llguidance.LLMatcher.grammar_from_json_schema('{"properties": {"a": {"type": "string"}}}')
+print(len(modules))
+"""
 
 
 def wait_until_ready(engine: ImageEngine, name: str, started: float) -> float:

@@ -15,7 +15,7 @@ import pytest
 
 from tests import tiny_gguf
 from tests.images.image_engine import ImageEngine
-from tests.images.image_run import COMPUTE, CONFINED, LIBRARIES, ask, wait_until_ready
+from tests.images.image_run import COMPUTE, CONFINED, LIBRARIES, SERVE_PARTS, ask, wait_until_ready
 from tests.images.image_table import Row
 
 pytestmark = pytest.mark.image
@@ -133,3 +133,5 @@ def test_cpu_image_computes_on_an_old_cpu(cpu: str, rows: dict[str, Row], engine
     assert there[-1] == OLD_CPUS[cpu]
     assert len(there) == 9
     assert there[:-1] == here[:-1]
+    parts = engine.run(*run, "/qemu", rows["cpu"].image, "-cpu", cpu, python, "-c", SERVE_PARTS).stdout
+    assert int(parts) > 50  # modules of the server, with every compiled package that they import
