@@ -1,7 +1,7 @@
 """What a dashboard shows, in our own words, and as Grafana's JSON: `grafana`.
 
 A panel that may have nothing to show says why: on a machine without a GPU, say. All others must show something
-(tests/deploy/test_dashboards.py asks a real Prometheus).
+(tests/deploy/test_prometheus.py asks a real Prometheus).
 """
 
 import dataclasses
