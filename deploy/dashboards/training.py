@@ -9,7 +9,7 @@ NOW = "and on (phase, instance) appliance_training_active == 1"
 TRAINING = Dashboard(
     uid="appliance-training",
     title="Appliance: training",
-    about="A training run, while it runs: `appliance train RECIPE --metrics-port 9465`.",
+    about="A training run, while it runs: compose's service `training`, or `appliance train RECIPE --metrics-port 9465`.",
     rows=(
         Row(
             title="Now",
