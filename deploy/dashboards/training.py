@@ -78,8 +78,9 @@ TRAINING = Dashboard(
                     title="GPU memory",
                     about="In use by anybody.",
                     unit="bytes",
-                    queries=(Query(expr=f"appliance_gpu_memory_used_bytes{{{AT}}}", legend="{{name}}"),),
-                    may_be_empty=NO_GPU,
+                    queries=(
+                        Query(expr=f"appliance_gpu_memory_used_bytes{{{AT}}}", legend="{{name}}", may_be_empty=NO_GPU),
+                    ),
                 ),
             ),
         ),

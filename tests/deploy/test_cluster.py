@@ -138,6 +138,18 @@ def test_adapters_query_is_one(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_documented_costs_are_those_of_the_manifests() -> None:
+    (container,) = resource("deployment.yaml")["spec"]["template"]["spec"]["containers"]
+    wanted, scaling = container["resources"]["requests"], resource("autoscaling.yaml")["spec"]
+    cores, memory = int(wanted["cpu"]), int(wanted["memory"].removesuffix("Gi"))
+    pods = [scaling["minReplicas"], scaling["maxReplicas"]]
+    sums = [f"{cores * each} and {memory * each} for the {each}" for each in pods]
+    text = (FOLDER.parent / "docs/scaling.md").read_text()
+    assert f"{cores} cores and {memory} GiB reserved for each pod: {sums[0]} that always run, {sums[1]} at most" in text
+    storage = resource("storage.yaml")["spec"]["resources"]["requests"]["storage"].removesuffix("Gi")
+    assert f"the claim's {storage} GiB once" in text
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_unit_is_confined() -> None:
     command = ["systemd-analyze", "security", "--offline=true", str(FOLDER / "systemd/appliance.service")]
