@@ -66,7 +66,7 @@ def rollback(root: Path) -> Artifact:
             raise ArtifactError(f"No model was promoted in {root} before the current one; there is nothing to go back to.")
         before = artifacts.load(root / history[-2].model)
         artifacts.check_files(before)
-        if [*history, *after] != _read(root):  # or one that is there twice would be linked by its first place
+        if [*history, *after] != _read(root):  # or a model that is there twice would be gone back to twice
             _write([*history, *after], root)
         _link(before.id, root)
     return before
