@@ -1,9 +1,10 @@
 """Which model is served: the symlink `artifacts/current`, switched atomically, and `promoted.json` beside it.
 
-Only a model with a verification report is promoted. `promoted.json` holds the models that were promoted, in that order, each
-once, with the serving settings of its recipe. It is written before the link is switched, so that whenever a machine loses
-its power, the link names a model that is whole and whose settings are known. What follows the linked model in the file was
-rolled back, or was never reached; the next promotion drops it.
+Only a model with a verification report is promoted. `promoted.json` holds the models that were promoted, in that order,
+with the serving settings of their recipes. It is written before the link is switched, so that whenever a machine loses its
+power, the link names a model that is whole and whose settings are known, and those before it are still there. What follows
+the linked model in the file was rolled back, or was never reached; the next promotion drops it. A model that is promoted
+again is there twice: the last place up to the linked model counts, which is the first one until the link is switched.
 """
 
 import contextlib
@@ -50,10 +51,7 @@ def promote(model: Artifact, report: Artifact, serve: Mapping[str, Any], root: P
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     this = Promotion(model=model.id, report=report.id, serve=dict(serve), promoted_at=now)
     with _locked(root):
-        kept = [each for each in _until_current(root) if each.model != model.id]
-        record = {"schema": SCHEMA, "promotions": [dataclasses.asdict(each) for each in (*kept, this)]}
-        artifacts.write_atomically(root / RECORD, json.dumps(record, indent=2) + "\n")
-        artifacts.flush(root)
+        _write([*_history(root)[0], this], root)
         _link(model.id, root)
 
 
@@ -63,11 +61,13 @@ def rollback(root: Path) -> Artifact:
     Raises `ArtifactError` when there is none, or when it is not whole any more; then nothing changes.
     """
     with _locked(root):
-        promotions = _until_current(root)
-        if len(promotions) < 2:
+        history, after = _history(root)
+        if len(history) < 2:
             raise ArtifactError(f"No model was promoted in {root} before the current one; there is nothing to go back to.")
-        before = artifacts.load(root / promotions[-2].model)
+        before = artifacts.load(root / history[-2].model)
         artifacts.check_files(before)
+        if [*history, *after] != _read(root):  # or a model that is there twice would be gone back to twice
+            _write([*history, *after], root)
         _link(before.id, root)
     return before
 
@@ -79,7 +79,8 @@ def current(root: Path) -> Artifact | None:
 
 def of(model: Artifact, root: Path) -> Promotion | None:
     """How `model` was promoted last; None when it never was."""
-    return next((each for each in _read(root) if each.model == model.id), None)
+    history, after = _history(root)
+    return next((each for each in (*history, *after) if each.model == model.id), None)
 
 
 def serve_settings(model: Artifact, root: Path) -> Mapping[str, Any]:
@@ -122,14 +123,26 @@ def _link(model_id: str, root: Path) -> None:
     artifacts.flush(root)
 
 
-def _until_current(root: Path) -> Sequence[Promotion]:
-    """What was promoted, up to the model that is linked."""
-    promotions = _read(root)
-    if not (root / CURRENT).is_symlink():
-        return []
-    linked = (root / CURRENT).readlink().as_posix()
-    ids = [each.model for each in promotions]
-    return promotions[: ids.index(linked) + 1] if linked in ids else []
+def _write(promotions: Sequence[Promotion], root: Path) -> None:
+    record = {"schema": SCHEMA, "promotions": [dataclasses.asdict(each) for each in promotions]}
+    artifacts.write_atomically(root / RECORD, json.dumps(record, indent=2) + "\n")
+    artifacts.flush(root)
+
+
+def _history(root: Path) -> tuple[Sequence[Promotion], Sequence[Promotion]]:
+    """What was promoted up to the model that is linked, each once; and what follows that and is not among them."""
+    linked = (root / CURRENT).readlink().as_posix() if (root / CURRENT).is_symlink() else None
+    promotions = _read(root)  # after the link, for whatever is linked was recorded before
+    places = [place for place, each in enumerate(promotions) if each.model == linked]
+    end = places[-1] + 1 if places else 0
+    history, after = _last_of_each(promotions[:end]), _last_of_each(promotions[end:])
+    known = {each.model for each in history}
+    return history, [each for each in after if each.model not in known]
+
+
+def _last_of_each(promotions: Sequence[Promotion]) -> Sequence[Promotion]:
+    last = {each.model: place for place, each in enumerate(promotions)}
+    return [each for place, each in enumerate(promotions) if last[each.model] == place]
 
 
 def _read(root: Path) -> Sequence[Promotion]:

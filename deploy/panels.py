@@ -1,7 +1,7 @@
 """What a dashboard shows, in our own words, and as Grafana's JSON: `grafana`.
 
-A panel that may have nothing to show says why: on a machine without a GPU, say. All others must show something
-(tests/deploy/test_dashboards.py asks a real Prometheus).
+A query that may have nothing to show says why: on a machine without a GPU, say. All others must show something
+(tests/deploy/test_prometheus.py asks a real Prometheus).
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ class Query:
 
     expr: str
     legend: str = ""
+    may_be_empty: str | None = None  # why
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,10 @@ class Panel:
     highest: float | None = None
     bad: float | None = None
     is_low_bad: bool = False
-    may_be_empty: str | None = None  # why
+
+    @property
+    def why_empty(self) -> str:
+        return "; ".join(dict.fromkeys(query.may_be_empty for query in self.queries if query.may_be_empty))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,4 +147,4 @@ def _target(query: Query) -> prometheus.Dataquery:
 
 
 def _about(panel: Panel) -> str:
-    return panel.about if panel.may_be_empty is None else f"{panel.about} Empty: {panel.may_be_empty}."
+    return f"{panel.about} Empty: {panel.why_empty}." if panel.why_empty else panel.about

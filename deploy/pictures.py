@@ -54,7 +54,7 @@ def _draw_panel(place: Axes, panel: Panel, history: History) -> None:
         place.grid(alpha=0.3)
         place.legend(fontsize=6, loc="upper left")
     else:
-        place.text(0.5, 0.5, f"empty: {panel.may_be_empty}", ha="center", va="center", fontsize=7, transform=place.transAxes)
+        place.text(0.5, 0.5, f"empty: {panel.why_empty}", ha="center", va="center", fontsize=7, transform=place.transAxes)
 
 
 def _legend(query: Query, series: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Which model is served: only a verified one, with its settings, and the one before it when it is rolled back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from appliance import artifacts, promotion
 from appliance.artifacts import Artifact, Plan
 from appliance.errors import ArtifactError, VerificationFailed
+from tests import killed
 from tests.running import call
 
 
@@ -103,6 +105,26 @@ def test_model_that_is_promoted_again_counts_once(root: Path) -> None:
     assert served(root) == ("b", {"slots": 3})
     with pytest.raises(ArtifactError, match="nothing to go back to"):
         promotion.rollback(root)
+
+
+def test_promotion_of_an_older_model_killed_at_any_moment_loses_no_history(root: Path, tmp_path: Path) -> None:
+    old = promoted(root, "a", slots=1)
+    promoted(root, "b", slots=2)
+    report = promotion.report_on(old, root)
+    before = tmp_path / "before"
+    shutil.copytree(root, before, symlinks=True)
+    seen = []
+    for _ in killed.moments(root, lambda: promotion.promote(old, report, {"slots": 3}, root)):
+        found = served(root)
+        assert found in (("b", {"slots": 2}), ("a", {"slots": 3}))
+        promotion.rollback(root)
+        assert served(root) == (("a", {"slots": 1}) if found[0] == "b" else ("b", {"slots": 2}))
+        seen.append(found[0])
+        shutil.rmtree(root)
+        shutil.copytree(before, root, symlinks=True)
+    assert len(seen) > 5
+    assert set(seen) == {"a", "b"}
+    assert served(root) == ("a", {"slots": 3})
 
 
 def test_rollback_to_what_is_not_whole_changes_nothing(root: Path) -> None:

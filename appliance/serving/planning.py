@@ -29,7 +29,7 @@ raise SystemExit(not library.c.llama_supports_gpu_offload())
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Planner:
-    """`explicit` names the settings that a person set, `folder` is where snapshots are kept.
+    """`explicit` names the settings that a person set, `folder` is where snapshots are kept, if it can be written to.
 
     `tuned` is a file of tuned settings that counts before those that lie beside the models. `machine` is what to plan for
     instead of this machine as it is at the moment.
@@ -106,16 +106,22 @@ class Planner:
         return (named, beside)
 
     def _snapshot_folder(self, serve: Serve) -> tuple[str | None, str]:
-        """The folder, private and made; or None and why not: a read-only disk is no reason not to serve."""
-        folder = (self.folder / SNAPSHOTS).absolute()
+        """The folder, private and made, and what is to be said about it; None where none can be written to.
+
+        A read-only disk is no reason not to serve: artifacts may be mounted so, and then the cache has what is kept.
+        """
         if serve.snapshot_mib == 0:
             return None, ""
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)
-        except OSError as error:
-            return None, f"snapshot_mib: no prefixes are kept on disk; {folder} cannot be used ({error.strerror})."
-        return str(folder), ""
+        refused = []
+        for folder in dict.fromkeys((each / SNAPSHOTS).absolute() for each in (self.folder, config.cache_root())):
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                folder.chmod(0o700)
+            except OSError as error:
+                refused.append(f"{folder} cannot be used ({error.strerror})")
+            else:
+                return str(folder), f"snapshot_mib: prefixes are kept in {folder}; {refused[0]}." if refused else ""
+        return None, f"snapshot_mib: no prefixes are kept on disk; {', and '.join(refused)}."
 
 
 @functools.cache

@@ -53,9 +53,9 @@ HARDWARE = Dashboard(
                             # The machine's figure, whichever of its processes tells it.
                             expr=f"max by (resource, share) (rate(appliance_pressure_seconds_total{{{AT}}}[{RATE}]))",
                             legend="{{resource}} {{share}}",
+                            may_be_empty="a kernel without pressure stall information",
                         ),
                     ),
-                    may_be_empty="a kernel without pressure stall information",
                 ),
                 Panel(
                     title="Disk",
@@ -121,9 +121,9 @@ HARDWARE = Dashboard(
                                 rate("appliance_speculation_drafted_tokens_total", "model"),
                             ),
                             legend="{{model}}",
+                            may_be_empty="nothing was guessed",
                         ),
                     ),
-                    may_be_empty="nothing was guessed",
                 ),
             ),
         ),
@@ -140,34 +140,42 @@ HARDWARE = Dashboard(
                     about="Share of time for which the container's CPU quota stopped it.",
                     unit="percentunit",
                     queries=(
-                        Query(expr=rate("appliance_cgroup_cpu_throttled_seconds_total", "instance"), legend="{{instance}}"),
+                        Query(
+                            expr=rate("appliance_cgroup_cpu_throttled_seconds_total", "instance"),
+                            legend="{{instance}}",
+                            may_be_empty="no container with a CPU quota",
+                        ),
                     ),
-                    may_be_empty="no container with a CPU quota",
                 ),
                 Panel(
                     title="Clock",
                     about="It falls when the machine is hot, or saves power.",
                     unit="hertz",
-                    queries=(Query(expr=f"appliance_cpu_frequency_hertz{{{AT}}}", legend="CPU {{cpu}}"),),
-                    may_be_empty=NO_SENSOR,
+                    queries=(
+                        Query(expr=f"appliance_cpu_frequency_hertz{{{AT}}}", legend="CPU {{cpu}}", may_be_empty=NO_SENSOR),
+                    ),
                 ),
                 Panel(
                     title="Temperature",
                     about="Above 90 °C most processors slow down.",
                     unit="celsius",
                     queries=(
-                        Query(expr=f"appliance_temperature_celsius{{{AT}}}", legend="{{type}} {{zone}}"),
-                        Query(expr=f"appliance_gpu_temperature_celsius{{{AT}}}", legend="{{name}}"),
+                        Query(
+                            expr=f"appliance_temperature_celsius{{{AT}}}", legend="{{type}} {{zone}}", may_be_empty=NO_SENSOR
+                        ),
+                        Query(expr=f"appliance_gpu_temperature_celsius{{{AT}}}", legend="{{name}}", may_be_empty=NO_GPU),
                     ),
-                    may_be_empty=NO_SENSOR,
                 ),
                 Panel(
                     title="Slowed down by heat",
                     about="Times in an hour.",
                     queries=(
-                        Query(expr=f"increase(appliance_cpu_thermal_throttles_total{{{AT}}}[1h])", legend="CPU {{cpu}}"),
+                        Query(
+                            expr=f"increase(appliance_cpu_thermal_throttles_total{{{AT}}}[1h])",
+                            legend="CPU {{cpu}}",
+                            may_be_empty=NO_SENSOR,
+                        ),
                     ),
-                    may_be_empty=NO_SENSOR,
                 ),
                 Panel(
                     title="GPU",
@@ -178,10 +186,12 @@ HARDWARE = Dashboard(
                         Query(
                             expr=f"appliance_gpu_memory_used_bytes{{{AT}}} / appliance_gpu_memory_total_bytes{{{AT}}}",
                             legend="{{name}} memory",
+                            may_be_empty=NO_GPU,
                         ),
-                        Query(expr=f"appliance_gpu_utilisation_ratio{{{AT}}}", legend="{{name}} computing"),
+                        Query(
+                            expr=f"appliance_gpu_utilisation_ratio{{{AT}}}", legend="{{name}} computing", may_be_empty=NO_GPU
+                        ),
                     ),
-                    may_be_empty=NO_GPU,
                 ),
             ),
         ),

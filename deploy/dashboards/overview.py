@@ -121,8 +121,13 @@ OVERVIEW = Dashboard(
                     title="Refused at the door",
                     about="By reason. queue_full: asked too much of it; unauthorized: a wrong key, or somebody guessing.",
                     unit="reqps",
-                    queries=(Query(expr=f"{rate('appliance_rejections_total', 'reason')} > 0", legend="{{reason}}"),),
-                    may_be_empty="nobody was refused",
+                    queries=(
+                        Query(
+                            expr=f"{rate('appliance_rejections_total', 'reason')} > 0",
+                            legend="{{reason}}",
+                            may_be_empty="nobody was refused",
+                        ),
+                    ),
                 ),
                 Panel(
                     title="Tokens",
@@ -144,8 +149,13 @@ OVERVIEW = Dashboard(
                 Panel(
                     title="Failures",
                     about="Requests a minute that failed after they were accepted, by error code.",
-                    queries=(Query(expr=f"60 * {rate('appliance_failures_total', 'code')}", legend="{{code}}"),),
-                    may_be_empty="nothing has failed yet",
+                    queries=(
+                        Query(
+                            expr=f"60 * {rate('appliance_failures_total', 'code')}",
+                            legend="{{code}}",
+                            may_be_empty="nothing has failed yet",
+                        ),
+                    ),
                 ),
                 Panel(
                     title="Engine restarts",

@@ -9,7 +9,7 @@ NOW = "and on (phase, instance) appliance_training_active == 1"
 TRAINING = Dashboard(
     uid="appliance-training",
     title="Appliance: training",
-    about="A training run, while it runs: `appliance train RECIPE --metrics-port 9465`.",
+    about="A training run, while it runs: compose's service `training`, or `appliance train RECIPE --metrics-port 9465`.",
     rows=(
         Row(
             title="Now",
@@ -78,8 +78,9 @@ TRAINING = Dashboard(
                     title="GPU memory",
                     about="In use by anybody.",
                     unit="bytes",
-                    queries=(Query(expr=f"appliance_gpu_memory_used_bytes{{{AT}}}", legend="{{name}}"),),
-                    may_be_empty=NO_GPU,
+                    queries=(
+                        Query(expr=f"appliance_gpu_memory_used_bytes{{{AT}}}", legend="{{name}}", may_be_empty=NO_GPU),
+                    ),
                 ),
             ),
         ),

@@ -23,23 +23,33 @@ TRUTH = Dashboard(
                             expr=share(
                                 f"sum(rate(appliance_abstentions_total{{{AT}}}[{RATE}]))",
                                 f"sum(rate(appliance_requests_total{{{AT}}}[{RATE}]))",
-                            )
+                            ),
+                            may_be_empty=LATER,
                         ),
                     ),
-                    may_be_empty=LATER,
                 ),
                 Panel(
                     title="Held by its sources",
                     about="Sentences by verdict: supported, contradicted, not found.",
                     unit="cps",
-                    queries=(Query(expr=rate("appliance_groundedness_verdicts_total", "verdict"), legend="{{verdict}}"),),
-                    may_be_empty=LATER,
+                    queries=(
+                        Query(
+                            expr=rate("appliance_groundedness_verdicts_total", "verdict"),
+                            legend="{{verdict}}",
+                            may_be_empty=LATER,
+                        ),
+                    ),
                 ),
                 Panel(
                     title="Handed to a person",
                     about="Questions a minute that went to the desk, by reason.",
-                    queries=(Query(expr=f"60 * {rate('appliance_handoffs_total', 'reason')}", legend="{{reason}}"),),
-                    may_be_empty=LATER,
+                    queries=(
+                        Query(
+                            expr=f"60 * {rate('appliance_handoffs_total', 'reason')}",
+                            legend="{{reason}}",
+                            may_be_empty=LATER,
+                        ),
+                    ),
                 ),
             ),
         ),

@@ -3,6 +3,7 @@
 A stand-in base proves stages, files, users and the server; it does not prove CUDA or ROCm, which the table says.
 """
 
+import json
 import re
 import tarfile
 
@@ -55,6 +56,19 @@ def test_nothing_of_the_build_stays(backend: str, rows: dict[str, Row]) -> None:
         r"\.(key|pem)$(?<!cacert\.pem)",
     ):
         assert [name for name in names if re.search(pattern, name)] == [], pattern
+
+
+@pytest.mark.parametrize(
+    ("name", "python"), [*((each, "llama-cpp-python") for each in (*BACKENDS, "cpu-train")), ("cpu-train", "torch")]
+)
+def test_bills_of_material_name_what_computes(name: str, python: str, rows: dict[str, Row], engine: ImageEngine) -> None:
+    """The engine, which is compiled here and comes from no index, and the library of the distribution that it runs on."""
+    for file, wanted in (("python", python), ("system", "libgomp1")):
+        bill = f"/opt/sbom/{file}.cdx.json"
+        shown = engine.run("podman", "run", "--rm", "--network", "none", "--entrypoint", "cat", rows[name].image, bill)
+        components = json.loads(shown.stdout)["components"]
+        found = {re.sub(r"[-_.]+", "-", each["name"]).lower(): each.get("version") for each in components}
+        assert found.get(wanted), f"{bill} names no version of {wanted}"
 
 
 def test_cpu_image_is_small(rows: dict[str, Row]) -> None:

@@ -43,6 +43,25 @@ def test_a_prefix_is_loaded_and_not_read_after_a_kill(tmp_path: Path, root: Path
         assert server.stop() == 0
 
 
+def test_prefixes_are_kept_in_the_cache_where_artifacts_are_only_read(tmp_path: Path, root: Path) -> None:
+    root.mkdir()
+    (root / "snapshots").write_text("")  # in the way as a read-only disk would be, for root too
+    model, cache = tiny_gguf.write(tmp_path / "tiny.gguf"), tmp_path / "cache"
+    environ = {**ENVIRON, "APPLIANCE_CACHE": str(cache)}
+    for number in range(2):
+        with running_server(model, root=root, environ=environ) as server:
+            assert ask(server)[1] > 0
+            until(lambda: files(cache))
+            read = server.metric("appliance_prompt_tokens_total", source="computed")
+            assert (read < len(SYSTEM.split())) == bool(number)  # the second has it from the file
+            assert server.stop() == 0
+            assert any(f"prefixes are kept in {cache}" in line for line in server.errors)
+    cache.joinpath("more").write_text("")
+    with running_server(model, root=root, environ={**ENVIRON, "APPLIANCE_CACHE": str(cache / "more")}) as server:
+        assert server.stop() == 0
+        assert any("no prefixes are kept on disk" in line for line in server.errors)
+
+
 def test_a_damaged_prefix_is_read_again(tmp_path: Path, root: Path) -> None:
     root.mkdir()
     model = tiny_gguf.write(tmp_path / "tiny.gguf")

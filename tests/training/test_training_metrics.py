@@ -1,6 +1,9 @@
 """What Prometheus sees of a training run."""
 
+import contextlib
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -11,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from appliance.errors import EnvironmentIncomplete
 from appliance.training import metrics
 from tests import tiny_recipe
-from tests.running import start
+from tests.running import environment, start
 
 
 def scrape(port: int) -> dict[tuple[str, str], float]:
@@ -82,3 +85,18 @@ def test_a_run_can_be_scraped(tmp_path: Path, root: Path) -> None:
     assert steps[-1] > 0
     assert seen[-1]["appliance_training_tokens_total", "starter"] > 0
     assert seen[-1]["appliance_training_loss", "starter"] > 0
+
+
+def test_the_whole_path_can_be_scraped_as_compose_asks(tmp_path: Path, root: Path) -> None:
+    """`appliance run` hands the environment to each `appliance train` that it starts."""
+    recipe, port = tiny_recipe.write(tmp_path / "recipe"), free_port()
+    asked = {"APPLIANCE_METRICS_HOST": "127.0.0.1", "APPLIANCE_METRICS_PORT": str(port)}
+    command = [sys.executable, "-m", "appliance", "run", str(recipe), "--set", "starter.epochs=100000"]
+    with subprocess.Popen(command, env={**environment(root), **asked}, stdout=subprocess.DEVNULL) as process:
+        found: dict[tuple[str, str], float] = {}
+        while ("appliance_training_loss", "starter") not in found:
+            assert process.poll() is None
+            time.sleep(0.05)
+            with contextlib.suppress(OSError):  # not yet
+                found = scrape(port)
+        process.terminate()
