@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance import first_keys, keys, store_key
+from appliance import config, first_keys, keys, store_key
 from appliance.errors import NotAuthenticated
 from appliance.store import Store
 from tests import killed, tiny_gguf
@@ -41,6 +41,19 @@ def test_what_an_operator_has_made_is_enough(scope: keys.Scope, names: list[str]
     with Store.open(store, key_file) as opened:
         keys.revoke(opened, keys.create(opened, "mine", [scope])[0].id)
     assert [path.name for path in first_keys.make(tmp_path / "keys", store, key_file)] == names
+
+
+def test_asking_finds_the_key_that_was_made_for_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the artifacts, where a container that `make serve` started left it, or where it was said."""
+    monkeypatch.delenv("APPLIANCE_MAKE_KEYS", raising=False)
+    assert first_keys.for_asking() is None
+    first_keys.make(config.first_keys_folder(), config.store_file(), config.store_key_file())
+    key = (root.parent / "keys/chat.key").read_text().strip()
+    assert first_keys.for_asking() == key
+    monkeypatch.setenv("APPLIANCE_MAKE_KEYS", str(root.parent / "elsewhere"))
+    assert first_keys.for_asking() is None
+    shutil.move(root.parent / "keys", root.parent / "elsewhere")
+    assert first_keys.for_asking() == key
 
 
 def test_interrupted_at_any_moment_it_is_made_whole_the_next_time(tmp_path: Path) -> None:
