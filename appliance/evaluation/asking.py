@@ -87,7 +87,7 @@ def _server() -> Iterator[str]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
         process.kill()
-        process.wait()
+        process.communicate()  # and closes what it wrote to
 
 
 def _samples(exposition: str) -> dict[str, float]:
