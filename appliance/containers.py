@@ -26,7 +26,7 @@ TRAINING_TMP = ("--read-only", "--tmpfs", "/tmp:size=2g,exec", "--cap-drop", "AL
 PORT = 8080
 COMMANDS = {"train": "run", "serve": "serve"}  # training ends in a model that can be served: converted, verified, promoted
 PREPARE = "prepare"
-MODES = {"home": 0o700, "leases": 0o700}  # others than Prometheus' user, who reads a key, have no business in any of them
+MODES = {"keys": 0o755, "home": 0o700}  # Prometheus' user reads a key of his own
 QUESTION_SECONDS = 20.0
 
 
@@ -153,7 +153,8 @@ def prepare(verb: str) -> None:
     for name, folder in container_files.folders(verb).items():
         if not folder.exists():
             folder.mkdir(parents=True)
-            folder.chmod(MODES.get(name, 0o755))  # whatever the umask
+            if name in MODES:
+                folder.chmod(MODES[name])  # whatever the umask
     if verb == "serve":
         store_key.create(config.store_key_file(), config.store_file())
 

@@ -211,11 +211,12 @@ def test_keys_stay_out_of_the_repository(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "/keys/" in (REPOSITORY / ".gitignore").read_text().splitlines()
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_what_an_engine_would_make_as_roots_is_made_before(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    umask: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("APPLIANCE_KEY_FILE", str(tmp_path / "config/edge-appliance/store.key"))
-    before = os.umask(0o022)
+    before = os.umask(umask)
     try:
         containers.prepare("serve")
     finally:
@@ -223,7 +224,7 @@ def test_what_an_engine_would_make_as_roots_is_made_before(
     folder = tmp_path / "config/edge-appliance"
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "store.key", root.parent / "keys")]
     assert modes == [0o700, 0o600, 0o755]
-    assert root.is_dir()
+    assert stat.S_IMODE(root.stat().st_mode) == 0o777 & ~umask
     assert config.lease_folder().is_dir()
 
 
