@@ -84,7 +84,12 @@ def lease(index: int, purpose: str, folder: Path | None = None) -> Iterator[None
 def _open(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(FileExistsError):
+            made = os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            writers = path.parent.stat().st_mode & 0o022  # whoever may make a lease there may take this one
+            os.fchmod(made, 0o600 | writers | writers << 1)
+            os.close(made)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise EnvironmentIncomplete(
             f"The lease of GPU {path.stem}, {path}, cannot be written by user {os.getuid()} ({error.strerror}), and without "

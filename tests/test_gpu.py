@@ -1,5 +1,7 @@
 """GPUs from drivers that are played by files and objects, and the lease that two processes cannot both have."""
 
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +173,21 @@ def test_the_lease_lies_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("APPLIANCE_LEASES", str(tmp_path / "shared"))
     with lease(0, "serving"):
         assert (tmp_path / "shared/0.lease").exists()
+
+
+@pytest.mark.parametrize(("folder_mode", "mode"), [(0o700, 0o600), (0o755, 0o600), (0o775, 0o660), (0o1777, 0o666)])
+def test_whoever_may_write_the_folder_may_take_the_lease(folder_mode: int, mode: int, tmp_path: Path) -> None:
+    """A server of the system's and a person who trains share one; the leases of a person are nobody else's."""
+    folder = tmp_path / "leases"
+    folder.mkdir()
+    folder.chmod(folder_mode)
+    before = os.umask(0o077)
+    try:
+        with lease(0, "serving", folder):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((folder / "0.lease").stat().st_mode) == mode
 
 
 def test_lease_that_cannot_be_written_is_said_with_its_remedy(tmp_path: Path) -> None:
