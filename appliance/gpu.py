@@ -55,6 +55,13 @@ def gpus(drm: Path = DRM, nvml: Any = None, host: gpu_access.Host = gpu_access.T
     return [*_nvidia(nvml), *_amd(drm, gpu_access.amd_architectures(host))]
 
 
+def number_of(index: int, environ: Mapping[str, str]) -> int:
+    """The number of a process's card among all of the machine's; the same where its variable names cards otherwise."""
+    visible = environ.get("HIP_VISIBLE_DEVICES") or environ.get("CUDA_VISIBLE_DEVICES") or ""
+    named = [each.strip() for each in visible.split(",")]
+    return int(named[index]) if index < len(named) and named[index].isdigit() else index
+
+
 @contextlib.contextmanager
 def lease(index: int, purpose: str, folder: Path | None = None) -> Iterator[None]:
     """Holds a card for this process until the block or the process ends, however it ends.

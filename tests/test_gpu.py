@@ -175,6 +175,21 @@ def test_the_lease_lies_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert (tmp_path / "shared/0.lease").exists()
 
 
+@pytest.mark.parametrize(
+    ("environ", "number"),
+    [
+        ({}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, 3),
+        ({"HIP_VISIBLE_DEVICES": "5, 4", "CUDA_VISIBLE_DEVICES": "0"}, 4),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937,MIG-5"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, 1),
+    ],
+)
+def test_card_is_counted_among_all_that_there_are(environ: dict[str, str], number: int) -> None:
+    """Two trainings, each on the card that its variable names, do not hold the same one."""
+    assert gpu.number_of(1, environ) == number
+
+
 @pytest.mark.parametrize(("folder_mode", "mode"), [(0o700, 0o600), (0o755, 0o600), (0o775, 0o660), (0o1777, 0o666)])
 def test_whoever_may_write_the_folder_may_take_the_lease(folder_mode: int, mode: int, tmp_path: Path) -> None:
     """A server of the system's and a person who trains share one; the leases of a person are nobody else's."""

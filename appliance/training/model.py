@@ -5,6 +5,7 @@ The only file of this package that calls transformers' loaders, and translates t
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def gpu_lease() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _leased(index: int) -> Iterator[None]:
-    with gpu.lease(index, "training"):
+    with gpu.lease(gpu.number_of(index, os.environ), "training"):
         _compute_on(f"cuda:{index}")
         yield
 
