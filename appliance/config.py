@@ -53,6 +53,21 @@ def cache_root() -> Path:
     return Path(os.environ.get("APPLIANCE_CACHE", f"{base}/edge-appliance"))
 
 
+def lease_folder() -> Path:
+    """Where leases of cards lie, for all who share the cards: `APPLIANCE_LEASES`, else `gpu` in the cache."""
+    return Path(os.environ.get("APPLIANCE_LEASES") or cache_root() / "gpu")
+
+
+def converter_root() -> Path:
+    """Where the converter to GGUF lies: `APPLIANCE_CONVERTER`, as an image has it, else the cache."""
+    return Path(os.environ.get("APPLIANCE_CONVERTER") or cache_root())
+
+
+def first_keys_folder() -> Path:
+    """Where `make serve` leaves keys and `appliance chat` looks: `APPLIANCE_MAKE_KEYS`, else `keys` beside the artifacts."""
+    return Path(os.environ.get("APPLIANCE_MAKE_KEYS") or artifacts_root().resolve().parent / "keys")
+
+
 def quiet_environment() -> dict[str, str]:
     """The environment for subprocesses: no telemetry, no hub access, no tokenizer threads after a fork."""
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "1"}

@@ -3,7 +3,7 @@
     python3 -m appliance.containers serve|train [ARGUMENTS]
 
 ENGINE=docker|podman|none and BACKEND=cpu|cuda|rocm choose; otherwise both are detected. The container gets the caller's user
-and the caller's folders, and nothing else. Only the standard library: it runs before anything is installed.
+and what `container_files.py` says, and nothing else. Only the standard library: it runs before anything is installed.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from appliance import config, gpu_access
+from appliance import config, container_files, gpu_access, store_key
 from appliance.errors import ApplianceError, EnvironmentIncomplete, RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +25,8 @@ CONFINED = ("--read-only", "--tmpfs", "/tmp:size=64m", "--cap-drop", "ALL", "--s
 TRAINING_TMP = ("--read-only", "--tmpfs", "/tmp:size=2g,exec", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 PORT = 8080
 COMMANDS = {"train": "run", "serve": "serve"}  # training ends in a model that can be served: converted, verified, promoted
+PREPARE = "prepare"
+MODES = {"keys": 0o755, "home": 0o700}  # Prometheus' user reads a key of his own
 QUESTION_SECONDS = 20.0
 
 
@@ -51,9 +53,9 @@ def image(backend: str, target: str) -> str:
     return f"edge-appliance:{backend}{'-train' if target == 'train' else ''}"
 
 
-def place(environ: Mapping[str, str], verb: str) -> Place:
+def place(environ: Mapping[str, str], verb: str, host: gpu_access.Host = gpu_access.THIS_HOST) -> Place:
     """Raises `EnvironmentIncomplete` when the engine that was asked for cannot be used, or has no image."""
-    wanted = image(backend(environ), verb)
+    wanted = image(backend(environ, host), verb)
     asked = environ.get("ENGINE")
     if asked == "none":
         return Place(engine=None, image=wanted, why="ENGINE=none")
@@ -62,7 +64,7 @@ def place(environ: Mapping[str, str], verb: str) -> Place:
     candidates = [asked] if asked else [name for name in ENGINES if shutil.which(name)]
     reasons = []
     for engine in candidates:
-        reason = _unusable(engine, wanted)
+        reason = _unusable(engine, wanted, host)
         if reason is None:
             return Place(engine=engine, image=wanted)
         reasons.append(reason)
@@ -72,26 +74,25 @@ def place(environ: Mapping[str, str], verb: str) -> Place:
 
 
 def command(verb: str, where: Place, arguments: Sequence[str], host: gpu_access.Host = gpu_access.THIS_HOST) -> list[str]:
-    """What is to be executed. A recipe among the arguments of `train` is mounted with its folder, for reading."""
+    """What is to be executed. Files that arguments name are mounted for reading, a recipe with its folder."""
     if where.engine is None:
         return [str(ROOT / ".venv/bin/appliance"), COMMANDS[verb], *arguments]
-    inside = list(arguments)
-    mounts = [f"{folder}:/data/{name}" for name, folder in folders().items()]
     options = ["--rm", "--interactive", *(TRAINING_TMP if verb == "train" else CONFINED)]
+    after: list[str] = []
     if verb == "train":
         options += ["--network", "none"]
-        for position, argument in enumerate(arguments):
-            if argument.endswith(".toml"):
-                recipe = Path(argument).resolve()
-                mounts.append(f"{recipe.parent}:/recipe:ro")
-                inside[position] = f"/recipe/{recipe.name}"
     else:
-        inside, told = _taken_out(inside, ("--host", "--port"))
-        options += ["--publish", f"{told.get('--host', '127.0.0.1')}:{told.get('--port', PORT)}:{PORT}"]
-        inside += ["--host", "0.0.0.0", "--port", str(PORT)]  # of the container, which publishes what was asked for
-    options += ["--user", f"{os.getuid()}:{os.getgid()}", *access(where.image, host)]
-    volumes = [part for mount in mounts for part in ("--volume", mount)]
-    return [where.engine, "run", *options, *volumes, where.image, COMMANDS[verb], *inside]
+        arguments, told = _taken_out(arguments, ("--host", "--port"))
+        address = told.get("--host") or os.environ.get("APPLIANCE_SERVE_HOST", "127.0.0.1")
+        options += ["--publish", f"{address}:{told.get('--port') or os.environ.get('APPLIANCE_SERVE_PORT', PORT)}:{PORT}"]
+        after = ["--host", "0.0.0.0", "--port", str(PORT)]  # of the container, which publishes what was asked for
+    files = container_files.CallersFiles(verb)
+    inside = [*map(files.word, arguments), *after]
+    files.pass_on(os.environ)
+    rootless = is_rootless(where.engine)
+    options += ["--user", f"{os.getuid()}:{os.getgid()}", *(["--userns", "keep-id"] if rootless else [])]
+    options += [*access(where.engine, where.image, host, rootless=rootless), *files.options()]
+    return [where.engine, "run", *options, where.image, COMMANDS[verb], *inside]
 
 
 def _taken_out(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -107,19 +108,18 @@ def _taken_out(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str
     return left, told
 
 
-def folders() -> Mapping[str, Path]:
-    """The caller's, by their names inside: models with the store, the files with the first keys, the store's key."""
-    root = config.artifacts_root().resolve()
-    return {"artifacts": root, "keys": root.parent / "keys", "secret": config.store_key_file().resolve().parent}
+def is_rootless(engine: str) -> bool:
+    """Podman as an ordinary user, who would be another one inside without `keep-id`; docker's daemon is root's."""
+    return engine == "podman" and os.getuid() != 0
 
 
-def access(image: str, host: gpu_access.Host = gpu_access.THIS_HOST) -> Sequence[str]:
-    """The cards, and for AMD the numbers of the groups that own them on this host."""
+def access(engine: str, image: str, host: gpu_access.Host, *, rootless: bool) -> Sequence[str]:
+    """The cards, and for AMD the groups that own them on this host: by number, or where rootless as the caller's own."""
     kind = image.partition(":")[2]
     if kind.startswith("cuda"):
-        return ["--gpus", "all"]
+        return gpu_access.NVIDIA_IN_PODMAN if engine == "podman" else gpu_access.NVIDIA_IN_DOCKER
     if kind.startswith("rocm"):
-        numbers = gpu_access.groups(host)
+        numbers = ["keep-groups"] if rootless else gpu_access.groups(host)
         return [
             "--device",
             "/dev/kfd",
@@ -131,10 +131,32 @@ def access(image: str, host: gpu_access.Host = gpu_access.THIS_HOST) -> Sequence
 
 
 def detached(engine: str, kind: str, host: gpu_access.Host = gpu_access.THIS_HOST) -> str:
-    """The line for a person that starts a server which stays, with the folders it needs."""
+    """The line for a person that starts a server which stays, with what it needs of the caller's made before."""
     run = command("serve", Place(engine=engine, image=image(kind, "serve")), [], host)
     staying = ["--detach" if part == "--interactive" else part for part in run if part != "--rm"]
-    return f"mkdir -p {shlex.join(map(str, folders().values()))} && {shlex.join(staying)}"
+    before = [["cd", str(Path.cwd())], [sys.executable, "-m", "appliance.containers", PREPARE]]
+    return " && ".join(map(shlex.join, (*before, staying)))
+
+
+def with_volume(host: gpu_access.Host, compiled: str | None) -> str:
+    """The same for whoever is inside a container and does not see the host's folders: with a volume of the engine's."""
+    engine = "podman" if host.is_podman else "docker"
+    kind = "cpu" if compiled is None else "rocm" if "gfx" in compiled else "cuda"
+    tag = image(kind, "serve")
+    options = ["--detach", *CONFINED, "--publish", f"127.0.0.1:{PORT}:{PORT}", "--volume", "appliance:/data"]
+    cards = access(engine, tag, host, rootless=gpu_access.UNMAPPED_GROUP in gpu_access.groups(host))
+    return shlex.join([engine, "run", *options, *cards, tag])
+
+
+def prepare(verb: str) -> None:
+    """Makes what the container gets of the caller's, which an engine would make as root's. Raises as `store_key.create`."""
+    for name, folder in container_files.folders(verb).items():
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            if name in MODES:
+                folder.chmod(MODES[name])  # whatever the umask
+    if verb == "serve":
+        store_key.create(config.store_key_file(), config.store_file())
 
 
 def unanswering(engine: str) -> str | None:
@@ -147,7 +169,7 @@ def unanswering(engine: str) -> str | None:
     return f"{engine} does not answer (is its daemon running, and may you use it?)" if asked else None
 
 
-def _unusable(engine: str, image: str) -> str | None:
+def _unusable(engine: str, image: str, host: gpu_access.Host) -> str | None:
     """Why; None when it can run the image."""
     if reason := unanswering(engine):
         return reason
@@ -155,6 +177,8 @@ def _unusable(engine: str, image: str) -> str | None:
     build = f"make image-{backend_name}{' TARGET=train' if kind else ''}"
     if _asked(engine, "image", "inspect", image) != 0:
         return f"{engine} has no image {image}; `{build}` makes it"
+    if engine == "podman" and backend_name == "cuda" and (problem := gpu_access.podman_problem(host)):
+        return str(problem).rstrip(".")
     return None
 
 
@@ -169,7 +193,12 @@ def _asked(engine: str, *question: str) -> int | None:
 def main(arguments: Sequence[str]) -> int:
     verb, rest = arguments[0], arguments[1:]
     try:
+        if verb == PREPARE:
+            prepare("serve")
+            return 0
         where = place(os.environ, verb)
+        if where.engine is not None:
+            prepare(verb)
     except ApplianceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -179,10 +208,11 @@ def main(arguments: Sequence[str]) -> int:
         setup = subprocess.run([sys.executable, "-m", "appliance.setup"], cwd=ROOT)
         if setup.returncode:
             return setup.returncode
-    else:
-        for folder in folders().values():
-            folder.mkdir(parents=True, exist_ok=True)
     print(shlex.join(chosen), file=sys.stderr, flush=True)
+    if where.engine is not None and verb == "serve":
+        folder = container_files.folders(verb)["keys"]
+        said = f"The first start makes API keys. /data/keys in there is {folder} here: `make chat` finds {folder}/chat.key"
+        print(said, file=sys.stderr, flush=True)
     os.execvp(chosen[0], chosen)
     raise AssertionError  # an exec does not return
 

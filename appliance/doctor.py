@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,8 +25,9 @@ library.start()
 print(int(library.c.llama_supports_gpu_offload()))
 """
 ASK_TORCH = """
-import torch
-print(torch.__version__, *(torch.cuda.get_arch_list() if torch.cuda.is_available() else ["none"]))
+import dataclasses, json
+from appliance.training import model
+print(json.dumps(dataclasses.asdict(model.torch_build())))
 """
 
 
@@ -35,15 +38,18 @@ class Report:
     facts: Mapping[str, str]
     problems: Sequence[Problem]
     hints: Sequence[Problem]
+    run_title: str
     run_line: str
 
 
-def examine() -> Report:
+def examine(host: gpu_access.Host = gpu_access.THIS_HOST) -> Report:
     machine, cards = device.machine(), gpu.gpus()
     root, cache = config.artifacts_root(), config.cache_root()
     llama, torch = _ask(ASK_LLAMA, "llama_cpp"), _ask(ASK_TORCH, "torch")
-    present = gpu_access.vendors()
-    problems = list(gpu.problems(can_offload=None if llama is None or llama.failure else llama.said == "1"))
+    present = gpu_access.vendors(host)
+    built = gpu_access.TorchBuild(**json.loads(torch.said)) if torch and torch.said else None
+    can_offload = None if llama is None or llama.failure else llama.said == "1"
+    problems = list(gpu.problems(can_offload=can_offload, torch=built))
     problems += [
         _broken(name, asked) for name, asked in (("llama-cpp-python", llama), ("torch", torch)) if asked and asked.failure
     ]
@@ -66,11 +72,17 @@ def examine() -> Report:
         "disk": ", ".join(f"{human_bytes(free)} free for {name}" for name, free in disks.items()),
         "GPU": ", ".join(map(str, cards)) or ("on the bus, not usable" if present else "none"),
         "serving": _state(llama, "computes on " + ("GPU and CPU" if llama and llama.said == "1" else "the CPU")),
-        "training": _state(torch, f"torch {torch.said.split()[0]}" if torch and torch.said else ""),
+        "training": _state(torch, f"torch {built.version}" if built else ""),
         "containers": engine or "neither docker nor podman is installed",
     }
-    line = containers.detached(engine or "docker", containers.backend({}))
-    return Report(facts=facts, problems=problems, hints=_hints(machine), run_line=line)
+    hints = [*_hints(machine), *_engine_hints(engine, present, host)]
+    if not host.is_container:
+        line = containers.detached(engine or "docker", containers.backend({}, host), host)
+        return Report(facts=facts, problems=problems, hints=hints, run_title="In a container", run_line=line)
+    facts["containers"] = "this is one"
+    line = containers.with_volume(host, os.environ.get(gpu_access.ARCHITECTURES))
+    title = "This is a container, which knows no folders of its host. One like it, with a volume; on the host"
+    return Report(facts=facts, problems=problems, hints=hints, run_title=title, run_line=line)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,6 +116,11 @@ def _state(asked: _Asked | None, well: str) -> str:
 
 def _broken(name: str, asked: _Asked) -> Problem:
     return Problem(what=f"{name} cannot be used ({asked.failure})", remedy="repeat `make setup`, or use an image")
+
+
+def _engine_hints(engine: str | None, present: Sequence[gpu_access.Vendor], host: gpu_access.Host) -> Sequence[Problem]:
+    problem = gpu_access.podman_problem(host) if engine == "podman" and "nvidia" in present else None
+    return [] if problem is None else [problem]
 
 
 def _hints(machine: device.Machine) -> Sequence[Problem]:

@@ -9,12 +9,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from appliance import artifacts, keys, store_key
+from appliance import artifacts, config, keys, store_key
 from appliance.keys import Scope
 from appliance.store import Store
 
 LABEL = "made at first start"
-FOLDER_VARIABLE = "APPLIANCE_MAKE_KEYS"
 FOLDER_MODE = 0o755
 FILES: Sequence[tuple[Scope, str, int]] = (("chat", "chat.key", 0o600), ("metrics", "metrics.key", 0o644))
 
@@ -42,11 +41,8 @@ def make(folder: Path, store_file: Path, key_file: Path) -> Sequence[Path]:
 
 def for_asking() -> str | None:
     """The key that `make` left for whoever asks on this machine; None where there is none, or it is another user's."""
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if not folder:
-        return None
     with contextlib.suppress(FileNotFoundError, PermissionError):
-        return (Path(folder) / "chat.key").read_text().strip()
+        return (config.first_keys_folder() / "chat.key").read_text().strip()
     return None
 
 

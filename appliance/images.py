@@ -19,6 +19,7 @@ from appliance import __version__, config, containers
 from appliance.errors import ApplianceError, EnvironmentIncomplete, RecipeError
 
 TARGETS = ("serve", "train")
+ENVIRONMENT = {"DOCKER_BUILDKIT": "1"}  # before docker 23, as in Debian 12, `RUN --mount` is unknown without it
 MODEL_FILE = "model.appliance"  # as Dockerfile.model calls it
 
 
@@ -37,7 +38,7 @@ def engine(environ: Mapping[str, str]) -> str:
 
 
 def build(engine: str, backend: str, target: str, arguments: Sequence[str] = (), revision: str = "unknown") -> list[str]:
-    """The command; `arguments` are the caller's own and come last, so that they win."""
+    """The command; `arguments` are the caller's own and come last, so that they win. docker's takes `ENVIRONMENT`."""
     labels = ["--build-arg", f"VERSION={__version__}", "--build-arg", f"REVISION={revision}"]
     file = containers.ROOT / f"Dockerfile.{backend}"
     tag = containers.image(backend, target)
@@ -86,8 +87,10 @@ def _words(arguments: str) -> list[str]:
 
 
 def _run(command: Sequence[str]) -> None:
-    print(shlex.join(command), file=sys.stderr, flush=True)
-    code = subprocess.run(command).returncode
+    added = ENVIRONMENT if command[0] == "docker" else {}
+    shown = [*(f"{name}={value}" for name, value in added.items()), shlex.join(command)]
+    print(*shown, file=sys.stderr, flush=True)
+    code = subprocess.run(command, env={**os.environ, **added}).returncode
     if code:
         raise EnvironmentIncomplete(f"`{shlex.join(command[:2])}` failed with {code}; its message is above.")
 

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from appliance import device
-from appliance.config import cache_root, quiet_environment
+from appliance.config import cache_root, converter_root, quiet_environment
 from appliance.errors import EnvironmentIncomplete
 
 VERSION = "0.3.36"
@@ -75,7 +75,7 @@ LOG_LINES_SHOWN = 30
 
 def converter_dir() -> Path:
     """The folder that holds convert_hf_to_gguf.py; raises EnvironmentIncomplete when it is not there."""
-    folder = cache_root() / f"llama.cpp-{VERSION}"
+    folder = converter_root() / f"llama.cpp-{VERSION}"
     if not _is_whole(folder):
         raise EnvironmentIncomplete(f"The GGUF converter is not in {folder}; run `make setup`.")
     return folder

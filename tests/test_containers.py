@@ -1,20 +1,35 @@
 """`make serve` and `make train`: where they run, with which folders and cards, and that they say so."""
 
+import itertools
 import os
 import shlex
+import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from appliance import containers
+from appliance import config, containers
 from appliance.containers import Place
 from appliance.errors import EnvironmentIncomplete, RecipeError
 from appliance.gpu_access import Host
 from tests.fake_files import write
 
 REPOSITORY = Path(containers.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's, and nothing of the environment's that could be passed on."""
+    monkeypatch.delenv("APPLIANCE_MAKE_KEYS", raising=False)
+    monkeypatch.setenv("APPLIANCE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def values(command: Sequence[str], option: str) -> list[str]:
+    return [value for name, value in itertools.pairwise(command) if name == option]
 
 
 @pytest.fixture
@@ -75,7 +90,7 @@ def test_engine_that_was_asked_for_is_used_or_an_error(engines: Path) -> None:
 
 
 def test_training_sees_the_recipes_folder_and_no_network(root: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "my recipe" / "recipe.toml"
+    recipe = write(tmp_path / "my recipe", {"recipe.toml": ""}) / "recipe.toml"
     where = Place(engine="podman", image="edge-appliance:rocm-train")
     host = Host(dev=write(tmp_path / "dev", {"kfd": "", "dri/renderD128": ""}))
     command = containers.command("train", where, [str(recipe), "--set", "sft.epochs=3"], host)
@@ -84,14 +99,143 @@ def test_training_sees_the_recipes_folder_and_no_network(root: Path, tmp_path: P
     assert f"{root}:/data/artifacts" in command
     assert command[command.index("--network") + 1] == "none"
     assert command[command.index("--user") + 1] == f"{os.getuid()}:{os.getgid()}"
-    assert command[command.index("--group-add") + 1] == str((tmp_path / "dev/kfd").stat().st_gid)
+    assert "/data/keys" not in " ".join(command), "what trains needs no key"
+    assert "APPLIANCE_MAKE_KEYS=" in values(command, "--env")
+
+
+def test_card_is_held_against_other_containers_and_the_host(cache: Path) -> None:
+    """By one folder that the caller may write, whoever the image's user is; and so for what is compiled for a card."""
+    for verb, image in (("train", "edge-appliance:cuda-train"), ("serve", "edge-appliance:cuda")):
+        command = containers.command(verb, Place(engine="docker", image=image), [])
+        assert f"{config.lease_folder()}:/data/leases" in values(command, "--volume")
+        assert f"{cache}/container-home:/data/home" in values(command, "--volume")
+        assert {"APPLIANCE_LEASES=/data/leases", "HOME=/data/home"} <= set(values(command, "--env"))
+    assert config.lease_folder() == cache / "gpu"
+
+
+@pytest.mark.parametrize(
+    ("engine", "backend", "uid", "cards"),
+    [
+        ("docker", "cuda", 1000, ["--gpus", "all"]),
+        ("podman", "cuda", 1000, ["--device", "nvidia.com/gpu=all"]),
+        ("docker", "rocm", 1000, ["--group-add", "GROUP"]),
+        ("podman", "rocm", 0, ["--group-add", "GROUP"]),
+        ("podman", "rocm", 1000, ["--group-add", "keep-groups"]),
+    ],
+)
+def test_each_engine_is_told_in_its_own_way(
+    engine: str, backend: str, uid: int, cards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rootless podman would make the caller another user inside, and knows no group by its number."""
+    host = Host(dev=write(tmp_path / "dev", {"kfd": "", "dri/renderD128": ""}))
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    command = containers.command("serve", Place(engine=engine, image=f"edge-appliance:{backend}"), [], host)
+    group = str((tmp_path / "dev/kfd").stat().st_gid)
+    option, value = (group if each == "GROUP" else each for each in cards)
+    assert value in values(command, option)
+    assert values(command, "--userns") == (["keep-id"] if engine == "podman" and uid else [])
+    assert ("--gpus" in command) == (engine == "docker" and backend == "cuda")
+
+
+def test_podman_without_a_description_of_the_cards_is_told_how_to_make_it(engines: Path, tmp_path: Path) -> None:
+    engine(engines, "podman", images=("edge-appliance:cuda",))
+    environ = {"BACKEND": "cuda", "ENGINE": "podman"}
+    with pytest.raises(EnvironmentIncomplete, match=r"podman knows no NVIDIA card: .* `sudo nvidia-ctk cdi generate"):
+        containers.place(environ, "serve", Host(root=tmp_path))
+    write(tmp_path, {"etc/cdi/nvidia.yaml": "cdiVersion: 0.5.0\nkind: nvidia.com/gpu\n"})
+    assert containers.place(environ, "serve", Host(root=tmp_path)).engine == "podman"
+
+
+def test_files_that_arguments_name_are_brought_in(root: Path, tmp_path: Path) -> None:
+    files = write(tmp_path / "mine", {"a.pem": "", "b/a.pem": "", "model.gguf": "", "own=base/config.json": "{}"})
+    made = write(root, {"gguf/guide-1/model.gguf": ""}) / "gguf/guide-1"
+    arguments = ["--model", str(files / "model.gguf"), "--also", str(made), "--adapter", f"x={files / 'a.pem'}"]
+    arguments += [
+        "--set",
+        f"base={files / 'own=base'}",
+        f"--tuned={files / 'b/a.pem'}",
+        str(files / "a.pem"),
+        "--slots",
+        "3",
+    ]
+    command = containers.command("serve", Place(engine="docker", image=CPU), arguments)
+    assert command[command.index(CPU) + 2 : -4] == [
+        *("--model", "/given/model/model.gguf", "--also", "/data/artifacts/gguf/guide-1", "--adapter", "x=/given/a.pem"),
+        *("--set", "base=/given/own=base", "--tuned=/given/a.pem-2", "/given/a.pem", "--slots", "3"),
+    ]
+    assert [each for each in values(command, "--volume") if each.endswith(":ro")][1:] == [
+        f"{files}:/given/model:ro",
+        f"{files / 'a.pem'}:/given/a.pem:ro",
+        f"{files / 'own=base'}:/given/own=base:ro",
+        f"{files / 'b/a.pem'}:/given/a.pem-2:ro",
+    ]
+
+
+def test_word_without_a_slash_or_a_dot_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"sft/rows": "", "base": ""})
+    monkeypatch.chdir(tmp_path)
+    command = containers.command("train", Place(engine="docker", image=CPU), ["--phase", "sft", "--set", "name=base"])
+    assert command[-4:] == ["--phase", "sft", "--set", "name=base"]
+
+
+def test_settings_of_the_environment_are_passed_on_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trusted = write(tmp_path, {"signer.pem": ""}) / "signer.pem"
+    secret = "0123456789abcdef"
+    environ = {"APPLIANCE_SFT_EPOCHS": secret, "CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "", "OTHER": "x"}
+    environ |= {"APPLIANCE_TRUSTED_KEY": str(trusted), "APPLIANCE_API_KEY": secret, "APPLIANCE_SERVE_PORT": "9000"}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    command = containers.command("serve", Place(engine="docker", image=CPU), [])
+    passed = values(command, "--env")
+    assert {"APPLIANCE_SFT_EPOCHS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"} <= set(passed)
+    assert "APPLIANCE_TRUSTED_KEY=/given/signer.pem" in passed
+    assert not {"OTHER", "APPLIANCE_API_KEY", "APPLIANCE_ARTIFACTS"} & {each.partition("=")[0] for each in passed}
+    assert secret not in " ".join(command)
+    assert values(command, "--publish") == ["127.0.0.1:9000:8080"]
+
+
+def test_store_that_lies_elsewhere_is_brought_in_and_its_key_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APPLIANCE_STORE", str(tmp_path / "db/keys.sqlite3"))
+    command = containers.command("serve", Place(engine="docker", image=CPU), [])
+    assert f"{tmp_path}/db:/data/store" in values(command, "--volume")
+    assert f"{tmp_path}/store.key:/data/store.key:ro" in values(command, "--volume")
+    assert {"APPLIANCE_STORE=/data/store/keys.sqlite3", "APPLIANCE_KEY_FILE=/data/store.key"} <= set(
+        values(command, "--env")
+    )
+
+
+def test_keys_stay_out_of_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.delenv("APPLIANCE_ARTIFACTS")
+    assert config.first_keys_folder() == REPOSITORY / "keys"
+    assert "/keys/" in (REPOSITORY / ".gitignore").read_text().splitlines()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_an_engine_would_make_as_roots_is_made_before(
+    umask: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APPLIANCE_KEY_FILE", str(tmp_path / "config/edge-appliance/store.key"))
+    before = os.umask(umask)
+    try:
+        containers.prepare("serve")
+    finally:
+        os.umask(before)
+    folder = tmp_path / "config/edge-appliance"
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "store.key", root.parent / "keys")]
+    assert modes == [0o700, 0o600, 0o755]
+    assert stat.S_IMODE(root.stat().st_mode) == 0o777 & ~umask
+    assert config.lease_folder().is_dir()
 
 
 def test_server_is_published_on_loopback_and_confined(root: Path) -> None:
     line = containers.detached("docker", "cuda")
-    before, _, run = line.partition(" && ")
+    there, before, run = line.split(" && ")
     parts = shlex.split(run)
-    assert before.startswith(f"mkdir -p {root} ")
+    assert there == f"cd {Path.cwd()}"
+    subprocess.run(shlex.split(before), env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True)
+    assert root.is_dir()
+    assert config.store_key_file().is_file()
     assert parts[:2] == ["docker", "run"]
     assert {"--detach", "--read-only", "--cap-drop", "127.0.0.1:8080:8080", "--gpus"} <= set(parts)
     assert "--rm" not in parts
@@ -120,3 +264,30 @@ def test_make_serve_shows_its_command_and_runs_it(engines: Path, root: Path) -> 
     assert result.stderr.startswith("podman run --rm ")
     assert result.stdout.split()[-8:] == [CPU, "serve", "--slots", "3", "--host", "0.0.0.0", "--port", "8080"]
     assert root.is_dir()
+    assert f"`make chat` finds {root.parent}/keys/chat.key" in result.stderr
+
+
+def test_without_an_engine_the_environment_is_set_up_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting up is played by a program of the same name, and what is executed in the place of this process is caught."""
+    setup = "from pathlib import Path; Path('was set up').touch()"
+    there = write(tmp_path / "there", {"appliance/__init__.py": "", "appliance/setup.py": setup})
+    executed: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(containers, "ROOT", there)
+    monkeypatch.setenv("ENGINE", "none")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+    def execute(path: str, command: list[str]) -> None:
+        executed.append((path, command))
+        raise SystemExit  # an exec does not return
+
+    monkeypatch.setattr(os, "execvp", execute)
+    for verb, noun in (("serve", "serve"), ("train", "run")):
+        with pytest.raises(SystemExit):
+            containers.main([verb, "--set", "x=1"])
+        program = str(there / ".venv/bin/appliance")
+        assert executed.pop() == (program, [program, noun, "--set", "x=1"])
+        assert (there / "was set up").exists()
+        (there / "was set up").unlink()
+    (there / "appliance/setup.py").write_text("raise SystemExit(3)")
+    assert containers.main(["serve"]) == 3
+    assert executed == []

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.images.image_engine import PIP_CONFIG
+from tests.images.image_run import is_secret
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILES = [ROOT / f"Dockerfile.{backend}" for backend in ("cpu", "cuda", "rocm")]
 HADOLINT = Path(sys.executable).with_name("hadolint")
@@ -51,12 +54,24 @@ class TestDockerfile:
         assert not re.search(r"build-essential|cmake|build-train|torch", text)
         assert not re.search(r"pip install.*\b(train|torch)\b", "\n".join(every["build"]))
 
-    def test_no_base_moves_under_us(self, path: Path) -> None:
+    def test_each_base_has_its_registry_and_a_release(self, path: Path) -> None:
+        """Podman knows no registry by itself. A release still gets its updates: two builds need not be the same."""
         bases = re.findall(r"^ARG (?:BUILD|RUNTIME)_IMAGE=(\S+)", path.read_text(), re.MULTILINE)
         assert len(bases) == 2
         for base in bases:
-            tag = base.rpartition(":")[2]
-            assert tag not in ("latest", base)
+            assert re.fullmatch(r"docker\.io/[a-z0-9-]+/[a-z0-9.-]+:\S+", base)
+            assert not base.endswith(":latest")
+
+    @pytest.mark.parametrize("target", ["serve", "train"])
+    def test_another_user_can_enter_the_home_and_the_image_claims_no_cache(self, path: Path, target: str) -> None:
+        """`make serve` runs as whoever typed it, and what is in the image cannot be written."""
+        text = "\n".join(stages(path)[target])
+        assert "useradd --uid 10001 --user-group --home-dir /data" in text
+        assert re.search(r"useradd .* install --directory [^&]*--mode=755 /data ", text)
+        assert "APPLIANCE_CACHE" not in text
+        if target == "train":
+            assert "COPY --from=build-train /opt/converter /opt/converter" in text
+            assert "ENV APPLIANCE_CONVERTER=/opt/converter" in text
 
     def test_stays_in_what_old_builders_understand(self, path: Path) -> None:
         text = path.read_text()
@@ -95,3 +110,19 @@ def test_the_image_knows_what_it_was_compiled_for(backend: str, argument: str) -
     assert any(
         f"APPLIANCE_GPU_ARCHITECTURES=${{{argument}}}" in line for line in stages(ROOT / f"Dockerfile.{backend}")["serve"]
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"-----BEGIN PRIVATE KEY-----\n", True),
+        (b"\n-----BEGIN OPENSSH PRIVATE KEY-----\n", True),
+        (PIP_CONFIG.encode() + b"find-links = /wheels\n", True),
+        (b"-----BEGIN CERTIFICATE-----\n", False),
+        (b'HEADER = "-----BEGIN PRIVATE KEY-----"\n', False),
+        (b"[global]\n", False),
+    ],
+)
+def test_what_counts_as_a_secret_in_an_image(content: bytes, expected: bool) -> None:
+    """By `make image-test`, which looks into every file."""
+    assert is_secret(content) == expected

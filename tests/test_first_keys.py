@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from appliance import first_keys, keys, store_key
+from appliance import artifacts, config, first_keys, keys, promotion, store_key
+from appliance.artifacts import Plan
 from appliance.errors import NotAuthenticated
+from appliance.evaluation.asking import ask_served_model
 from appliance.store import Store
 from tests import killed, tiny_gguf
 from tests.running import environment
@@ -41,6 +43,34 @@ def test_what_an_operator_has_made_is_enough(scope: keys.Scope, names: list[str]
     with Store.open(store, key_file) as opened:
         keys.revoke(opened, keys.create(opened, "mine", [scope])[0].id)
     assert [path.name for path in first_keys.make(tmp_path / "keys", store, key_file)] == names
+
+
+def test_asking_finds_the_key_that_was_made_for_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the artifacts, where a container that `make serve` started left it, or where it was said."""
+    monkeypatch.delenv("APPLIANCE_MAKE_KEYS", raising=False)
+    assert first_keys.for_asking() is None
+    first_keys.make(config.first_keys_folder(), config.store_file(), config.store_key_file())
+    key = (root.parent / "keys/chat.key").read_text().strip()
+    assert first_keys.for_asking() == key
+    monkeypatch.setenv("APPLIANCE_MAKE_KEYS", str(root.parent / "elsewhere"))
+    assert first_keys.for_asking() is None
+    shutil.move(root.parent / "keys", root.parent / "elsewhere")
+    assert first_keys.for_asking() == key
+
+
+def test_questions_after_a_run_need_no_key_of_those_that_were_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a store: a container that trains has not its key."""
+    plan = Plan(kind="gguf", name="tiny", inputs={}, config={"type": "F16"})
+    with artifacts.create(plan, root) as draft:
+        tiny_gguf.write(draft.path / "tiny.gguf")
+    model = artifacts.load(plan.location(root))
+    report = Plan(kind="report", name="tiny-verify", inputs={"what": "verify"}, parents=[model.id])
+    with artifacts.create(report, root):
+        pass
+    promotion.promote(model, artifacts.load(report.location(root)), {}, root)
+    first_keys.make(config.first_keys_folder(), config.store_file(), config.store_key_file())
+    monkeypatch.setenv("APPLIANCE_KEY_FILE", str(root.parent / "not mounted"))
+    assert ask_served_model([]).model == "tiny"
 
 
 def test_interrupted_at_any_moment_it_is_made_whole_the_next_time(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """GPUs from drivers that are played by files and objects, and the lease that two processes cannot both have."""
 
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from appliance import gpu
 from appliance.errors import EnvironmentIncomplete
 from appliance.gpu import Gpu, gpus, lease
+from appliance.gpu_access import ARCHITECTURES, Host
 from tests.fake_files import write
 
 MIB = 1 << 20
@@ -64,13 +67,15 @@ def test_nvidia(tmp_path: Path) -> None:
         memory_used_bytes=1024 * MIB,
         utilisation_ratio=0.37,
         temperature_celsius=61.0,
+        architecture="86",
     )
     assert str(second) == "GPU 1 (Card 1, 3072 of 4096 MiB free)"
 
 
 def test_nvidia_that_tells_little(tmp_path: Path) -> None:
     silent = ("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetTemperature", "nvmlDeviceGetMemoryInfo")
-    (card,) = gpus(tmp_path, FakeNvml(silent=silent))
+    (card,) = gpus(tmp_path, FakeNvml(silent=(*silent, "nvmlDeviceGetCudaComputeCapability")))
+    assert card.architecture is None
     assert (card.utilisation_ratio, card.temperature_celsius, card.memory_free_bytes) == (None, None, 0)
     assert gpus(tmp_path, FakeNvml(silent=("nvmlDeviceGetHandleByIndex",))) == []
 
@@ -92,6 +97,8 @@ def test_amd(tmp_path: Path) -> None:
             "card1/device/gpu_busy_percent": "50\n",
             "card1/device/hwmon/hwmon4/temp1_input": "48000\n",
             "card1/device/uevent": "DRIVER=amdgpu\nPCI_ID=1002:73BF\n",
+            "card1/device/drm/renderD129/dev": "226:129\n",
+            "sys/class/kfd/kfd/topology/nodes/1/properties": "gfx_target_version 110001\ndrm_render_minor 129\n",
             "card1-HDMI-A-1/device/vendor": "0x1002\n",
             "card10/device/vendor": "0x1002\n",
             "card10/device/mem_info_vram_total": f"{512 * MIB}\n",
@@ -99,7 +106,7 @@ def test_amd(tmp_path: Path) -> None:
             "card2/device/vendor": "0x1002\n",
         },
     )
-    large, small = gpus(tmp_path, FakeNvml(has_driver=False))
+    large, small = gpus(tmp_path, FakeNvml(has_driver=False), Host(sys=tmp_path / "sys"))
     assert large == Gpu(
         index=0,
         vendor="amd",
@@ -108,7 +115,9 @@ def test_amd(tmp_path: Path) -> None:
         memory_used_bytes=192 * MIB,
         utilisation_ratio=0.5,
         temperature_celsius=48.0,
+        architecture="gfx1101",
     )
+    assert (large.is_integrated, small.is_integrated, small.architecture) == (False, True, None)
     assert (small.index, small.name, small.memory_free_bytes) == (1, "Radeon", 512 * MIB)
     assert (small.utilisation_ratio, small.temperature_celsius) == (None, None)
 
@@ -161,6 +170,63 @@ def test_the_lease_lies_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("APPLIANCE_CACHE", str(tmp_path))
     with lease(0, "serving"):
         assert (tmp_path / "gpu/0.lease").exists()
+    monkeypatch.setenv("APPLIANCE_LEASES", str(tmp_path / "shared"))
+    with lease(0, "serving"):
+        assert (tmp_path / "shared/0.lease").exists()
+
+
+@pytest.mark.parametrize(
+    ("environ", "number"),
+    [
+        ({}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, 3),
+        ({"HIP_VISIBLE_DEVICES": "5, 4", "CUDA_VISIBLE_DEVICES": "0"}, 4),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937,MIG-5"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, 1),
+    ],
+)
+def test_card_is_counted_among_all_that_there_are(environ: dict[str, str], number: int) -> None:
+    """Two trainings, each on the card that its variable names, do not hold the same one."""
+    assert gpu.number_of(1, environ) == number
+
+
+@pytest.mark.parametrize(("folder_mode", "mode"), [(0o700, 0o600), (0o755, 0o600), (0o775, 0o660), (0o1777, 0o666)])
+def test_whoever_may_write_the_folder_may_take_the_lease(folder_mode: int, mode: int, tmp_path: Path) -> None:
+    """A server of the system's and a person who trains share one; the leases of a person are nobody else's."""
+    folder = tmp_path / "leases"
+    folder.mkdir()
+    folder.chmod(folder_mode)
+    before = os.umask(0o077)
+    try:
+        with lease(0, "serving", folder):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((folder / "0.lease").stat().st_mode) == mode
+
+
+def test_lease_that_cannot_be_written_is_said_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "no folder").touch()
+    with pytest.raises(EnvironmentIncomplete, match=r"lease of GPU 3, .* cannot be written .* APPLIANCE_LEASES") as caught:
+        lease(3, "training", tmp_path / "no folder" / "gpu").__enter__()
+    assert "Not a directory" in str(caught.value)
+
+
+def test_image_that_has_no_code_for_one_of_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor's own graphics do not count: nothing is put there as long as there is a card."""
+
+    def card(architecture: str, memory_bytes: int = 8 << 30) -> Gpu:
+        vendor: Any = "amd" if "gfx" in architecture else "nvidia"
+        return Gpu(
+            index=0, vendor=vendor, name="", memory_total_bytes=memory_bytes, memory_used_bytes=0, architecture=architecture
+        )
+
+    monkeypatch.setenv(ARCHITECTURES, "75-real;86-real;gfx1101")
+    assert gpu.is_compiled_for([card("75"), card("86")])
+    assert not gpu.is_compiled_for([card("61"), card("86")])
+    assert gpu.is_compiled_for([card("gfx1101"), card("gfx1036", 512 * MIB)])
+    monkeypatch.delenv(ARCHITECTURES)
+    assert gpu.is_compiled_for([card("61")])
 
 
 def test_this_machine() -> None:

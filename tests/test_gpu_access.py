@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from appliance import gpu, gpu_access
-from appliance.gpu_access import Host
+from appliance.gpu_access import Host, TorchBuild
 from tests.fake_files import write
 from tests.test_gpu import FakeNvml
 
@@ -51,6 +51,7 @@ DRIVER, CONTROL, KFD, RENDER = "proc/driver/nvidia/version", "dev/nvidiactl", "d
     [
         ("0x10de", (), 0, "its driver is not loaded; install it on the host"),
         ("0x10de", (DRIVER,), 0, "nvidiactl is missing; run `nvidia-modprobe"),
+        ("0x10de", (DRIVER, "run/.containerenv"), 0, "`--device nvidia.com/gpu=all`; `sudo nvidia-ctk cdi generate"),
         ("0x10de", (DRIVER, ".dockerenv"), 0, "nvidiactl is missing; start the container with `--gpus all`"),
         ("0x10de", (DRIVER, CONTROL), 0, "library cannot be used here; install the driver's library"),
         ("0x10de", (DRIVER, CONTROL, "run/.containerenv"), 0, "NVIDIA_DRIVER_CAPABILITIES=compute,utility"),
@@ -67,7 +68,7 @@ def test_what_is_in_the_way(vendor: str, files: tuple[str, ...], seen: int, mess
     assert bool(found) == bool(message)
 
 
-@pytest.mark.parametrize("container", [(), (".dockerenv",)])
+@pytest.mark.parametrize("container", [(), (".dockerenv",), ("run/.containerenv",)])
 def test_device_file_of_another_group_is_named_with_its_number(
     container: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +79,7 @@ def test_device_file_of_another_group_is_named_with_its_number(
     assert f"kfd may not be opened by user {os.getuid()}" in text
     assert (f"--group-add {number}" in text) == bool(container)
     assert (f"usermod -aG {number}" in text) == (not container)
+    assert ("--group-add keep-groups" in text) == ("run/.containerenv" in container)
 
 
 def test_computing_on_the_cpu_beside_a_card_is_no_silent_surprise(tmp_path: Path) -> None:
@@ -112,14 +114,48 @@ def test_card_and_targets(card: str, targets: str, fits: bool, tmp_path: Path) -
     assert said(found, capabilities=[card], compiled=None) == ""
 
 
-def test_architectures_as_drivers_tell_them(tmp_path: Path) -> None:
+def test_architectures_as_drivers_tell_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = "sys/class/kfd/kfd/topology/nodes"
     write(tmp_path, {f"{nodes}/0/properties": "cpu_cores_count 16\ngfx_target_version 0\n"})
-    write(tmp_path, {f"{nodes}/1/properties": "simd_count 120\ngfx_target_version 110001\n"})
-    write(tmp_path, {f"{nodes}/2/properties": "gfx_target_version 90010\n"})
-    assert gpu_access.amd_architectures(Host(sys=tmp_path / "sys")) == ["gfx1101", "gfx90a"]
-    assert gpu.nvidia_capabilities(FakeNvml(cards=2)) == ["86", "86"]
-    assert gpu.nvidia_capabilities(FakeNvml(has_driver=False)) == []
+    write(tmp_path, {f"{nodes}/1/properties": "simd_count 120\ngfx_target_version 110001\ndrm_render_minor 128\n"})
+    write(tmp_path, {f"{nodes}/2/properties": "gfx_target_version 90010\ndrm_render_minor 129\n"})
+    found = Host(sys=tmp_path / "sys")
+    assert gpu_access.amd_architectures(found) == {"renderD128": "gfx1101", "renderD129": "gfx90a"}
+    monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "10.3.0")
+    assert set(gpu_access.amd_architectures(found).values()) == {"gfx1030"}
+    assert gpu.architectures(gpu.gpus(tmp_path, FakeNvml(cards=2))) == ["86"]
+    assert gpu.architectures(gpu.gpus(tmp_path, FakeNvml(has_driver=False))) == []
+
+
+@pytest.mark.parametrize(
+    ("card", "compiled", "fits"),
+    [
+        ("86", ["sm_70", "sm_80"], True),
+        ("61", ["sm_70", "sm_80", "compute_90"], False),
+        ("120", ["sm_90"], False),
+        ("120", ["sm_90", "compute_90"], True),
+        ("gfx1101", ["gfx90a:xnack-", "gfx1101"], True),
+        ("gfx1102", ["gfx1101"], False),
+    ],
+)
+def test_card_and_what_torch_was_compiled_for(card: str, compiled: list[str], fits: bool, tmp_path: Path) -> None:
+    torch = TorchBuild(version="2.0+x", backend="cuda", finds_card=True, architectures=compiled)
+    assert gpu_access.is_in_torch(card, compiled) == fits
+    found = host(tmp_path, "0x10de", files=(DRIVER, CONTROL))
+    text = said(found, seen=1, capabilities=[card], torch=torch)
+    assert ("torch 2.0+x was compiled for" in text) == (not fits)
+    assert ("TORCH_INDEX" in text) == (not fits)
+
+
+def test_training_on_the_cpu_beside_a_card_is_no_silent_surprise(tmp_path: Path) -> None:
+    nvidia = host(tmp_path / "nvidia", "0x10de", files=(DRIVER, CONTROL))
+    on_cpu = TorchBuild(version="2.0+cpu", backend="cpu", finds_card=False)
+    blind = TorchBuild(version="2.0+cu126", backend="cuda", finds_card=False)
+    assert "this torch (2.0+cpu) trains on the CPU only; use the image edge-appliance:cuda-train" in said(
+        nvidia, seen=1, torch=on_cpu
+    )
+    assert "torch 2.0+cu126 for cuda finds none; update its driver" in said(nvidia, seen=1, torch=blind)
+    assert said(host(tmp_path / "none"), torch=on_cpu) == ""
 
 
 def test_groups_are_numbers_of_this_host(tmp_path: Path) -> None:

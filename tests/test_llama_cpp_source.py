@@ -156,6 +156,16 @@ class TestConverter:
         source.extract_converter(archive, folder)
         assert source.converter_dir() == folder
 
+    def test_that_of_an_image_lies_apart_from_the_cache(
+        self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        archive = sdist(tmp_path / "sdist.tar.gz", vendored(CONVERTER))
+        folder = tmp_path / "opt" / f"llama.cpp-{source.VERSION}"
+        source.extract_converter(archive, folder)
+        monkeypatch.setenv("APPLIANCE_CONVERTER", str(folder.parent))
+        assert source.converter_dir() == folder
+        assert not cache.exists() or not list(cache.iterdir())
+
     def test_a_source_without_a_converter_is_refused(self, cache: Path, tmp_path: Path) -> None:
         files = {name: content for name, content in CONVERTER.items() if not name.startswith("gguf-py")}
         archive = sdist(tmp_path / "sdist.tar.gz", vendored(files))

@@ -72,6 +72,15 @@ def test_image_has_its_version_and_podman_keeps_the_health_check(engines: Path) 
     assert "--format" not in made("cpu").stdout
 
 
+def test_old_docker_is_told_to_understand_mounts(engines: Path) -> None:
+    for name, said in (("docker", "1"), ("podman", "")):
+        (engines / name).write_text('#!/bin/sh\n[ "$1" = version ] || echo "$DOCKER_BUILDKIT"\n')
+        (engines / name).chmod(0o755)
+        result = made("cpu", ENGINE=name)
+        assert result.stdout == f"{said}\n"
+        assert result.stderr.startswith("DOCKER_BUILDKIT=1 docker build" if said else "podman build")
+
+
 def test_model_goes_into_an_image_of_its_own(engines: Path, tmp_path: Path) -> None:
     put(engines, "docker")
     bundle = tmp_path / "guide.appliance"

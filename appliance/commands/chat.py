@@ -29,7 +29,8 @@ def chat(message: str | None, url: str, system: str | None, max_tokens: int | No
     """Talk to the assistant that `appliance serve` runs.
 
     With MESSAGE: one answer. On a terminal: a conversation; /new starts over, /exit leaves. In a pipe: one turn a line. The
-    key that a server beside it made at its first start (APPLIANCE_MAKE_KEYS) is found.
+    key that a server on this machine made at its first start is found: in APPLIANCE_MAKE_KEYS, else in `keys` beside the
+    artifacts, where `make serve` leaves it.
     """
     if key is None and url == DEFAULT_URL:
         from appliance import first_keys

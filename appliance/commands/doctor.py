@@ -20,7 +20,7 @@ def doctor(as_json: bool) -> None:
     lines = [f"{name:<12}{fact}" for name, fact in report.facts.items()]
     lines += [f"problem     {problem}" for problem in report.problems]
     lines += [f"hint        {hint}" for hint in report.hints]
-    lines += ["", "In a container:", f"  {report.run_line}"]
+    lines += ["", f"{report.run_title}:", f"  {report.run_line}"]
     result = {
         "facts": report.facts,
         "problems": [{"what": each.what, "remedy": each.remedy} for each in report.problems],

@@ -218,13 +218,11 @@ class _Catalog:
         return served_model.promotion_mark(self._root)
 
     def pool(self, served: "list[tuple[ServedModel, Serve]]", listener: "EngineListener", workers: "Workers") -> "ModelPool":
-        from appliance import gpu
         from appliance.serving.model_pool import ModelPool
         from appliance.serving.planning import Planner
         from appliance.serving.tried import Tried
 
-        for problem in gpu.problems():  # whether llama.cpp can use a card, the plan says
-            note(f"warning: {problem} Until then the CPU computes.")
+        _warn_of_cards()
         for model, _ in served:
             if model.is_foreign:
                 note(f"warning: {model.path} has no manifest; nothing says where it came from or what it was tested for")
@@ -246,6 +244,16 @@ class _Catalog:
 
         plain = dataclasses.replace(settings, adapters=(), system_prompts=())  # they belong to the default model
         return served_model.find(model, self._root, self._digests), plain
+
+
+def _warn_of_cards() -> None:
+    """What keeps cards from being used. Whether llama.cpp can use them the plan says: no layer goes to one without code."""
+    from appliance import gpu, gpu_access
+
+    # Beside a card of another vendor, that one may compute.
+    until_then = " Until then the CPU computes." if len(gpu_access.vendors()) < 2 else ""
+    for problem in gpu.problems():
+        note(f"warning: {problem}{until_then}")
 
 
 def _tell_plan(plan: "Plan") -> None:

@@ -119,6 +119,8 @@ def _make(
 ) -> artifacts.Artifact:
     from appliance.training import model
 
+    for problem in model.gpu_problems():
+        processes.note(f"warning: {problem}")
     with model.gpu_lease():
         return _train(phase, recipe, root, plans, resume=resume, restart=restart)
 

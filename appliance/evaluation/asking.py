@@ -73,7 +73,8 @@ def _ask(client: Any, model: str, question: Question) -> Answered:
 
 @contextlib.contextmanager
 def _server() -> Iterator[str]:
-    command = [sys.executable, "-m", "appliance", "serve", "--port", "0", "--host", "127.0.0.1"]
+    # For a moment, for this machine, and whatever keys were made for the server that stays.
+    command = [sys.executable, "-m", "appliance", "serve", "--port", "0", "--host", "127.0.0.1", "--insecure-no-key"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=config.quiet_environment())
     try:
         assert process.stdout is not None
@@ -86,7 +87,7 @@ def _server() -> Iterator[str]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
         process.kill()
-        process.wait()
+        process.communicate()  # and closes what it wrote to
 
 
 def _samples(exposition: str) -> dict[str, float]:

@@ -31,8 +31,9 @@ def choose(header: GgufHeader, choice: Choice, gpus: Sequence[Gpu], asked: int, 
     if wanted == 0:
         return 0, f"gpu_layers: 0 as set; {_named(gpus)} left alone." if gpus else ""
     if not gpus or not can_offload:
-        why = f"{_named(gpus)} cannot be used: this llama.cpp computes on the CPU only" if gpus else "no GPU was found"
-        remedy = "repeat `make setup` with BACKEND=cuda or rocm" if gpus else "check the driver"
+        unfit = "cannot be used: this llama.cpp was compiled for the CPU or for other cards"
+        why = f"{_named(gpus)} {unfit}" if gpus else "no GPU was found"
+        remedy = "repeat `make setup` with BACKEND=cuda or rocm, or build an image for it" if gpus else "check the driver"
         if asked > 0:
             raise EnvironmentIncomplete(f"gpu_layers is {asked}, but {why}; {remedy}, or set gpu_layers = 0.")
         return 0, f"gpu_layers: 0; {why}; {remedy}." if gpus else ""

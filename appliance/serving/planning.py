@@ -76,7 +76,7 @@ class Planner:
             explicit=self.explicit,
             others=others,
             gpus=cards,
-            can_offload=bool(cards) and _can_offload(),
+            can_offload=bool(cards) and gpu.is_compiled_for(cards) and _can_offload(),
             snapshot_folder=folder,
             tuned=tuned,
         )

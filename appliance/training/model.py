@@ -5,11 +5,13 @@ The only file of this package that calls transformers' loaders, and translates t
 
 import contextlib
 import json
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance import artifacts, bases, gpu
+from appliance import artifacts, bases, gpu, gpu_access
 from appliance.errors import EnvironmentIncomplete, ModelFileError
 from appliance.training import processes
 
@@ -106,11 +108,27 @@ def has_gpu() -> bool:
     return bool(torch.cuda.is_available()) and not processes.is_kept_on_cpu()
 
 
+def torch_build() -> gpu_access.TorchBuild:
+    import torch
+
+    return gpu_access.TorchBuild(
+        version=str(torch.__version__),
+        backend="rocm" if torch.version.hip else "cuda" if torch.version.cuda else "cpu",
+        finds_card=torch.cuda.is_available(),
+        architectures=torch.cuda.get_arch_list(),
+    )
+
+
+def gpu_problems() -> Sequence[gpu_access.Problem]:
+    """What keeps this machine's cards from being trained on; nothing where the CPU was chosen."""
+    return [] if processes.is_kept_on_cpu() else gpu.problems(torch=torch_build())
+
+
 def gpu_lease() -> contextlib.AbstractContextManager[None]:
     """Holds this process's card while a phase trains, so that no server loads a model onto it; nothing on the CPU.
 
-    Raises `EnvironmentIncomplete` naming the server or training run that has it, and where one process sees several cards,
-    over which transformers' Trainer would spread it.
+    Raises `EnvironmentIncomplete` naming the server or training run that has it, for a card that torch finds and cannot
+    compute on, and where one process sees several cards, over which transformers' Trainer would spread it.
     """
     import torch
 
@@ -121,7 +139,31 @@ def gpu_lease() -> contextlib.AbstractContextManager[None]:
             f"{seen} cards are visible, and one process trains on one: name it with CUDA_VISIBLE_DEVICES=0 (or another"
             " number), or start a process for each with `accelerate launch` (docs/scaling.md)."
         )
-    return gpu.lease(processes.local_index(), "training")
+    return _leased(processes.local_index())
+
+
+@contextlib.contextmanager
+def _leased(index: int) -> Iterator[None]:
+    with gpu.lease(gpu.number_of(index, os.environ), "training"):
+        _compute_on(f"cuda:{index}")
+        yield
+
+
+def _compute_on(device: str) -> None:
+    """One product of matrices: torch finds cards that it has no code for, and says so only when they are to compute."""
+    import torch
+
+    try:
+        ones = torch.ones(16, 16, dtype=weight_type(), device=device)
+        (ones @ ones).sum().item()
+    except RuntimeError as error:
+        built = torch_build()
+        names = ", ".join(built.architectures) or "no card"
+        raise EnvironmentIncomplete(
+            f"torch {built.version} finds the card {device} and cannot compute on it: {str(error).strip().splitlines()[0]} "
+            f"It was compiled for {names}; take a build that has this card (TORCH_INDEX of `make setup` or of the image), "
+            "see what else uses it, or train on the CPU with CUDA_VISIBLE_DEVICES= set to nothing."
+        ) from error
 
 
 def weight_type() -> Any:

@@ -1,9 +1,10 @@
 """Containers as the tests run them: confined, asked from inside, and asked what llama.cpp computes."""
 
+import re
 import time
 from typing import Any
 
-from tests.images.image_engine import ImageEngine
+from tests.images.image_engine import PIP_CONFIG, ImageEngine
 
 CONFINED = (
     *("--read-only", "--tmpfs", "/tmp:rw,noexec,nosuid,nodev,size=64m,mode=1777", "--cap-drop", "ALL"),
@@ -11,6 +12,8 @@ CONFINED = (
     *("--volume", "/dev/null:/usr/bin/dash:ro", "--volume", "/dev/null:/usr/bin/bash:ro"),
 )
 READY_SECONDS = 90.0
+SECRET_BYTES = 64 << 10  # no file with a secret of ours is larger; those that are need not be read
+PRIVATE_KEY = re.compile(rb"\s*-----BEGIN ([A-Z0-9]+ )*PRIVATE KEY-----")
 LIBRARIES = "/opt/venv/lib/python3.11/site-packages/llama_cpp/lib"
 ASK = """
 import json, pathlib, sys, urllib.error, urllib.request
@@ -68,6 +71,11 @@ assert not path.read_bytes().startswith(b"SQLite format 3")
 assert "properties" in llguidance.LLMatcher.grammar_from_json_schema('{"properties": {"a": {"type": "string"}}}')
 print(len(modules))
 """
+
+
+def is_secret(content: bytes) -> bool:
+    """Whether a file begins as a private key, or holds what only the build's pip was told."""
+    return PRIVATE_KEY.match(content) is not None or PIP_CONFIG.encode() in content
 
 
 def wait_until_ready(engine: ImageEngine, name: str, started: float) -> float:

@@ -10,6 +10,7 @@ import tarfile
 import pytest
 
 from tests.images.image_engine import ImageEngine
+from tests.images.image_run import SECRET_BYTES, is_secret
 from tests.images.image_table import Row
 
 pytestmark = pytest.mark.image
@@ -38,6 +39,7 @@ def test_image_is_what_its_file_promises(backend: str, rows: dict[str, Row], eng
 def test_nothing_of_the_build_stays(backend: str, rows: dict[str, Row]) -> None:
     """No compiler, no torch, no key, no word of where packages came from."""
     names: set[str] = set()
+    secrets: list[str] = []
     with tarfile.open(rows[backend].archive) as outer:
         for member in outer.getmembers():
             stream = outer.extractfile(member) if member.name.startswith("blobs/") else None
@@ -45,7 +47,14 @@ def test_nothing_of_the_build_stays(backend: str, rows: dict[str, Row]) -> None:
                 continue
             stream.seek(0)
             with tarfile.open(fileobj=stream, mode="r:*") as layer:
-                names |= {entry.name for entry in layer.getmembers() if entry.isfile() and entry.size}
+                for entry in layer:
+                    if not entry.isfile() or not entry.size:
+                        continue
+                    names.add(entry.name)
+                    content = layer.extractfile(entry) if entry.size <= SECRET_BYTES else None
+                    if content is not None and is_secret(content.read()):
+                        secrets.append(entry.name)
+    assert secrets == []
     assert any(name.endswith("appliance/cli.py") for name in names)
     assert {"opt/sbom/python.cdx.json", "opt/sbom/system.cdx.json"} <= names
     for pattern in (

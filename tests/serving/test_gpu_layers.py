@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 
+from appliance import gpu, gpu_access
+from appliance.commands import serve
 from appliance.errors import EnvironmentIncomplete
 from appliance.gpu import Gpu
 from appliance.recipe import Serve
-from appliance.serving import gguf_file, gpu_layers
+from appliance.serving import gguf_file, gpu_layers, planning
 from appliance.serving.gguf_file import GgufHeader
 from appliance.serving.memory_plan import plan
 from appliance.serving.memory_prediction import MIB, Choice, layer_bytes, predict
+from appliance.serving.served_model import ServedModel
 from tests import shaped_gguf
 from tests.serving.test_memory_plan import ROOMY, to_load
 from tests.shaped_gguf import Shape
@@ -79,7 +82,7 @@ def test_a_build_for_the_cpu_only_is_told(header: GgufHeader) -> None:
     count, said = choose(header, 1 << 30, can_offload=False)
     assert count == 0
     assert "BACKEND=cuda" in said
-    with pytest.raises(EnvironmentIncomplete, match="CPU only"):
+    with pytest.raises(EnvironmentIncomplete, match="compiled for the CPU or for other cards"):
         choose(header, 1 << 30, 3, can_offload=False)
     with pytest.raises(EnvironmentIncomplete, match="no GPU was found"):
         gpu_layers.choose(header, CHOICE, [], 1, can_offload=True)
@@ -105,6 +108,37 @@ def test_the_plan_moves_memory_to_the_gpu(path: Path) -> None:
     assert on_gpu == sum(layer_bytes(header)) + 4 * KV_OF_A_LAYER * 2, "cached prefixes are in the machine's memory"
     assert any("computing on GPU" in note for note in notes)
     assert made(can_offload=False)[:2] == (0, 0)
+
+
+@pytest.mark.parametrize(("compiled", "layers"), [(None, 5), ("75-real", 5), ("80-real;86-real", 0)])
+def test_no_layer_goes_to_a_card_that_the_image_has_no_code_for(
+    compiled: str | None, layers: int, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "gpus", lambda: [dataclasses.replace(card(8192 * MIB), architecture="75")])
+    monkeypatch.setattr(planning, "_can_offload", lambda: True)
+    if compiled is not None:
+        monkeypatch.setenv(gpu_access.ARCHITECTURES, compiled)
+    header = gguf_file.read_metadata(path)
+    served = ServedModel(name="shaped", path=path, sha256="ab" * 32, made_at=0, header=header, is_foreign=True)
+    planner = planning.Planner(explicit=(), folder=tmp_path, machine=ROOMY)
+    settings = planner.plan(served, Serve(), ()).settings
+    assert settings.gpu_layers == layers
+    assert any("compiled for the CPU or for other cards" in note for note in settings.notes) == (not layers)
+    if not layers:
+        with pytest.raises(EnvironmentIncomplete, match="gpu_layers is 3, but GPU 0"):
+            planner.plan(served, Serve(gpu_layers=3), ())
+
+
+@pytest.mark.parametrize(("vendors", "is_cpu"), [([], True), (["nvidia"], True), (["nvidia", "amd"], False)])
+def test_what_computes_meanwhile_is_said_only_where_it_is_known(
+    vendors: list[str], is_cpu: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_access, "vendors", lambda: vendors)
+    monkeypatch.setattr(gpu, "problems", lambda: [gpu_access.Problem(what="A card is not used", remedy="use it")])
+    serve._warn_of_cards()
+    said = capsys.readouterr().err
+    assert said.startswith("warning: A card is not used; use it.")
+    assert ("Until then the CPU computes." in said) == is_cpu
 
 
 def test_layers_on_the_gpu_leave_memory(header: GgufHeader) -> None:

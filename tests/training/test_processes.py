@@ -14,18 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from accelerate.commands import launch as launcher
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from appliance import artifacts
+from appliance import artifacts, gpu
 from appliance import recipe as recipes
 from appliance.artifacts import Plan
 from appliance.commands import train
 from appliance.errors import ArtifactError, EnvironmentIncomplete, RecipeError, TrainingFailed
+from appliance.gpu_access import Problem, TorchBuild
 from appliance.training import loop, model, processes
 from tests import tiny_recipe
 from tests.running import WAIT_SECONDS, Trained, call, environment, kill_when
@@ -333,6 +334,43 @@ def test_accelerate_accepts_the_configuration(
         assert "SHARDED" in str(plugin.state_dict_type)
         assert not plugin.cpu_ram_efficient_loading
         assert plugin.auto_wrap_policy is not None
+
+
+def test_card_that_torch_finds_and_has_no_code_for_ends_training_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with …")
+
+    monkeypatch.setenv("APPLIANCE_LEASES", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_70", "sm_80"])
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (6, 1))
+    monkeypatch.setattr("torch.ones", refuse)
+    with pytest.raises(EnvironmentIncomplete, match=r"cuda:0 and cannot .* no kernel image .* sm_70, sm_80; take a build"):
+        model.gpu_lease().__enter__()
+    assert (tmp_path / "2.lease").read_text() == "", "the card was let go"
+
+
+def test_training_says_why_a_card_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[TorchBuild] = []
+
+    def problems(*, torch: TorchBuild) -> list[Problem]:
+        asked.append(torch)
+        return [Problem(what="There is a card", remedy="use it")]
+
+    monkeypatch.setattr(gpu, "problems", problems)
+    monkeypatch.setattr(train, "_train", lambda *_, **__: None)
+    train._make("sft", cast("Any", None), tmp_path, {}, resume=False, restart=False)
+    assert "warning: There is a card; use it." in capsys.readouterr().err
+    assert asked[0].backend in ("cpu", "cuda", "rocm")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    train._make("sft", cast("Any", None), tmp_path, {}, resume=False, restart=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_one_process_is_not_spread_over_cards(monkeypatch: pytest.MonkeyPatch) -> None:
