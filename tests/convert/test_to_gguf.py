@@ -4,14 +4,14 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import pytest
 
 from appliance import artifacts
-from convert import converter, pre_tokenizer
+from convert import pre_tokenizer
 from tests.convert import quick_converter
 from tests.running import Trained, call, kill_when, start
 
@@ -172,18 +172,6 @@ def test_second_name_is_taken_when_the_first_is_wrong(
     assert made.results["pre_tokenizer"] == "qwen2"
     assert [file.suffix for file in made.path.iterdir() if file.name != "manifest.json"] == [".gguf"]
     assert field(gguf.GGUFReader(next(made.path.glob("*.gguf"))), "tokenizer.ggml.pre") == "qwen2"
-
-
-def test_disk_that_fills_up(trained: Trained, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(arguments: Sequence[str]) -> tuple[int, str]:
-        Path(arguments[arguments.index("--outfile") + 1]).write_bytes(b"GGUF")
-        return 1, "Traceback\n  in write\nOSError: [Errno 28] No space left on device\n"
-
-    monkeypatch.setattr(converter, "execute", half)
-    result = call("convert", "gguf", trained.made["merge"])
-    assert result.exit_code == 1
-    assert "was not converted: Traceback |   in write | OSError: [Errno 28] No space left on device" in result.stderr
-    assert not list(root.rglob("*.gguf"))
 
 
 def test_check_answers_without_converting(trained: Trained, root: Path) -> None:
