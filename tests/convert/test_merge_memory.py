@@ -54,7 +54,9 @@ def test_wide_embeddings_are_never_held(root: Path, tmp_path: Path, dtype: str, 
             shapes |= {f"{stem}.weight": (TOKENS, WIDTH)}
     write(adapter / "adapter_model.safetensors", shapes, dtype)
     command = [sys.executable, "-m", "convert.merge", str(adapter), "--base", str(base)]
-    with subprocess.Popen(command, env=environment(root), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment(root), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         peak = 0
         while process.poll() is None:
             peak = max(peak, processes.anonymous_now(process.pid))

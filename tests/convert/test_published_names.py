@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
+from appliance import artifacts
 from convert import checkpoint, gguf_names
 from convert.mapped_model import MappedModel
 from tests.convert import adapters, families, quick_converter
@@ -66,6 +67,22 @@ def test_same_model_under_other_names(family: str, prefix: str, root: Path, tmp_
         for name, each in ours.items():
             np.testing.assert_array_equal(each, theirs[name], err_msg=name)
     assert root.exists()
+
+
+@pytest.mark.usefixtures("root")
+def test_merge_on_four_bits_under_other_names(tmp_path: Path) -> None:
+    """Which weights were in four bits is known by the names that transformers has."""
+    base = families.write_model(FAMILIES["GPT-2"], tmp_path / "base")
+    published = renamed(base, tmp_path / "published" / "base", lambda name: name.removeprefix("transformer."))
+    adapter = adapters.write(base, tmp_path / "adapter", FAMILIES["GPT-2"].targets)
+    made = [
+        output(call("convert", "merge", adapter, "--base", each, "--trained-on", "nf4", "--json"))["artifact"]
+        for each in (base, published)
+    ]
+    results = [artifacts.load(each).results for each in made]
+    assert results[0]["kl_to_trained"] == pytest.approx(results[1]["kl_to_trained"])
+    assert results[0]["merged_into"] == results[1]["merged_into"] == "round trip"
+    np.testing.assert_array_equal(*(MappedModel(each).logits(IDS) for each in made))
 
 
 def _gemma_3_with_eyes(tokens: int) -> Any:

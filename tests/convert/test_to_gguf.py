@@ -12,7 +12,7 @@ import pytest
 
 from appliance import artifacts
 from convert import pre_tokenizer
-from tests.convert import quick_converter
+from tests.convert import quick_converter, small_merge
 from tests.running import Trained, call, kill_when, start
 
 
@@ -172,6 +172,18 @@ def test_second_name_is_taken_when_the_first_is_wrong(
     assert made.results["pre_tokenizer"] == "qwen2"
     assert [file.suffix for file in made.path.iterdir() if file.name != "manifest.json"] == [".gguf"]
     assert field(gguf.GGUFReader(next(made.path.glob("*.gguf"))), "tokenizer.ggml.pre") == "qwen2"
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("has_template", [True, False])
+def test_missing_chat_template_is_told(tmp_path: Path, has_template: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_converter.install(monkeypatch)
+    base = small_merge.write_base(tmp_path / "base")
+    if not has_template:
+        (base / "chat_template.jinja").unlink()
+    result = call("convert", "gguf", base)
+    assert result.exit_code == 0, result.stderr
+    assert ("has no chat template" in result.stderr) is not has_template
 
 
 def test_check_answers_without_converting(trained: Trained, root: Path) -> None:
