@@ -1,6 +1,7 @@
 """Models whose files name weights otherwise than transformers' code does, as many on the hub: all of the path takes them."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,12 @@ def test_language_model_among_others(family: str, settings: Callable[[int], Any]
     assert distance(logits(made["file"], IDS), live) < 0.05
     full = output(call("convert", "gguf", base, "--json"))["file"]
     assert distance(logits(full, IDS, made["adapter"]), live) < 0.05
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "Waar is de balie?"}, {"role": "assistant", "content": "Naast de brug."}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    limits = ("--prompts", "1", "--answer-tokens", "8")
+    output(call("convert", "verify", full, "--merged", base, "--conversations", rows, "--json", *limits))
+    output(call("convert", "imatrix", base, "--conversations", rows, "--json"))
 
 
 def test_names_in_a_file_of_two_models_are_not_mixed_up(tmp_path: Path) -> None:
