@@ -26,6 +26,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 KINDS = ("base", "dataset", "adapter", "merged", "gguf", "encoder", "report")
 PARTIAL = ".partial"
+FULL_BYTES = 1 << 20  # where less is free, a disk is full
 REQUIRED = {"kind", "name", "digest", "parents", "inputs", "config", "results", "files", "made_at", "seconds"}
 NAME_WITH_DIGEST = re.compile(r".+-[0-9a-f]{12}")
 
@@ -291,6 +292,12 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
         raise EnvironmentIncomplete(
             f"{purpose} needs {needed_bytes / 1e6:.0f} MB in {folder}, {free / 1e6:.0f} MB are free; free some and repeat."
         )
+
+
+def require_not_full(file: Path) -> None:
+    """Raises `EnvironmentIncomplete` when nothing fits beside `file`: asked where a program failed to write it."""
+    if shutil.disk_usage(file.parent).free < FULL_BYTES:
+        raise EnvironmentIncomplete(f"No space left on the device while writing {file}; free some and repeat.")
 
 
 @contextlib.contextmanager

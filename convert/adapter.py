@@ -18,9 +18,9 @@ from appliance.artifacts import Plan
 from appliance.console import Command, emit, human_bytes, json_option, note
 from appliance.errors import ModelFileError
 from convert import checkpoint, converter, gguf_names, llama_cpp_source, staged_model
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import EMBEDDINGS, Checkpoint
 from convert.lora import CONFIG, FACTOR_A, FACTOR_B, PREFIX, WEIGHTS, Adapter, read_adapter
-from convert.merge import check_fit
+from convert.merge import check_fit, in_file_names
 
 REVISION = 1  # raised when the same inputs would give another file
 SCRIPT = "convert_lora_to_gguf.py"
@@ -55,7 +55,7 @@ def _make(plan: Plan, adapter: Path, base: Path, number_type: str, root: Path) -
     model = checkpoint.read(base)
     for folder in (adapter, base):
         artifacts.check_input(folder)
-    lora = read_adapter(adapter)
+    lora = in_file_names(read_adapter(adapter), model)
     if reason := unswappable(lora):
         raise ModelFileError(
             f"{adapter} cannot be switched on at run time: {reason}. Merge it instead: `appliance convert merge {adapter}"
@@ -98,6 +98,8 @@ def unswappable(lora: Adapter) -> str | None:
         return f"it replaces whole tensors, {next(iter(sorted(lora.replaced)))} among them"
     if any(change.magnitude is not None for change in lora.changes.values()):
         return "DoRA scales whole weights"
+    if any(name.endswith(EMBEDDINGS) for name in lora.changes):
+        return "it changes the embeddings"
     return None
 
 

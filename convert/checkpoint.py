@@ -1,5 +1,7 @@
 """A model folder in the Hugging Face format, checked before anything is made of it: settings, shards, tensors, tokenizer."""
 
+import collections
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,11 @@ INDEX = "model.safetensors.index.json"
 # deepseek-llm-7b 102,400 for 100,016. More than this is another model's tokenizer.
 LARGEST_PADDING = 4096
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+HEAD = "lm_head.weight"
+# The same weight has other first words in other files, and transformers renames them as it loads: openai-community/gpt2 has
+# no "transformer.", Gemma 3 of 4B and more has "language_model.model." where its code has "model.language_model.".
+FIRST_WORDS = frozenset({"model", "transformer", "language_model", "gpt_neox"})
+OPTIONAL_WORD = "vision_model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +32,11 @@ class Checkpoint:
     settings: Mapping[str, Any]
     shards: Sequence[Path]
     tensors: Mapping[str, Entry]
+    by_stem: Mapping[str, str]  # names in the files, by what is the same in all of them
+
+    def stored_name(self, name: str) -> str | None:
+        """What the files call a weight that transformers or an adapter calls `name`; None where they have none such."""
+        return name if name in self.tensors else self.by_stem.get(stem(name))
 
     @property
     def size_bytes(self) -> int:
@@ -38,8 +50,10 @@ class Checkpoint:
 
     @property
     def is_tied(self) -> bool:
-        """Whether one matrix serves as embeddings and as head."""
-        return not any(name.endswith("lm_head.weight") for name in self.tensors)
+        """Whether one matrix serves as embeddings and as head: as the settings say, even where the head is stored too."""
+        has_head = any(name.endswith(HEAD) for name in self.tensors)
+        inner = self.text_settings.get("tie_word_embeddings")
+        return not has_head or bool(self.settings.get("tie_word_embeddings") if inner is None else inner)
 
 
 def read(folder: Path) -> Checkpoint:
@@ -55,7 +69,15 @@ def read(folder: Path) -> Checkpoint:
     tensors: dict[str, Entry] = {}
     for shard in shards:
         tensors.update(safetensors_file.read_header(shard).tensors)
-    return Checkpoint(folder, settings, shards, tensors)
+    stems = collections.Counter(map(stem, tensors))
+    by_stem = {stem(name): name for name in tensors if stems[stem(name)] == 1}
+    return Checkpoint(folder, settings, shards, tensors, by_stem)
+
+
+def stem(name: str) -> str:
+    """A weight's name without the words that differ from file to file."""
+    words = [word for word in name.split(".") if word != OPTIONAL_WORD]
+    return ".".join(itertools.dropwhile(FIRST_WORDS.__contains__, words))
 
 
 def read_settings(folder: Path) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ def gguf_package() -> Any:
 
 def tensor_names(settings: Mapping[str, Any]) -> Callable[[str], str | None]:
     """How the converter names tensors of a model with these settings: `model.layers.0.mlp.up_proj.weight` is
-    `blk.0.ffn_up.weight`.
+    `blk.0.ffn_up.weight`. Like the converter, it passes over where a multimodal model keeps its language model.
     """
     text = settings.get("text_config") or {}
     layers = next(
@@ -38,7 +38,7 @@ def tensor_names(settings: Mapping[str, Any]) -> Callable[[str], str | None]:
         gguf, conversion = map(importlib.import_module, PACKAGES)
         architecture = conversion.get_model_architecture(dict(settings), conversion.ModelType.TEXT)
         table = gguf.get_tensor_name_map(conversion.get_model_class(architecture).model_arch, layers)
-    return lambda name: table.get_name(name, try_suffixes=(".weight", ".bias"))
+    return lambda name: table.get_name(name.replace("language_model.", ""), try_suffixes=(".weight", ".bias"))
 
 
 @contextlib.contextmanager

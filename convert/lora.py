@@ -18,6 +18,9 @@ PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FACTOR_A, FACTOR_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+PARTNERS = {FACTOR_A: FACTOR_B, FACTOR_B: FACTOR_A, EMBEDDING_A: EMBEDDING_B, EMBEDDING_B: EMBEDDING_A}
+INSTEAD = "merge it with PEFT (merge_and_unload) and convert what that saves"
 
 # PiSSA and its like move a part of the base into the adapter, so that it belongs to a base that nobody has.
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -29,7 +32,8 @@ UNUSABLE = {
     "layer_replication": "it belongs to a model whose layers are repeated",
     "lora_bias": "its second factor has a bias",
     "target_parameters": "it changes parameters that are no layer's weight",
-    "trainable_token_indices": "it trains the embeddings of single tokens",
+    "trainable_token_indices": f"it trains the embeddings of single tokens; {INSTEAD}, or train whole embeddings"
+    " (modules_to_save)",
     "use_bdlora": "its factors are made of blocks (BD-LoRA)",
     "use_qalora": "it pools its input (QALoRA)",
 }
@@ -63,6 +67,7 @@ class Change:
 class Adapter:
     """By the names of weights in the base: what is added to some, and what replaces others (trained embeddings, biases).
 
+    Where a weight is in both, what is added is added to what replaces it: PEFT saves embeddings and heads beside their LoRA.
     `is_tied`: the embeddings that replace the base's are those of the head, too.
     """
 
@@ -90,20 +95,32 @@ def read_adapter(folder: Path) -> Adapter:
     return _sorted_out(tensors, settings, folder)
 
 
-def merged_rows(weight: Any, change: Change) -> Iterator[Any]:
-    """The changed weight in its own type, some rows at a time; `weight` is a slice of a safetensors file, or a tensor."""
+def merged_rows(weight: Any, change: Change, dtype: Any = None) -> Iterator[Any]:
+    """The changed weight in its own type, or another, some rows at a time.
+
+    `weight` is a slice of a safetensors file, or a tensor.
+    """
     import torch
 
+    dtype = dtype or weight[:1].dtype
     a, b = change.a.to(torch.float32), change.b.to(torch.float32) * change.scale
     if change.is_transposed:
         whole = weight[:, :].to(torch.float32).T + b @ a
-        yield _with_length(whole, change.magnitude).T.to(weight[:1].dtype).contiguous()
+        yield _with_length(whole, change.magnitude).T.to(dtype).contiguous()
         return
     step = max(1, ROWS_BYTES // (4 * a.shape[1]))
     for start in range(0, b.shape[0], step):
         rows = weight[start : start + step]
         magnitude = None if change.magnitude is None else change.magnitude[start : start + step]
-        yield _with_length(rows.to(torch.float32) + b[start : start + step] @ a, magnitude).to(rows.dtype)
+        yield _with_length(rows.to(torch.float32) + b[start : start + step] @ a, magnitude).to(dtype)
+
+
+def rows_as(tensor: Any, dtype: Any) -> Iterator[Any]:
+    """A tensor in another type, some rows at a time."""
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
+    step = max(1, ROWS_BYTES // (4 * rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        yield rows[start : start + step].to(dtype)
 
 
 def _with_length(rows: Any, magnitude: Any | None) -> Any:
@@ -120,18 +137,20 @@ def _sorted_out(tensors: Mapping[str, Any], settings: Mapping[str, Any], folder:
     replaced: dict[str, Any] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        if name.endswith(FACTOR_A):
-            module = name.removesuffix(FACTOR_A)
-            stem = key.removesuffix(FACTOR_A)
-            if (partner := tensors.get(stem + FACTOR_B)) is None:
+        if (ending := next((each for each in PARTNERS if name.endswith(each)), None)) is not None:
+            stem, module = key.removesuffix(ending), name.removesuffix(ending)
+            if (partner := tensors.get(stem + PARTNERS[ending])) is None:
                 raise ModelFileError(f"The adapter in {folder} has {key} without its other factor; train it again.")
-            changes[f"{module}.weight"] = _change(module, tensor, partner, tensors.get(stem + MAGNITUDE), settings)
-        elif name.endswith(FACTOR_B):
-            if key.removesuffix(FACTOR_B) + FACTOR_A not in tensors:
-                raise ModelFileError(f"The adapter in {folder} has {key} without its other factor; train it again.")
+            magnitude = tensors.get(stem + MAGNITUDE)
+            if ending == FACTOR_A:
+                changes[f"{module}.weight"] = _change(module, tensor, partner, magnitude, settings)
+            elif ending == EMBEDDING_A:
+                changes[f"{module}.weight"] = _embedding_change(module, tensor, partner, magnitude, settings)
         elif not name.endswith(MAGNITUDE):
             if "lora_" in name or "token_adapter" in name:
-                raise ModelFileError(f"{folder} cannot be used exactly: {key} is of a kind that is not known here.")
+                raise ModelFileError(
+                    f"{folder} cannot be used exactly: {key} is of a kind that is not known here; {INSTEAD}."
+                )
             if ".original_module." not in name:  # what it was before
                 replaced[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
     if not changes and not replaced:
@@ -148,6 +167,13 @@ def _change(module: str, a: Any, b: Any, magnitude: Any | None, settings: Mappin
     alpha = _by_pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
     scale = alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank
     return Change(a, b, float(scale), magnitude, bool(settings.get("fan_in_fan_out")))
+
+
+def _embedding_change(module: str, a: Any, b: Any, magnitude: Any | None, settings: Mapping[str, Any]) -> Change:
+    """Of factors `(rank, tokens)` and `(width, rank)`: PEFT adds the transpose of their product (tuners/lora/layer.py)."""
+    if magnitude is not None:
+        raise ModelFileError(f"{module}: DoRA of embeddings cannot be merged here; {INSTEAD}.")
+    return _change(module, b.T, a.T, None, {**settings, "use_dora": False, "fan_in_fan_out": False})
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:

@@ -65,7 +65,7 @@ class MappedModel:
     def __init__(self, folder: Path, weights: Weights | None = None) -> None:
         import accelerate
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         torch.set_num_threads(device.usable_cores())
         self.checkpoint = checkpoint.read(folder)
@@ -73,12 +73,12 @@ class MappedModel:
         try:
             settings = AutoConfig.from_pretrained(folder, local_files_only=True)
             with accelerate.init_empty_weights(include_buffers=False):
-                self.module = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
+                self.module = _maker(settings).from_config(settings, dtype=torch.float32).eval()
         except (OSError, ValueError, KeyError) as error:
             raise ModelFileError(f"{folder} cannot be loaded: {error}") from error
         self.vocabulary_rows = int(settings.get_text_config().vocab_size)
         self.matrices: dict[str, Any] = {}
-        for path, module in self.module.named_modules():
+        for path, module in self._parts():
             self._fill(path, module)
 
     def logits(self, tokens: Sequence[int]) -> Any:
@@ -109,6 +109,15 @@ class MappedModel:
         wanted = self.module.get_input_embeddings()
         return next(str(path) for path, each in self.module.named_modules() if each is wanted)
 
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        """All modules by path, but for those of a multimodal model that see and hear: texts do not pass them."""
+        decoder, head = self.module.get_decoder(), self.module.get_output_embeddings()
+        inside = next(path for path, each in self.module.named_modules() if each is decoder)
+        is_whole = decoder is self.module.base_model
+        for path, module in self.module.named_modules():
+            if is_whole or module is head or f"{path}.".startswith(f"{inside}."):
+                yield path, module
+
     def _fill(self, path: str, module: Any) -> None:
         import torch
         from transformers.pytorch_utils import Conv1D
@@ -138,12 +147,19 @@ class MappedModel:
 
     def _file_name(self, parameter: str, module: Any) -> str:
         """The name in the files: a tied head is not stored, it is the embeddings."""
-        if parameter in self.checkpoint.tensors:
-            return parameter
+        if (name := self.checkpoint.stored_name(parameter)) is not None:
+            return name
         is_head = module is self.module.get_output_embeddings()
-        if is_head and (name := f"{self.embeddings}.weight") in self.checkpoint.tensors:
+        if is_head and (name := self.checkpoint.stored_name(f"{self.embeddings}.weight")) is not None:
             return name
         raise ModelFileError(f"{self.checkpoint.folder} has no {parameter}, which its architecture needs.")
+
+
+def _maker(settings: Any) -> Any:
+    """The class of transformers that makes a model for texts, with a language model alone or with one among others."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if type(settings) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
 
 
 def _multiply(module: Any, rows: Callable[[], Iterator[Any]], is_transposed: bool, inputs: Any) -> Any:

@@ -9,7 +9,7 @@ made of them, and the way that stays closer to what was trained is taken.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,26 @@ from appliance.console import Command, emit, json_option, note
 from appliance.errors import ModelFileError
 from convert import checkpoint, conversations, pre_tokenizer, safetensors_file
 from convert import nf4 as four_bits
-from convert.checkpoint import Checkpoint
-from convert.lora import Adapter, merged_rows, read_adapter
+from convert.checkpoint import EMBEDDINGS, HEAD, Checkpoint
+from convert.lora import Adapter, merged_rows, read_adapter, rows_as
 from convert.mapped_model import MappedModel
 from convert.nf4 import Nf4, widened
 
-REVISION = 3  # raised when the same inputs would give other files
+REVISION = 4  # raised when the same inputs would give other files
 NOT_COPIED = {artifacts.MANIFEST, "README.md", "training_template.jinja", "loss.jsonl", "loss.png"}
-TOKENIZER_FILES = {
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
+# A hub repository has the same weights in other formats, too: unmerged, and gigabytes. With them go their indexes and data.
+FOREIGN_WEIGHTS = {
+    *(".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".ot", ".npz", ".tflite"),
+    *(".mlmodel", ".mlpackage", ".safetensors"),
 }
+INDEXES = {checkpoint.INDEX}
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"}
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_SETTINGS = {TOKENIZER_CONFIG, "special_tokens_map.json"}
+TEMPLATES = {"chat_template.jinja", "chat_template.json"}
+TOKENIZER_FILES = VOCABULARIES | TOKENIZER_SETTINGS | TEMPLATES
 COMPARED = 8  # conversations on which both ways of merging are compared
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+NAMES_SHOWN = 5
 
 
 @click.command(cls=Command)
@@ -55,7 +62,8 @@ def merge(
     trained_on = trained_on or _trained_on(adapter)
     settings: dict[str, Any] = {}
     if trained_on == "nf4":
-        settings = {"trained_on": trained_on, "rows": None if rows is None else artifacts.identity(rows.parent)}
+        said = None if rows is None else f"{artifacts.identity(rows.parent)}/{rows.name}"
+        settings = {"trained_on": trained_on, "rows": said}
     plan = Plan(kind="merged", name=name or adapter.name, inputs={"revision": REVISION}, parents=parents, config=settings)
     state = "unchanged" if plan.existing(root) else "to make" if dry_run else "made"
     if state == "made":
@@ -72,18 +80,20 @@ def _trained_on(adapter: Path) -> str:
 
 def _make(plan: Plan, adapter: Path, base: Path, root: Path, rows: Path | None, *, is_nf4: bool) -> None:
     model = checkpoint.read(base)
-    artifacts.require_space(root, model.size_bytes + 50_000_000, "The merged model")
+    rest = _rest(adapter, base)
+    rest_bytes = sum(file.stat().st_size for file in rest.values())
+    artifacts.require_space(root, model.size_bytes + rest_bytes + 50_000_000, "The merged model")
     for folder in (adapter, base):
         artifacts.check_input(folder)
     _require_same_base(adapter, base)
-    lora = _tied(read_adapter(adapter), model)
+    lora = _tied(in_file_names(read_adapter(adapter), model), model)
     check_fit(lora, model, adapter)
     nf4, ways = _better_way(base, lora, rows) if is_nf4 else (None, {})
     with artifacts.create(plan, root) as draft:
         for shard in model.shards:
             merge_shard(shard, draft.path / shard.name, lora, nf4)
         draft.results.update(ways)
-        _copy_the_rest(adapter, base, lora, draft.path)
+        _copy(rest, base, lora, draft.path)
         scales = sorted({change.scale for change in lora.changes.values()})
         draft.results.update(merged_weights=len(lora.changes), replaced_weights=len(lora.replaced), scales=scales)
         said = ", ".join(f"{scale:g}" for scale in scales) or "none"
@@ -94,7 +104,8 @@ def _make(plan: Plan, adapter: Path, base: Path, root: Path, rows: Path | None, 
 def _better_way(base: Path, lora: Adapter, rows: Path | None) -> tuple[Nf4 | None, dict[str, Any]]:
     """Both ways of merging an adapter that was trained on four bits, and how far each is from what was trained."""
     config.apply_quiet_environment()
-    nf4 = four_bits.as_trained(MappedModel(base))
+    mapped = MappedModel(base)
+    nf4 = _in_file_names(four_bits.as_trained(mapped), mapped.checkpoint)
     found = four_bits.divergences(base, lora, nf4, _texts(base, rows))
     way = four_bits.better(found)
     said = ", ".join(f"{name} {value:.5f}" for name, value in found.items())
@@ -121,46 +132,79 @@ def _require_same_base(adapter: Path, base: Path) -> None:
             raise ModelFileError(f"{adapter} was trained on {', '.join(parents)}, not on {given}; name its own base.")
 
 
+def in_file_names(lora: Adapter, model: Checkpoint) -> Adapter:
+    """The adapter by the names that the base's files have; a weight that they lack keeps its own."""
+    changes = {model.stored_name(name) or name: change for name, change in lora.changes.items()}
+    replaced = {model.stored_name(name) or name: tensor for name, tensor in lora.replaced.items()}
+    return dataclasses.replace(lora, changes=changes, replaced=replaced)
+
+
+def _in_file_names(nf4: Nf4, model: Checkpoint) -> Nf4:
+    covered, transposed = (
+        frozenset(model.stored_name(name) or name for name in names) for names in (nf4.covered, nf4.transposed)
+    )
+    return dataclasses.replace(nf4, covered=covered, transposed=transposed)
+
+
 def _tied(lora: Adapter, model: Checkpoint) -> Adapter:
-    """Where the base has one matrix for embeddings and head, PEFT saves it twice: once is enough, if the two are equal."""
+    """Where the base has one matrix for embeddings and head, PEFT saves it twice: fine, if the two are equal.
+
+    Files that have the head in spite of it get it in both places.
+    """
     import torch
 
-    replaced = {next((end for end in (EMBEDDING, HEAD) if name.endswith(end)), name): name for name in lora.replaced}
-    if not model.is_tied or not {EMBEDDING, HEAD} <= replaced.keys():
+    heads, embeddings = ([name for name in lora.replaced if name.endswith(end)] for end in (HEAD, EMBEDDINGS))
+    if not model.is_tied or not heads or not embeddings or lora.changes.keys() & {*heads, *embeddings}:
         return lora
-    if not torch.equal(lora.replaced[replaced[EMBEDDING]], lora.replaced[replaced[HEAD]]):
+    if not torch.equal(lora.replaced[embeddings[0]], lora.replaced[heads[0]]):
         return lora
-    kept = {name: tensor for name, tensor in lora.replaced.items() if name != replaced[HEAD]}
+    kept = {name: tensor for name, tensor in lora.replaced.items() if name not in heads or name in model.tensors}
     return dataclasses.replace(lora, replaced=kept, is_tied=True)
 
 
 def check_fit(lora: Adapter, model: Checkpoint, adapter: Path) -> None:
-    """Raises `ModelFileError`, with names and shapes, for an adapter that is another base's, or cannot be merged."""
+    """Raises `ModelFileError`, with names and shapes, for an adapter that is another base's, or cannot be merged.
+
+    Its names are those of the base's files (`in_file_names`).
+    """
     wanted = {**{name: each.shape for name, each in lora.changes.items()}, **_shapes(lora)}
-    if missing := sorted(wanted.keys() - model.tensors.keys()):
-        if model.is_tied and any(name.endswith(HEAD) for name in missing):
-            raise ModelFileError(
-                f"{adapter} changes {HEAD}, and {model.folder} has one matrix for embeddings and head (tie_word_embeddings):"
-                " merged, it would change the embeddings too; train without lm_head among target_modules."
-            )
-        raise ModelFileError(f"{adapter} changes {missing[0]} ({len(missing)} such), which {model.folder} does not have.")
-    if model.is_tied and not lora.is_tied and any(name.endswith(EMBEDDING) for name in wanted):
+    if model.is_tied and not lora.is_tied:
+        _require_untied(wanted.keys(), model, adapter)
+    problems = []
+    for name, shape in sorted(wanted.items()):
+        change = lora.changes.get(name)
+        found = tuple(model.tensors[name].shape) if name in model.tensors else None
+        if found is None:
+            problems.append(f"{name} {shape}, which the base does not have")
+        elif not _fits(name, shape, found, lora):
+            problems.append(f"{name} has another shape: {found} in the base, {shape} in the adapter")
+        elif change is not None and change.shape != shape:
+            problems.append(f"{name} has another shape: {shape} where the adapter replaces it, {change.shape} where it adds")
+    if problems:
+        more = f"; and {len(problems) - NAMES_SHOWN} more" if len(problems) > NAMES_SHOWN else ""
+        raise ModelFileError(
+            f"{adapter} does not fit {model.folder}: {'; '.join(problems[:NAMES_SHOWN])}{more}."
+            " This adapter is for another base; name its own."
+        )
+
+
+def _fits(name: str, shape: Sequence[int], found: Sequence[int], lora: Adapter) -> bool:
+    """Embeddings and heads that are saved whole may have other rows: tokens were added."""
+    return shape == found or (shape[1:] == found[1:] and name in lora.replaced and name.endswith((*EMBEDDINGS, HEAD)))
+
+
+def _require_untied(names: Iterable[str], model: Checkpoint, adapter: Path) -> None:
+    """Raises `ModelFileError` for a change of what embeddings and head share that was trained on one side only."""
+    if any(name.endswith(HEAD) for name in names):
+        raise ModelFileError(
+            f"{adapter} changes {HEAD}, and {model.folder} has one matrix for embeddings and head (tie_word_embeddings):"
+            " merged, it would change the embeddings too; train without lm_head among target_modules."
+        )
+    if any(name.endswith(EMBEDDINGS) for name in names):
         raise ModelFileError(
             f"{adapter} trains the embeddings, and {model.folder} has one matrix for embeddings and head"
             " (tie_word_embeddings): merged, it would change the head too; train with ensure_weight_tying, or without them."
         )
-    for name, change in lora.changes.items():
-        if (found := tuple(model.tensors[name].shape)) != change.shape:
-            raise ModelFileError(
-                f"{name} has another shape: {found} in the base, {change.shape} in the adapter;"
-                " this adapter is for another base."
-            )
-    for name, shape in _shapes(lora).items():
-        found = tuple(model.tensors[name].shape)
-        if found[1:] != shape[1:] or (found != shape and not name.endswith((EMBEDDING, HEAD))):
-            raise ModelFileError(
-                f"{name} has another shape: {found} in the base, {shape} in the adapter; this adapter is for another base."
-            )
 
 
 def _shapes(lora: Adapter) -> dict[str, tuple[int, ...]]:
@@ -175,9 +219,11 @@ def merge_shard(source: Path, target: Path, lora: Adapter, nf4: Nf4 | None = Non
         with safe_open(source, framework="pt") as shard:
 
             def pieces(name: str) -> Iterator[bytes] | None:
-                if name in lora.replaced:
-                    return iter([_bytes(lora.replaced[name].to(shard.get_tensor(name).dtype))])
                 change = lora.changes.get(name)
+                if (new := lora.replaced.get(name)) is not None:
+                    dtype = shard.get_tensor(name).dtype
+                    changed = rows_as(new, dtype) if change is None else merged_rows(new, change, dtype)
+                    return map(_bytes, changed)
                 if nf4 is not None and name in nf4.covered:
                     matrix = widened(shard.get_tensor(name), name, nf4)
                     return (_bytes(rows) for rows in ([matrix] if change is None else merged_rows(matrix, change)))
@@ -195,23 +241,51 @@ def _bytes(tensor: Any) -> bytes:
     return content
 
 
-def _copy_the_rest(adapter: Path, base: Path, lora: Adapter, target: Path) -> None:
-    """Settings, tokenizer, template: the base's, but for a tokenizer that was saved with the adapter and its vocabulary."""
-    own_tokenizer = adapter if (adapter / "tokenizer.json").exists() or (adapter / "tokenizer.model").exists() else base
-    for file in base.iterdir():
-        is_taken = file.suffix != ".safetensors" and file.name not in NOT_COPIED
-        if file.is_file() and is_taken and not (file.name in TOKENIZER_FILES and own_tokenizer is adapter):
-            shutil.copyfile(file, target / file.name)
-    if own_tokenizer is adapter:
-        for name in sorted(TOKENIZER_FILES):
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, target / name)
-    rows = next((tensor.shape[0] for name, tensor in lora.replaced.items() if name.endswith(EMBEDDING)), None)
-    settings: dict[str, Any] = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    text: Any = settings.get("text_config") if isinstance(settings.get("text_config"), Mapping) else settings
+def _rest(adapter: Path, base: Path) -> dict[str, Path]:
+    """Settings, tokenizer, template: the base's, but for a tokenizer that was saved with the adapter, and its vocabulary.
+
+    What such a tokenizer lacks (settings, template) is the base's again.
+    """
+    found = {file.name: file for file in base.iterdir() if file.is_file() and _is_taken(file)}
+    own = {name: adapter / name for name in TOKENIZER_FILES if (adapter / name).is_file()}
+    if own.keys() & {"tokenizer.json", "tokenizer.model"}:
+        lacking = TOKENIZER_FILES - VOCABULARIES - own.keys()
+        if TOKENIZER_CONFIG in own:
+            lacking -= TOKENIZER_SETTINGS
+        if own.keys() & TEMPLATES or _template(adapter):
+            lacking -= TEMPLATES
+        found = {name: file for name, file in found.items() if name not in TOKENIZER_FILES or name in lacking} | own
+    return found
+
+
+def _is_taken(file: Path) -> bool:
+    is_weights = not FOREIGN_WEIGHTS.isdisjoint(each.lower() for each in file.suffixes)
+    return file.name not in NOT_COPIED and (not is_weights or file.name in INDEXES)
+
+
+def _template(folder: Path) -> Any:
+    """The chat template in the settings of the tokenizer, where it was before it got a file of its own; None without."""
+    path = folder / TOKENIZER_CONFIG
+    return json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+
+
+def _copy(rest: Mapping[str, Path], base: Path, lora: Adapter, target: Path) -> None:
+    for name, file in rest.items():
+        shutil.copyfile(file, target / name)
+    if not TEMPLATES & rest.keys() and (template := _template(base)) and not _template(target):
+        _change_json(target / TOKENIZER_CONFIG, chat_template=template)
+    rows = next((tensor.shape[0] for name, tensor in lora.replaced.items() if name.endswith(EMBEDDINGS)), None)
+    settings = checkpoint.read_settings(target)
+    inner = settings.get("text_config")
+    text = inner if isinstance(inner, Mapping) else settings
     if rows is not None and text.get("vocab_size") != rows:
-        text["vocab_size"] = rows
-        (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        changed = {"vocab_size": rows}
+        _change_json(target / "config.json", **({"text_config": {**text, **changed}} if text is inner else changed))
+
+
+def _change_json(path: Path, **changes: Any) -> None:
+    settings = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

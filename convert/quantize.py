@@ -149,13 +149,16 @@ def _make(plan: Plan, order: Order, kind: str, root: Path) -> None:
     for given in (source, order.importance, order.sensitivity):
         if given is not None:
             artifacts.check_input(given)
-    artifacts.require_space(root, source.stat().st_size, "The quantized file")
     means = {} if order.importance is None else matrices.read(order.importance)
     better = {} if order.sensitivity is None else _spent(order, kind)
     overrides = [*order.overrides, *((sensitivities.pattern_of(role), other) for role, other in better.items())]
+    settings = Settings(type=kind, overrides=overrides, imatrix=means)
+    types = tensor_types(source, settings)
+    would_be = fitting.with_types(fitting.read(source), types)
+    artifacts.require_space(root, would_be.size_bytes + 1_000_000, "The quantized file")  # its metadata grows a little
     with artifacts.create(plan, root) as draft:
         target = draft.path / f"{plan.name}.gguf"
-        quantize_file(source, target, Settings(type=kind, overrides=overrides, imatrix=means))
+        quantize_file(source, target, settings)
         draft.results.update(size_bytes=target.stat().st_size, imatrix=order.importance is not None)
         if order.sensitivity is not None:
             draft.results["better"] = better

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from appliance import device, gguf_types, llama_backends
+from appliance import artifacts, device, gguf_types, llama_backends
 from appliance.errors import ModelFileError
 
 # In the order in which quality falls. Two of llama_ftype are left out: they need a mixture of experts or cards of one maker.
@@ -43,7 +43,10 @@ class Settings:
 
 
 def quantize_file(source: Path, target: Path, settings: Settings) -> None:
-    """Writes `target`; raises `ModelFileError` with llama.cpp's last words when it refuses."""
+    """Writes `target`; raises `ModelFileError` with llama.cpp's last words when it refuses.
+
+    A disk that fills up meanwhile raises `EnvironmentIncomplete`.
+    """
     lines = _call(source, target, settings, is_dry=False)
     if not target.is_file():
         raise ModelFileError(f"{source} was not quantized to {settings.type}: {lines[-1] if lines else 'no reason given'}")
@@ -92,6 +95,8 @@ def _call(source: Path, target: Path, settings: Settings, *, is_dry: bool) -> li
         c.llama_log_set(c.llama_log_callback(), ctypes.c_void_p(0))  # `keep` goes with this function
     del held
     if status != [0]:
+        if not is_dry:
+            artifacts.require_not_full(target)
         reason = next((line.strip() for line in reversed(lines) if line.strip()), "llama.cpp gave no reason")
         raise ModelFileError(f"{source} was not quantized to {settings.type}: {reason}")
     return lines

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from appliance.errors import ModelFileError
 from convert import pre_tokenizer
 from convert.checkpoint import Checkpoint
 from convert.pre_tokenizer import Table
@@ -69,7 +70,7 @@ def _write(model: Checkpoint, table: Table | None, folder: Path) -> set[str]:
             "add_prefix_space": starts_with_space(table),
         }
         if not (model.folder / PIECES).is_file():
-            (folder / PIECES).write_bytes(_pieces(table))
+            (folder / PIECES).write_bytes(_pieces(table, model.folder))
     elif table is not None and "Phi3ForCausalLM" in (model.settings.get("architectures") or []):
         written[TOKENIZER_SETTINGS] = {**settings, "tokenizer_class": "GPT2Tokenizer"}
     for name, content in written.items():
@@ -107,11 +108,17 @@ def _tokenizer_settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _pieces(table: Table) -> bytes:
+def _pieces(table: Table, source: Path) -> bytes:
     """A SentencePiece model of a tokenizer.json: tokens are scored in the order in which their merges stand.
 
-    SentencePiece merges the pair that makes the best-scored token, tokenizer.json the pair that stands first.
+    SentencePiece merges the pair that makes the best-scored token, tokenizer.json the pair that stands first. Raises
+    `ModelFileError` for one that merges no pairs.
     """
+    if (kind := table["model"]["type"]) != "BPE":
+        raise ModelFileError(
+            f"{source} has no {PIECES}, and its tokenizer.json is of type {kind}, of which none can be made here (only of"
+            f" BPE). Put the {PIECES} of the base model beside the weights."
+        )
     format_of: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # generated, without types
     piece = format_of.ModelProto.SentencePiece
     model = table["model"]

@@ -6,6 +6,7 @@ structure says (`convert.pre_tokenizer`), and the file that comes out must give 
 tokenizer, or it is refused.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,12 @@ from convert.pre_tokenizer import Table
 
 REVISION = 2  # raised when the same inputs would give another file
 SCRIPT = "convert_hf_to_gguf.py"
-TYPES = ("f16", "bf16", "f32")
+TYPES = {"f16": 2, "bf16": 2, "f32": 4}  # bytes of a weight
 
 
 @click.command(cls=Command)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--type", "number_type", type=click.Choice(TYPES), default="f16", show_default=True)
+@click.option("--type", "number_type", type=click.Choice(list(TYPES)), default="f16", show_default=True)
 @click.option("--name", help="Name of the result; default: the model folder's.")
 @click.option("--check", is_flag=True, help="Only say whether this model's architecture can be converted.")
 @click.option("--dry-run", is_flag=True, help="Say what would be made, and make nothing.")
@@ -66,7 +67,12 @@ def _make(plan: Plan, model: Path, number_type: str, root: Path) -> None:
     tokenizer = pre_tokenizer.load(model)
     checkpoint.check_vocabulary(source, pre_tokenizer.token_count(tokenizer))
     pre_tokenizer.renderings(tokenizer)  # so that a template that fails is told before the weights are written
-    artifacts.require_space(root, source.size_bytes + 50_000_000, "The GGUF file")
+    if tokenizer.chat_template is None:
+        note(
+            f"gguf: {model} has no chat template, so neither has the file: served, it can only continue text. Put its"
+            " template into chat_template.jinja in that folder and repeat, if it is to chat."
+        )
+    artifacts.require_space(root, size_bytes(source, number_type) + 50_000_000, "The GGUF file")
     with artifacts.create(plan, root) as draft:
         target = draft.path / file_name(plan)
         name = convert(source, tokenizer, target, number_type)
@@ -78,6 +84,12 @@ def _make(plan: Plan, model: Path, number_type: str, root: Path) -> None:
                 " `appliance convert verify` tells whether yours are"
             )
         note(f"gguf: {target.name}, {human_bytes(target.stat().st_size)}")
+
+
+def size_bytes(model: Checkpoint, number_type: str) -> int:
+    """Of a file with weights of this type; vectors are in 32 bits in any file."""
+    wide = TYPES[number_type]
+    return sum(math.prod(each.shape) * (wide if len(each.shape) > 1 else 4) for each in model.tensors.values())
 
 
 def convert(model: Checkpoint, tokenizer: Any, target: Path, number_type: str) -> str | None:

@@ -4,7 +4,7 @@ Usage: python -m convert.upstream CONVERTER_FOLDER SCRIPT PRE_TOKENIZER|- ARGUME
 - Where a pre-tokenizer is named, the file gets it. The converter recognizes tokenizers by a hash of some token ids, which
   knows no tokenizer of one's own, and can be misled: one of Llama 3's kind once had the hash of another model.
 - An adapter of Ministral 3 is converted, and not its base model under the adapter's name: the converter's class for that
-  architecture hands everything on to another one, which knows nothing of adapters.
+  architecture, with eyes or without, hands everything on to another one, which knows nothing of adapters.
 """
 
 import runpy
@@ -23,7 +23,8 @@ def main(arguments: Sequence[str]) -> None:
         from conversion.base import ModelBase, ModelType
         from conversion.mistral3 import Mistral3Model  # type: ignore[import-not-found]
 
-        ModelBase._model_classes[ModelType.TEXT]["Ministral3ForCausalLM"] = Mistral3Model.Ministral3Model
+        for name in ("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"):
+            ModelBase._model_classes[ModelType.TEXT][name] = Mistral3Model.Ministral3Model
     sys.argv = [script, *rest]
     runpy.run_path(f"{folder}/{script}", run_name="__main__")
 

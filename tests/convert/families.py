@@ -141,6 +141,19 @@ def _gemma_2(tokens: int) -> Any:
     return Gemma2Config(**shape, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, pad_token_id=0)
 
 
+def _gemma_3(tokens: int) -> Any:
+    from transformers import Gemma3TextConfig
+
+    layers = [*["sliding_attention"] * 5, "full_attention"]  # llama.cpp knows no other order
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+    }
+    window = {"sliding_window": 512, "max_position_embeddings": 32768}
+    shape = _shape(tokens, num_hidden_layers=6, head_dim=256, query_pre_attn_scalar=256, **window)
+    return Gemma3TextConfig(**shape, layer_types=layers, rope_parameters=rope, pad_token_id=0)
+
+
 def _phi_3(tokens: int) -> Any:
     from transformers import Phi3Config
 
@@ -299,6 +312,13 @@ FAMILIES: Mapping[str, Family] = {
         write_tokenizer=_gemma_tokenizer,
         settings=_gemma_2,
         template="google-gemma-2-2b-it.jinja",
+        pre_tokenizer=None,
+        targets=LLAMA_TARGETS,
+    ),
+    "Gemma 3": Family(
+        write_tokenizer=_gemma_tokenizer,
+        settings=_gemma_3,
+        template="google-gemma-2-2b-it.jinja",  # of Gemma 3's own, llama.cpp's source has none; turns are the same
         pre_tokenizer=None,
         targets=LLAMA_TARGETS,
     ),

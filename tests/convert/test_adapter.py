@@ -11,7 +11,7 @@ import pytest
 
 from appliance.errors import ModelFileError
 from convert import adapter as conversion
-from convert import checkpoint, converter
+from convert import checkpoint
 from convert.lora import Adapter
 from tests.convert import adapters, families, quick_converter
 from tests.convert.test_families import distance, logits, output
@@ -115,19 +115,11 @@ def test_adapter_of_another_base_is_refused(base: Path, root: Path, tmp_path: Pa
     other = families.write_model(families.FAMILIES["Falcon"], tmp_path / "other")
     result = call("convert", "adapter", adapter, "--base", other)
     assert result.exit_code == 1
-    assert "which" in result.stderr
-    assert not list(root.rglob("*.gguf"))
-
-
-def test_converter_fails(base: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = adapters.write(base, tmp_path / "adapter", ["q_proj"])
-    monkeypatch.setattr(
-        converter, "execute", lambda _arguments: (1, "first\n\nOSError: [Errno 28] No space left on device\n")
+    first = (
+        "model.layers.0.self_attn.q_proj.weight (256, 256), which the base does not have; model.layers.1.self_attn.q_proj"
     )
-    result = call("convert", "adapter", adapter, "--base", base)
-    assert result.exit_code == 1
-    assert f"{adapter} was not converted: first | OSError: [Errno 28] No space left on device" in result.stderr
-    assert not list(root.rglob("*.partial"))
+    assert first in result.stderr
+    assert not list(root.rglob("*.gguf"))
 
 
 def test_weight_that_the_converter_drops_is_told(

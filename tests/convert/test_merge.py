@@ -9,65 +9,20 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from appliance import artifacts
 from appliance.artifacts import PARTIAL
 from appliance.recipe import Starter
 from appliance.training import starter
 from convert import lora
 from convert import merge as merging
 from convert.lora import Adapter, Change
+from tests.convert import small_merge
+from tests.convert.small_merge import edit_json, load, logits, make_adapter, merged
 from tests.running import Trained, call
-
-SHAPE = Starter(layers=2, hidden=64, feed_forward=96, heads=2, head_width=32, context_tokens=64)
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
-    folder = tmp_path_factory.mktemp("models") / "base"
-    tokenizer = starter.make_tokenizer(["een paar woorden voor de woordenlijst"], 512)
-    torch.manual_seed(1)
-    starter._save(starter.make_model(SHAPE, tokenizer), tokenizer, folder)
-    return folder
-
-
-def load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True).eval()
-
-
-def make_adapter(base: Path, folder: Path, **settings: Any) -> Any:
-    """A LoRA adapter with random factors, saved; returns base and adapter as PEFT runs them."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(2)
-    options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **settings}
-    model = get_peft_model(load(base), LoraConfig(**options))
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.3)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def logits(model: Any) -> Any:
-    import torch
-
-    ids = torch.arange(3, 43)[None]
-    with torch.inference_mode():
-        return model(input_ids=ids).logits
-
-
-def merged(root: Path, adapter: Path, base: Path) -> Path:
-    result = call("convert", "merge", adapter, "--base", base, "--json")
-    assert result.exit_code == 0, result.stderr
-    folder = Path(json.loads(result.stdout)["artifact"])
-    assert folder.parent.parent == root
-    return folder
+    return small_merge.write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.mark.parametrize(
@@ -132,75 +87,15 @@ def test_rows_in_pieces_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(torch.cat(pieces), whole)
 
 
-def test_trained_embeddings_and_added_tokens_survive(base: Path, root: Path, tmp_path: Path) -> None:
-    """As PEFT saves them: whole tensors of other shapes, beside a tokenizer that has the new tokens."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer
-
-    untied = copied_untied(base, tmp_path / "untied")
-    tokenizer = AutoTokenizer.from_pretrained(untied)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|bed|>", "<|meal|>"]})
-    torch.manual_seed(5)
-    model = load(untied)
-    model.resize_token_embeddings(len(tokenizer))
-    options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
-    for name, value in adapted.named_parameters():
-        if value.requires_grad:
-            torch.nn.init.normal_(value, std=0.1)
-            assert name
-    adapted.save_pretrained(tmp_path / "adapter")
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    folder = merged(root, tmp_path / "adapter", untied)
-    found = load(folder)
-    assert found.config.vocab_size == len(tokenizer)
-    assert (logits(found) - logits(adapted.eval())).abs().max() < 1e-5
-    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|meal|>") == len(tokenizer) - 1
-    results = artifacts.load(folder).results
-    assert (results["merged_weights"], results["replaced_weights"]) == (2, 2)
-
-
-@pytest.mark.parametrize("more", [0, 3], ids=["trained", "added tokens"])
-def test_tied_embeddings_that_stay_tied_are_merged(base: Path, root: Path, tmp_path: Path, more: int) -> None:
-    """PEFT saves such a matrix twice, under the name of the head too."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(6)
-    model = load(base)
-    if more:
-        model.resize_token_embeddings(model.config.vocab_size + more)
-    options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
-    trained = [value for value in adapted.parameters() if value.requires_grad]
-    for value in trained:
-        torch.nn.init.normal_(value, std=0.1)
-    adapted.save_pretrained(tmp_path / "adapter")
-    found = load(merged(root, tmp_path / "adapter", base))
-    assert found.lm_head.weight is found.model.embed_tokens.weight
-    assert (logits(found) - logits(adapted.eval())).abs().max() < 1e-5
-
-
-def copied_untied(base: Path, folder: Path) -> Path:
+@pytest.mark.parametrize("shape", [(37, 5), (37,), ()])
+def test_what_replaces_a_weight_comes_in_rows(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
     import torch
 
-    model = load(base)
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(base / name, folder)
-    return folder
-
-
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_what_is_tied_cannot_be_changed_on_one_side(base: Path, root: Path, tmp_path: Path, target: str) -> None:
-    make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=[target])
-    result = call("convert", "merge", tmp_path / "adapter", "--base", base)
-    assert result.exit_code == 1
-    assert "tie_word_embeddings" in result.stderr
-    assert not list(root.rglob("*.safetensors"))
+    tensor = torch.randn(shape)
+    monkeypatch.setattr(lora, "ROWS_BYTES", 4 * 5 * 4)
+    pieces = list(lora.rows_as(tensor, torch.bfloat16))
+    assert len(pieces) == (10 if len(shape) == 2 else 1)
+    assert torch.equal(torch.cat(pieces).reshape(shape), tensor.bfloat16())
 
 
 def test_shards_are_merged_one_by_one(base: Path, root: Path, tmp_path: Path) -> None:
@@ -224,11 +119,7 @@ def test_everything_else_of_the_base_survives(trained: Trained) -> None:
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return apply
+    return lambda folder: edit_json(folder / "adapter_config.json", **changes)
 
 
 def truncate(folder: Path) -> None:
@@ -279,10 +170,16 @@ def test_another_base_is_refused(base: Path, root: Path, tmp_path: Path) -> None
     starter._save(starter.make_model(wider, tokenizer), tokenizer, tmp_path / "wider")
     flatter = Starter(layers=1, hidden=64, feed_forward=96, heads=2, head_width=32)
     starter._save(starter.make_model(flatter, tokenizer), tokenizer, tmp_path / "flatter")
-    for name, said in (("wider", "has another shape"), ("flatter", "which"), ("nothing", "does not exist")):
+    down, gate = (f"model.layers.{layer}.mlp.{name}_proj.weight" for layer, name in ((0, "down"), (1, "gate")))
+    expected = {
+        "wider": (f"{down} has another shape: (128, 96) in the base, (64, 96) in the adapter", "; and 9 more"),
+        "flatter": (f"{gate} (96, 64), which the base does not have", "; and 2 more"),
+        "nothing": ("does not exist",),
+    }
+    for name, said in expected.items():
         result = call("convert", "merge", tmp_path / "adapter", "--base", tmp_path / name)
         assert result.exit_code == 1
-        assert said in result.stderr
+        assert [each for each in said if each not in result.stderr] == [], result.stderr
     assert not list(root.rglob("manifest.json"))
     assert not list(root.rglob(f"*{PARTIAL}"))
 
@@ -302,6 +199,20 @@ def test_second_time_nothing_is_done(base: Path, root: Path, tmp_path: Path) -> 
     states = [json.loads(call(*arguments, *extra).stdout)["state"] for extra in (("--dry-run",), (), (), ("--dry-run",))]
     assert states == ["to make", "made", "unchanged", "unchanged"]
     assert len(list(root.glob("merged/*/manifest.json"))) == 1
+
+
+@pytest.mark.usefixtures("root")
+def test_other_conversations_make_another_merge(base: Path, tmp_path: Path) -> None:
+    """Of the same folder, too: both ways of merging are compared on them."""
+    make_adapter(base, tmp_path / "adapter")
+    for name in ("one.jsonl", "two.jsonl"):
+        (tmp_path / name).write_text("")
+    arguments = ("convert", "merge", tmp_path / "adapter", "--base", base, "--trained-on", "nf4", "--dry-run", "--json")
+    made = {
+        json.loads(call(*arguments, "--conversations", tmp_path / name).stdout)["artifact"]
+        for name in ("one.jsonl", "two.jsonl")
+    }
+    assert len(made) == 2
 
 
 def drop_shard(folder: Path) -> None:

@@ -11,6 +11,7 @@ from convert import checkpoint, converter, pre_tokenizer, staged_model, to_gguf
 from convert.checkpoint import Checkpoint
 from tests.convert import families, quick_converter
 from tests.convert.families import FAMILIES
+from tests.running import call
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +76,24 @@ def test_misread_folder(family: str, change: Callable[[Path], None], said: str, 
     to_gguf.convert(model, tokenizer, tmp_path / "ours.gguf", "f16")
     assert pre_tokenizer.difference(tmp_path / "ours.gguf", tokenizer) is None
     assert sorted(each.name for each in folder.iterdir()) == before
+
+
+def test_tokenizer_of_another_type_is_refused_in_words(root: Path, tmp_path: Path) -> None:
+    """Unigram: without its tokenizer.model."""
+    folder = families.write_model(FAMILIES["Mistral"], tmp_path / "base")
+    (folder / "tokenizer.model").unlink()
+    table = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = sorted(table["model"]["vocab"], key=table["model"]["vocab"].__getitem__)
+    scored = [[text, -float(place)] for place, text in enumerate(vocabulary)]
+    table["model"] = {"type": "Unigram", "unk_id": vocabulary.index("<unk>"), "vocab": scored, "byte_fallback": True}
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    result = call("convert", "gguf", folder)
+    assert result.exit_code == 1, result.stderr
+    assert "has no tokenizer.model, and its tokenizer.json is of type Unigram" in result.stderr
+    assert not list(root.rglob("*.gguf"))
 
 
 def test_nothing_is_written_anew_without_a_reason(tmp_path: Path) -> None:

@@ -4,15 +4,15 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import pytest
 
 from appliance import artifacts
-from convert import converter, pre_tokenizer
-from tests.convert import quick_converter
+from convert import pre_tokenizer
+from tests.convert import quick_converter, small_merge
 from tests.running import Trained, call, kill_when, start
 
 
@@ -174,16 +174,16 @@ def test_second_name_is_taken_when_the_first_is_wrong(
     assert field(gguf.GGUFReader(next(made.path.glob("*.gguf"))), "tokenizer.ggml.pre") == "qwen2"
 
 
-def test_disk_that_fills_up(trained: Trained, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(arguments: Sequence[str]) -> tuple[int, str]:
-        Path(arguments[arguments.index("--outfile") + 1]).write_bytes(b"GGUF")
-        return 1, "Traceback\n  in write\nOSError: [Errno 28] No space left on device\n"
-
-    monkeypatch.setattr(converter, "execute", half)
-    result = call("convert", "gguf", trained.made["merge"])
-    assert result.exit_code == 1
-    assert "was not converted: Traceback |   in write | OSError: [Errno 28] No space left on device" in result.stderr
-    assert not list(root.rglob("*.gguf"))
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("has_template", [True, False])
+def test_missing_chat_template_is_told(tmp_path: Path, has_template: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_converter.install(monkeypatch)
+    base = small_merge.write_base(tmp_path / "base")
+    if not has_template:
+        (base / "chat_template.jinja").unlink()
+    result = call("convert", "gguf", base)
+    assert result.exit_code == 0, result.stderr
+    assert ("has no chat template" in result.stderr) is not has_template
 
 
 def test_check_answers_without_converting(trained: Trained, root: Path) -> None:

@@ -1,8 +1,6 @@
 """`appliance data check`: one normal form, every defect listed, and nothing made of files that cannot be used."""
 
 import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from appliance import artifacts
 from appliance.data import check, questions
 from tests import tiny_recipe
 from tests.running import call
+from tests.tiny_disk import mounted
 
 FINE = {"messages": tiny_recipe.messages(("Hoe laat is het?", "Het is nu vijf uur in de middag."))}
 
@@ -116,16 +115,9 @@ def test_unknown_language(recipe: Path, root: Path) -> None:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Artifacts on a file system of 16 KiB; mounting one needs root."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
-    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a file system is not permitted here")
-    monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(disk / "artifacts"))
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with mounted(tmp_path / "disk", 16) as disk:
+        monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(disk / "artifacts"))
+        yield disk
 
 
 def test_full_disk(recipe: Path, tiny_disk: Path) -> None:
