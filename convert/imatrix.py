@@ -89,14 +89,16 @@ def calibration_text(
 ) -> dict[str, list[list[int]]]:
     """Token ids of whole conversations, rendered as they were trained on; each language has an equal share of `tokens`.
 
-    Rows are taken evenly over a language's rows. Raises `DataError` when there is nothing to read.
+    Rows are taken evenly over a language's rows. Raises `DataError` when there is nothing to read, or when the chat template
+    refuses a conversation; `ModelFileError` when there is no template.
     """
     tokenizer = pre_tokenizer.load(folder)
     chosen: dict[str, list[list[int]]] = {}
     for code, rows in groups.items():
         share = tokens // len(groups)
         rendered = [
-            list(tokenizer.apply_chat_template(list(row), tokenize=True, return_dict=True)["input_ids"]) for row in rows
+            conversations.token_ids(tokenizer, row, f"conversation {number} of those in {code}")
+            for number, row in enumerate(rows, 1)
         ]
         mean = sum(map(len, rendered)) / len(rendered)
         step = max(1.0, len(rendered) * mean / share)
