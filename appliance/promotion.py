@@ -1,9 +1,9 @@
 """Which model is served: the symlink `artifacts/current`, switched atomically, and `promoted.json` beside it.
 
-Only a model that its verification report let through is promoted. `promoted.json` holds the models that were promoted, in that order, each
-once, with the serving settings of its recipe. It is written before the link is switched, so that whenever a machine loses
-its power, the link names a model that is whole and whose settings are known. What follows the linked model in the file was
-rolled back, or was never reached; the next promotion drops it.
+Only a model that its verification report let through is promoted. `promoted.json` holds the models that were promoted, in
+that order, each once, with the serving settings of its recipe. It is written before the link is switched, so that whenever
+a machine loses its power, the link names a model that is whole and whose settings are known. What follows the linked model
+in the file was rolled back, or was never reached; the next promotion drops it.
 """
 
 import contextlib

@@ -6,8 +6,8 @@ from typing import Any
 from appliance.console import human_bytes
 
 EXEMPT = (
-    "; letters with combining marks (vowel signs of Hindi and Thai) were left out of these lines, since llama.cpp splits them"
-    " otherwise than this tokenizer: the conversations above show whether your own texts have any."
+    "; combining marks (vowel signs of Hindi and Thai) were left out of these lines, since llama.cpp is known to split them"
+    " otherwise than this tokenizer does: the conversations above, which agree, were compared with all of theirs."
 )
 NOISE_ERRORS = 2  # standard errors within which a difference says nothing
 
@@ -60,12 +60,12 @@ def _faithful(results: Mapping[str, Any]) -> list[str]:
         f"- {tokens['torture_lines']} lines of many scripts, signs and spaces become the same tokens, and text again"
         f"{EXEMPT if tokens['combining_marks_left_out'] else '.'}",
         f"- {tokens['special_tokens']} special tokens stand for themselves; an answer's last token ends generation.",
-        f"- {tokens['matrices']} matrices have the sum and the norm that they have in the model, {tokens['vectors']} norms and"
-        " biases its values.",
+        f"- {tokens['matrices']} matrices have the sum and the norm that they have in the model,"
+        f" {tokens['vectors']} norms and biases its values.",
     ]
     if tokens["not_compared"]:
         lines.append(
-            f"- {tokens['not_compared']} tensors were not compared, which the converter splits or changes; the logits show them."
+            f"- {tokens['not_compared']} tensors, which the converter splits or changes, were not compared by themselves."
         )
     return [
         *lines,
@@ -115,7 +115,10 @@ def _languages(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _against_plain(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each file beside which a plain one was measured: is any language worse for it?"""
     return [
-        line for kind, each in files.items() if each.get("against_plain") for line in ("", verdict(kind, each, each["against_plain"]))
+        line
+        for kind, each in files.items()
+        if each.get("against_plain")
+        for line in ("", verdict(kind, each, each["against_plain"]))
     ]
 
 

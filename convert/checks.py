@@ -92,9 +92,7 @@ def renderings(
         name = f"{called} {number}"
         last_answer = max((i for i, each in enumerate(messages) if each["role"] == "assistant"), default=len(messages))
         found.append(_rendered(tokenizer, name, messages, is_prompt=False))
-        found.append(
-            _rendered(tokenizer, name, messages[:last_answer], is_prompt=True, what=", prompt of its last answer")
-        )
+        found.append(_rendered(tokenizer, name, messages[:last_answer], is_prompt=True, what=", prompt of its last answer"))
         if number > varied:
             continue
         if messages[0]["role"] != "system":
@@ -209,7 +207,7 @@ def compare_torture(gguf: GgufVocabulary, tokenizer: Any) -> list[str]:
 
 
 def compare_weights(file: Path, model: MappedModel) -> tuple[list[str], dict[str, int]]:
-    """Matrices of a 16-bit file must have the sum and the norm of the model's, norms and biases its values, in whatever order.
+    """Matrices of a 16-bit file must have the sum and the norm of the model's, norms and biases its values, in any order.
 
     Logits of a deep model hardly show a tensor that is a little off; this does, and costs one reading of both. Returns what
     differs, and how many were compared: not those that the converter splits, scales or changes in ways of its own.
@@ -224,6 +222,9 @@ def compare_weights(file: Path, model: MappedModel) -> tuple[list[str], dict[str
     name_of = gguf_names.tensor_names(model.checkpoint.settings)
     problems, compared = [], {"matrices": 0, "vectors": 0, "not_compared": 0}
     for path in matrices:
+        is_tied = path != model.embeddings and model.stored_name(path) == model.stored_name(model.embeddings)
+        if is_tied and name_of(f"{path}.weight") not in tensors:
+            continue  # a head that is the embeddings in the file too: these are compared
         tensor = _same_size(tensors, name_of(f"{path}.weight"), math.prod(_shape(model, path)))
         compared["not_compared" if tensor is None else "matrices"] += 1
         if tensor is not None:

@@ -55,7 +55,9 @@ class Subject:
     "--conversations", "rows", type=click.Path(path_type=Path), required=True, help="JSON lines with messages, as trained."
 )
 @click.option("--heldout", type=click.Path(path_type=Path), help="Rows that were not trained on, to measure on.")
-@click.option("--preferences", type=click.Path(path_type=Path), help="Triplets: their texts must become the same tokens too.")
+@click.option(
+    "--preferences", type=click.Path(path_type=Path), help="Triplets: their texts must become the same tokens too."
+)
 @click.option("--quantized", type=click.Path(path_type=Path), multiple=True, help="Also measure this file.")
 @click.option("--language", "languages", multiple=True, default=("en",), show_default=True, help="Of the rows; ISO 639-1.")
 @click.option("--gate", help="The type of the file that must keep to the limit.")

@@ -102,7 +102,8 @@ def test_limit_that_is_not_kept_ends_with_4_and_promotes_nothing(trained: Traine
     assert json.loads(result.stdout)["error"]["code"] == "step_failed"
     assert not (copied / promotion.CURRENT).exists()
     assert not (copied / promotion.RECORD).exists()
-    ungated = call("models", "promote", trained.made["Q4_K_M"].name, "--report", trained.made["verify"].name)
+    four, report = (copied / trained.made[step].relative_to(trained.root) for step in ("Q4_K_M", "verify"))
+    ungated = call("models", "promote", four, "--report", report)
     assert ungated.exit_code == 4  # the report of the run before was on Q8_0
     assert f"held only gguf/{trained.made['Q8_0'].name} to its limit" in ungated.stderr
 
