@@ -146,7 +146,9 @@ def collect(model: MappedModel, texts: Sequence[Sequence[int]]) -> dict[str, Sum
         for path, module in model.matrices.items()
         if (name := name_of(f"{path}.weight")) is not None and name.startswith("blk.")
     ]
-    if unnamed := [path for path in model.matrices if name_of(f"{path}.weight") is None]:
+    head = model.module.get_output_embeddings()
+    layers = [path for path, module in model.matrices.items() if module is not head]
+    if unnamed := [path for path in layers if name_of(f"{path}.weight") is None]:
         note(f"imatrix: no importance for {unnamed[0]} ({len(unnamed)} such), which a GGUF file has under other names")
     batches = list(_batches(texts))
     progress = Progress("imatrix", len(batches))

@@ -15,7 +15,7 @@ from convert.mapped_model import FileWeights, MappedModel, blocks
 
 BLOCK_VALUES = 64
 MOST_TOKENS = 256  # of a text that is compared
-MOST_ROWS = 512  # of logits at a time: 311 MB at a vocabulary of 152,000, for what is expected and for what is found
+MOST_ROWS = 512  # of logits: 311 MB at a vocabulary of 152,000, once for what is expected and once for what is found
 ROWS_AT_ONCE = 64
 
 

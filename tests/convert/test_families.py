@@ -98,7 +98,9 @@ def require_importance(merged: Path, full: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("trained_on", ["16-bit", "nf4"])
 @pytest.mark.parametrize("is_root", [False, True], ids=["LoRA", "rsLoRA"])
-def test_served_as_trained(base: Base, tmp_path: Path, is_root: bool, trained_on: str) -> None:
+def test_served_as_trained(
+    base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_root: bool, trained_on: str
+) -> None:
     adapter = adapters.write(base.folder, tmp_path / "adapter", base.family.targets, use_rslora=is_root)
     options = ("--trained-on", trained_on, *(("--conversations", base.rows) if trained_on == "nf4" else ()))
     merged = output(call("convert", "merge", adapter, "--base", base.folder, "--json", *options))["artifact"]
@@ -120,6 +122,7 @@ def test_served_as_trained(base: Base, tmp_path: Path, is_root: bool, trained_on
     assert distance(served, logits(base.full, IDS)) > 0.3  # the adapter matters
     if trained_on == "16-bit" and not is_root:
         require_importance(merged, made["file"], tmp_path / "Q4_K_M.gguf")
+        assert "no importance for" not in capsys.readouterr().err
     if trained_on == "16-bit":  # with four bits the merged model has other base weights than the file below the adapter
         assert distance(served, adapters.live_logits(base.folder, adapter, IDS)) < 0.05
         switched = output(call("convert", "adapter", adapter, "--base", base.folder, "--json"))["file"]
