@@ -70,7 +70,9 @@ def run(recipe_path: Path, recipe: Recipe, sets: Sequence[str], *, is_strict: bo
     dataset = this.step("data", "data", "check", *this.recipe_flags, *(["--strict"] if is_strict else []))
     base = _base(this)
     adapter = [this.step(phase, "train", *this.recipe_flags, "--phase", phase, "--resume") for phase in recipe.phases][-1]
-    merged = this.step("merge", "convert", "merge", adapter.artifact, "--base", base, "--name", recipe.name)
+    # Rows are read where an adapter was trained on four bits alone: both ways of merging it are compared on them.
+    rows = ("--conversations", dataset.artifact / "sft.jsonl")
+    merged = this.step("merge", "convert", "merge", adapter.artifact, "--base", base, *rows, "--name", recipe.name)
     full = this.step("gguf", "convert", "gguf", merged.artifact, "--name", recipe.name)
     files = {"F16": full, **_quantized(this, full, merged, dataset)}
     report = _verify(this, files, merged, dataset)
@@ -148,11 +150,12 @@ def _languages(this: Run) -> list[str]:
 def _verify(this: Run, files: Mapping[str, StepResult], merged: StepResult, dataset: StepResult) -> StepResult:
     recipe, settings = this.recipe, this.recipe.verify
     quantized = [part for kind, each in files.items() if kind != "F16" for part in ("--quantized", each.result["file"])]
-    heldout: list[str | Path] = ["--heldout", dataset.artifact / "heldout.jsonl"] if recipe.data.heldout else []
+    more: list[str | Path] = ["--heldout", dataset.artifact / "heldout.jsonl"] if recipe.data.heldout else []
+    more += ["--preferences", dataset.artifact / "dpo.jsonl"] if "dpo" in recipe.phases else []
     return this.step(
         "verify",
         *("convert", "verify", files["F16"].result["file"], "--merged", merged.artifact),
-        *("--conversations", dataset.artifact / "sft.jsonl", *heldout, *quantized, "--name", recipe.name),
+        *("--conversations", dataset.artifact / "sft.jsonl", *more, *quantized, "--name", recipe.name),
         *_languages(this),
         *("--gate", recipe.quantize.serve, "--kl-limit", str(settings.kl_limit)),
         *("--prompts", str(settings.prompts), "--answer-tokens", str(settings.answer_tokens)),

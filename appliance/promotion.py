@@ -1,10 +1,10 @@
 """Which model is served: the symlink `artifacts/current`, switched atomically, and `promoted.json` beside it.
 
-Only a model with a verification report is promoted. `promoted.json` holds the models that were promoted, in that order,
-with the serving settings of their recipes. It is written before the link is switched, so that whenever a machine loses its
-power, the link names a model that is whole and whose settings are known, and those before it are still there. What follows
-the linked model in the file was rolled back, or was never reached; the next promotion drops it. A model that is promoted
-again is there twice: the last place up to the linked model counts, which is the first one until the link is switched.
+Only a model that its verification report let through is promoted. `promoted.json` holds the models that were promoted, in
+that order, with the serving settings of their recipes. It is written before the link is switched, so that whenever a machine
+loses its power, the link names a model that is whole and whose settings are known, and those before it are still there. What
+follows the linked model in the file was rolled back, or was never reached; the next promotion drops it. A model that is
+promoted again is there twice: the last place up to the linked model counts, which is the first one until the link is switched.
 """
 
 import contextlib
@@ -37,7 +37,8 @@ class Promotion:
 
 
 def promote(model: Artifact, report: Artifact, serve: Mapping[str, Any], root: Path) -> None:
-    """Makes `model` the one that is served; raises `VerificationFailed` when `report` is not about it.
+    """Makes `model` the one that is served; raises `VerificationFailed` when `report` is not about it, or did not hold it
+    against its limit.
 
     Every file of the model is compared with its sha256 first.
     """
@@ -45,6 +46,8 @@ def promote(model: Artifact, report: Artifact, serve: Mapping[str, Any], root: P
         raise ArtifactError(f"{model.path} is of kind {model.manifest['kind']!r}; only a gguf artifact can be served.")
     if not verifies(report, model):
         raise VerificationFailed(f"{report.path} does not verify {model.id}; run `appliance convert verify` for it first.")
+    if (problem := ungated(report, model)) is not None:
+        raise VerificationFailed(problem)
     if model.path.resolve() != (root / "gguf" / model.path.name).resolve():
         raise ArtifactError(f"{model.path} does not lie in {root / 'gguf'}; only a model of this folder can be promoted.")
     artifacts.check_files(model)
@@ -90,7 +93,10 @@ def serve_settings(model: Artifact, root: Path) -> Mapping[str, Any]:
 
 
 def report_on(model: Artifact, root: Path) -> Artifact:
-    """The report it was promoted with, else the newest that verifies it; raises `VerificationFailed` when none does."""
+    """The report it was promoted with, else the newest that verifies it, of those that let it through if there are any.
+
+    Raises `VerificationFailed` when none does.
+    """
     if (promotion := of(model, root)) is not None and (root / promotion.report / artifacts.MANIFEST).exists():
         return artifacts.load(root / promotion.report)
     reports = [artifacts.load(path.parent) for path in (root / "report").glob(f"*/{artifacts.MANIFEST}")]
@@ -99,11 +105,29 @@ def report_on(model: Artifact, root: Path) -> Artifact:
         raise VerificationFailed(
             f"No report in {root / 'report'} verifies {model.id}; run `appliance convert verify` first."
         )
-    return max(fitting, key=lambda report: str(report.manifest["made_at"]))
+    return max(fitting, key=lambda report: (ungated(report, model) is None, str(report.manifest["made_at"])))
 
 
 def verifies(report: Artifact, model: Artifact) -> bool:
     return report.manifest["inputs"].get("what") == "verify" and model.id in report.manifest["parents"]
+
+
+def ungated(report: Artifact, model: Artifact) -> str | None:
+    """Why the limit of a report did not let this model through; None where it did, and where the report has no limit.
+
+    A report of an older version names the type that it let through, and not the file.
+    """
+    if "kl_limit" not in report.manifest["config"]:
+        return None
+    gate = report.results.get("gate") or {}
+    kind = model.manifest["config"].get("type")
+    if gate.get("passed") and (gate["model"] == model.id if "model" in gate else gate["type"] == kind):
+        return None
+    held = f"only {gate.get('model', gate['type'])}" if gate.get("passed") else "no file"
+    return (
+        f"{report.path} held {held} to its limit of {report.manifest['config']['kl_limit']} nats, and not {model.id};"
+        f" run `appliance convert verify` with --gate {kind or 'and its type'}."
+    )
 
 
 @contextlib.contextmanager

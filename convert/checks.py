@@ -1,8 +1,8 @@
 """What must be equal between a merged model and the 16-bit GGUF file made of it: each check returns what differs, in words.
 
 Token ids both ways, the chat template as serving renders it, special tokens and the end of a turn, each matrix' sum and
-norm, and the logits along the file's own greedy answers. Where top tokens agree at every step of such a path, both sides
-would have written the same text.
+norm, the values of norms and biases, and the logits along the file's own greedy answers. Where top tokens agree at every
+step of such a path, both sides would have written the same text.
 """
 
 import math
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import VerificationFailed
+from appliance.errors import DataError, VerificationFailed
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
-from convert import gguf_names
+from convert import conversations, gguf_names
 from convert.conversations import Messages
 from convert.gguf_model import GgufModel, GgufVocabulary
 from convert.mapped_model import MappedModel
@@ -25,8 +25,21 @@ MOST_DIFFERENCE = 0.005
 # Of a matrix' sum and of its norm, in units of the norm; rounding float32 changes the sum by 2e-4 (F16) or 8e-4 (BF16).
 MOST_SUM_DIFFERENCE, MOST_NORM_DIFFERENCE = 5e-3, 1e-3
 ROWS_AT_ONCE = 1024
+# Of the values of a norm or bias, in units of the largest; a base of 16 bits to which the converter adds 1 is rounded again.
+MOST_VALUE_DIFFERENCE = 1e-3
 SCALING = {"FalconH1ForCausalLM", "JAISLMHeadModel"}  # whose converters multiply weights by factors of the settings
+# Whose converters write norms as they are computed with, 1 + w (conversion/gemma.py, nemotron.py), and others that change
+# norms in ways of their own.
+ONE_MORE = {
+    *("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+    *("Gemma3TextModel", "NemotronForCausalLM"),
+}
+CHANGED_NORMS = {
+    *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", "Qwen4ExpForCausalLM"),
+    *("MiniMaxM3SparseForCausalLM", "MuseGlimmerForConditionalGeneration", "Plamo2ForCausalLM", "Plamo3ForCausalLM"),
+}
 VARIED = 8  # conversations that are also rendered with a system message and with tools
+WITH_SYSTEM, WITH_TOOLS = " with a system message", " with tools"
 SYSTEM = {"role": "system", "content": "Answer briefly. Antwoord kort. Odpowiadaj krótko."}
 TOOLS = [
     {
@@ -44,13 +57,18 @@ TOOLS = [
 class Rendering:
     """Messages as the training tokenizer renders them: a whole conversation, or the prompt of its last answer."""
 
-    conversation: int
+    name: str  # of the conversation
     messages: Messages
     is_prompt: bool
     text: str
     token_ids: list[int]
     variables: Mapping[str, Any]
     what: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """A conversation as the data set has it."""
+        return not self.is_prompt and not self.what
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,44 +79,40 @@ class AnswerPath:
     prompt_tokens: int
 
 
-def renderings(tokenizer: Any, conversations: Sequence[Messages]) -> list[Rendering]:
+def renderings(
+    tokenizer: Any, rows: Sequence[Messages], called: str = "conversation", varied: int = VARIED
+) -> list[Rendering]:
     """What the merged model's tokenizer makes of every conversation, and of the prompt that serving would see.
 
-    The first few also with a system message and with tools, where the template takes them.
+    The first few also with a system message and with tools, where the template takes them. Raises `VerificationFailed` where
+    it refuses a conversation, `ModelFileError` for a model without a template.
     """
     found = []
-    for number, messages in enumerate(conversations, 1):
+    for number, messages in enumerate(rows, 1):
+        name = f"{called} {number}"
         last_answer = max((i for i, each in enumerate(messages) if each["role"] == "assistant"), default=len(messages))
-        found.append(_rendered(tokenizer, number, messages, is_prompt=False))
-        found.append(
-            _rendered(tokenizer, number, messages[:last_answer], is_prompt=True, what=", prompt of its last answer")
-        )
-        if number > VARIED:
+        found.append(_rendered(tokenizer, name, messages, is_prompt=False))
+        found.append(_rendered(tokenizer, name, messages[:last_answer], is_prompt=True, what=", prompt of its last answer"))
+        if number > varied:
             continue
         if messages[0]["role"] != "system":
-            found.append(_rendered(tokenizer, number, [SYSTEM, *messages], is_prompt=False, what=" with a system message"))
-        tooled = messages[:last_answer]
-        found.append(_rendered(tokenizer, number, tooled, is_prompt=True, what=" with tools", tools=TOOLS))
+            found.append(_rendered(tokenizer, name, [SYSTEM, *messages], is_prompt=False, what=WITH_SYSTEM))
+        found.append(_rendered(tokenizer, name, messages[:last_answer], is_prompt=True, what=WITH_TOOLS, tools=TOOLS))
     return [each for each in found if each is not None]
 
 
 def _rendered(
-    tokenizer: Any, number: int, messages: Messages, *, is_prompt: bool, what: str = "", **variables: Any
+    tokenizer: Any, name: str, messages: Messages, *, is_prompt: bool, what: str = "", **variables: Any
 ) -> Rendering | None:
     """None where the template refuses what was added here (Gemma's takes no system message)."""
-    from jinja2 import TemplateError
-
-    options = {"add_generation_prompt": is_prompt, **variables}
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-    except TemplateError as error:
-        if what in (" with a system message", " with tools"):
+        text = conversations.render(tokenizer, messages, f"{name}{what}", add_generation_prompt=is_prompt, **variables)
+    except DataError as error:
+        if what in (WITH_SYSTEM, WITH_TOOLS):
             return None
-        raise VerificationFailed(
-            f"conversation {number}{what}: the model's own chat template refuses it: {error}"
-        ) from error
+        raise VerificationFailed(str(error)) from error
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Rendering(number, messages, is_prompt, text, list(ids), variables, what)
+    return Rendering(name, messages, is_prompt, text, list(ids), variables, what)
 
 
 def compare_vocabulary(gguf: GgufVocabulary, tokenizer: Any, rows: int) -> list[str]:
@@ -126,27 +140,44 @@ def compare_tokens(gguf: GgufVocabulary, expected: Sequence[Rendering]) -> list[
     source = gguf.metadata("tokenizer.chat_template")
     if source is None:
         return ["the file has no chat template"]
-    problems: dict[int, str] = {}
+    problems: dict[str, str] = {}
     try:
         template = ChatTemplate(source, gguf.special_tokens())
         for each in expected:
             text = template.render(each.messages, add_generation_prompt=each.is_prompt, **each.variables)
             served = gguf.tokenize(text)
             if served != each.token_ids:
-                problems.setdefault(
-                    each.conversation, f"conversation {each.conversation}{each.what}: {unequal(served, each.token_ids)}"
-                )
+                problems.setdefault(each.name, f"{each.name}{each.what}: {unequal(served, each.token_ids)}")
             elif text != each.text:
-                problems.setdefault(each.conversation, f"conversation {each.conversation}{each.what}: {_texts(text, each)}")
+                problems.setdefault(each.name, f"{each.name}{each.what}: {_texts(text, each)}")
     except TemplateFailed as error:
         return [*problems.values(), str(error)]
     return list(problems.values())
 
 
+def compare_texts(gguf: GgufVocabulary, tokenizer: Any, expected: Sequence[Rendering]) -> list[str]:
+    """Every conversation's ids back to text, as an answer is sent: without what stands for itself."""
+    problems = []
+    for each in expected:
+        if each.is_whole and (said := _back(gguf, tokenizer, each.token_ids)) is not None:
+            problems.append(f"{each.name} {said}")
+    return problems
+
+
+def _back(gguf: GgufVocabulary, tokenizer: Any, ids: Sequence[int]) -> str | None:
+    """How a text comes back wrong; None where it is the tokenizer's own."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+    back = gguf.detokenize(ids).strip()
+    if back == text:
+        return None
+    place = max(0, _first_difference(back, text) - 10)
+    return f"comes back as {back[place : place + 30]!r} instead of {text[place : place + 30]!r}"
+
+
 def compare_end_of_turn(gguf: GgufVocabulary, tokenizer: Any, expected: Sequence[Rendering]) -> list[str]:
     """Generation must end with what training ends an answer with."""
-    whole = next((each for each in expected if not each.is_prompt and each.messages[-1]["role"] == "assistant"), None)
-    if whole is None or tokenizer.chat_template is None:
+    whole = next((each for each in expected if each.is_whole and each.messages[-1]["role"] == "assistant"), None)
+    if whole is None:
         return []
     start = max(index for index in range(len(whole.token_ids)) if _ends_with(whole, tokenizer, index))
     closing = whole.token_ids[start:]
@@ -170,42 +201,78 @@ def compare_torture(gguf: GgufVocabulary, tokenizer: Any) -> list[str]:
         expected = list(tokenizer(line, add_special_tokens=False)["input_ids"])
         if (served := gguf.tokenize(line)) != expected:
             problems.append(f"{line.strip()[:30]!r}: {unequal(served, expected)}")
-        text = tokenizer.decode(expected, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if (back := gguf.detokenize(expected)).strip() != text.strip():
-            problems.append(f"{line.strip()[:30]!r} comes back as {back.strip()[:30]!r}")
+        if (said := _back(gguf, tokenizer, expected)) is not None:
+            problems.append(f"{line.strip()[:30]!r} {said}")
     return problems
 
 
-def compare_weights(file: Path, model: MappedModel) -> tuple[list[str], int]:
-    """Matrices of a 16-bit file must have the sum and the norm of the model's, in whatever order their rows stand.
+def compare_weights(file: Path, model: MappedModel) -> tuple[list[str], dict[str, int]]:
+    """Matrices of a 16-bit file must have the sum and the norm of the model's, norms and biases its values, in any order.
 
     Logits of a deep model hardly show a tensor that is a little off; this does, and costs one reading of both. Returns what
-    differs, and how many were compared: not those that the converter splits, or scales.
+    differs, and how many were compared: not those that the converter splits, scales or changes in ways of its own.
     """
-    if SCALING & set(model.checkpoint.settings.get("architectures") or []):
-        return [], 0
+    matrices = (model.embeddings, *model.matrices)
+    vectors = {name: value for name, value in model.module.named_parameters() if value.ndim == 1 and value.numel()}
+    names = set(model.checkpoint.settings.get("architectures") or [])
+    if SCALING & names:
+        return [], {"matrices": 0, "vectors": 0, "not_compared": len(matrices) + len(vectors)}
     package = gguf_names.gguf_package()
     tensors = {each.name: each for each in package.GGUFReader(file).tensors}
     name_of = gguf_names.tensor_names(model.checkpoint.settings)
-    problems, compared = [], 0
-    for path in (model.embeddings, *model.matrices):
-        name = name_of(f"{path}.weight")
-        if name == "output.weight" and name not in tensors:
-            name = "token_embd.weight"  # what is computed with, then
-        if name not in tensors or tensors[name].n_elements != math.prod(
-            model.checkpoint.tensors[model.stored_name(path)].shape
-        ):
-            continue
-        compared += 1
-        found = _sums(package.quants.dequantize(rows, tensors[name].tensor_type) for rows in _pieces(tensors[name].data))
-        expected = _sums(each.numpy() for each in model.rows(path))
-        off = [abs(ours - theirs) / (expected[1] or 1.0) for ours, theirs in zip(found, expected, strict=True)]
-        if not (off[0] <= MOST_SUM_DIFFERENCE and off[1] <= MOST_NORM_DIFFERENCE):
-            problems.append(
-                f"{name} is not the model's: its values sum up to {found[0]:.4g} and have the norm {found[1]:.4g},"
-                f" the model's {expected[0]:.4g} and {expected[1]:.4g}"
-            )
+    problems, compared = [], {"matrices": 0, "vectors": 0, "not_compared": 0}
+    for path in matrices:
+        is_tied = path != model.embeddings and model.stored_name(path) == model.stored_name(model.embeddings)
+        if is_tied and name_of(f"{path}.weight") not in tensors:
+            continue  # a head that is the embeddings in the file too: these are compared
+        tensor = _same_size(tensors, name_of(f"{path}.weight"), math.prod(_shape(model, path)))
+        compared["not_compared" if tensor is None else "matrices"] += 1
+        if tensor is not None:
+            problems += _unequal_sums(tensor, model.rows(path), package)
+    for name, values in vectors.items():
+        is_norm = name.endswith("norm.weight")
+        is_known = name.endswith((".weight", ".bias")) and not (is_norm and CHANGED_NORMS & names)
+        tensor = _same_size(tensors, name_of(name), values.numel()) if is_known else None
+        compared["not_compared" if tensor is None else "vectors"] += 1
+        if tensor is not None:
+            problems += _unequal_values(tensor, values.detach().numpy() + (1 if is_norm and ONE_MORE & names else 0))
     return problems, compared
+
+
+def _shape(model: MappedModel, path: str) -> Sequence[int]:
+    shape: Sequence[int] = model.checkpoint.tensors[model.stored_name(path)].shape
+    return shape
+
+
+def _same_size(tensors: Mapping[str, Any], name: str | None, values: int) -> Any:
+    """The file's tensor; None where the converter splits it or writes it otherwise."""
+    if name == "output.weight" and name not in tensors:
+        name = "token_embd.weight"  # what is computed with, then
+    found = tensors.get(name or "")
+    return found if found is not None and found.n_elements == values else None
+
+
+def _unequal_sums(tensor: Any, rows: Iterable[Any], package: Any) -> list[str]:
+    found = _sums(package.quants.dequantize(each, tensor.tensor_type) for each in _pieces(tensor.data))
+    expected = _sums(each.numpy() for each in rows)
+    off = [abs(ours - theirs) / (expected[1] or 1.0) for ours, theirs in zip(found, expected, strict=True)]
+    if off[0] <= MOST_SUM_DIFFERENCE and off[1] <= MOST_NORM_DIFFERENCE:
+        return []
+    return [
+        f"{tensor.name} is not the model's: its values sum up to {found[0]:.4g} and have the norm {found[1]:.4g},"
+        f" the model's {expected[0]:.4g} and {expected[1]:.4g}"
+    ]
+
+
+def _unequal_values(tensor: Any, expected: Any) -> list[str]:
+    """Of a norm or a bias: few values, each compared; sorted, as biases change their order with their matrix."""
+    import numpy
+
+    found, wanted = numpy.sort(tensor.data.reshape(-1)), numpy.sort(expected.reshape(-1))
+    off = float(numpy.abs(found - wanted).max())
+    if off <= MOST_VALUE_DIFFERENCE * (float(numpy.abs(wanted).max()) or 1.0):
+        return []
+    return [f"{tensor.name} is not the model's: its values from {found[0]:.4g} to {found[-1]:.4g} differ by up to {off:.4g}"]
 
 
 def _pieces(matrix: Any) -> Iterator[Any]:
@@ -224,6 +291,16 @@ def _sums(blocks: Iterable[Any]) -> tuple[float, float]:
 def greedy_paths(gguf: GgufModel, prompts: Sequence[Sequence[int]], answer_tokens: int) -> list[AnswerPath]:
     """The file's own greedy answers."""
     return [AnswerPath([*ids, *gguf.greedy(ids, answer_tokens)], len(ids)) for ids in prompts]
+
+
+def expected_logits(model: MappedModel, path: AnswerPath) -> Any:
+    """The merged model's logits `(steps, vocabulary)` along a path; those of the prompt are not computed."""
+    import torch
+
+    ids = torch.tensor([list(path.tokens[:-1])])
+    steps = len(path.tokens) - path.prompt_tokens
+    with torch.inference_mode():
+        return model.module(input_ids=ids, use_cache=False, logits_to_keep=steps).logits[0].numpy()
 
 
 def compare_paths(found: Sequence[Any], expected: Sequence[Any], logit_gap: float) -> dict[str, Any]:
@@ -288,5 +365,10 @@ def in_words(result: Mapping[str, Any]) -> str:
 
 
 def _texts(served: str, each: Rendering) -> str:
-    place = next((i for i, (a, b) in enumerate(zip(served, each.text, strict=False)) if a != b), 0)
+    place = _first_difference(served, each.text)
     return f"the same ids, and another text from character {place} on: {served[place : place + 20]!r}"
+
+
+def _first_difference(ours: str, theirs: str) -> int:
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(ours), len(theirs)))

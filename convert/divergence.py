@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from convert import conversations
 from convert.conversations import Messages
 from convert.gguf_model import GgufModel
 
@@ -20,17 +21,19 @@ CONTEXT_TOKENS = 12
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Token ids up to the end of an assistant's turn, and where the turn begins."""
+    """Token ids up to the end of an assistant's turn, where the turn begins, and which conversation it is of."""
 
     tokens: Sequence[int]
     start: int
+    row: int = 0
 
 
 @dataclass(slots=True)
 class Sums:
-    """Of one language."""
+    """Of one language; `rows` has the divergences of each conversation added up, and how many they are."""
 
     divergences: list[float] = field(default_factory=list)
+    rows: dict[int, tuple[float, int]] = field(default_factory=dict)
     agreed: int = 0
     surprise: float = 0.0  # nats, of the 16-bit file
     surprise_quantized: float = 0.0
@@ -49,27 +52,35 @@ class Sums:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Results by language, the ten tokens that changed most with what stands before them, and `Sums.rows` by language."""
+
+    languages: dict[str, dict[str, Any]]
+    worst: list[dict[str, Any]]
+    rows: dict[str, dict[int, tuple[float, int]]]
+
+
 def answers(tokenizer: Any, rows: Sequence[Messages], most_tokens: int) -> list[Answer]:
     """Every assistant's turn of the rows, as training renders it; one that does not fit is left out."""
     found = []
-    for messages in rows:
+    for row, messages in enumerate(rows, 1):
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = _ids(tokenizer, messages[:index], add_generation_prompt=True)
-            whole = _ids(tokenizer, messages[: index + 1], add_generation_prompt=False)
+            name = f"turn {index + 1} of conversation {row} of its language"
+            prompt = conversations.token_ids(tokenizer, messages[:index], name, add_generation_prompt=True)
+            whole = conversations.token_ids(tokenizer, messages[: index + 1], name)
             if tokenizer.eos_token_id in whole[len(prompt) :]:  # what a template writes behind it is never generated
                 whole = whole[: whole.index(tokenizer.eos_token_id, len(prompt)) + 1]
             if whole[: len(prompt)] == prompt and len(prompt) < len(whole) <= most_tokens:
-                found.append(Answer(whole, len(prompt)))
+                found.append(Answer(whole, len(prompt), row))
     return found
 
 
-def measure(
-    full: GgufModel, quantized: GgufModel, groups: Mapping[str, Sequence[Answer]]
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Results by language, and the ten tokens that quantization changed most, with what stands before them."""
-    results = {}
+def measure(full: GgufModel, quantized: GgufModel, groups: Mapping[str, Sequence[Answer]]) -> Measured:
+    """What quantization changed, answer by answer."""
+    results, rows = {}, {}
     worst: list[tuple[float, int, dict[str, Any]]] = []
     number = 0
     for language, group in groups.items():
@@ -83,8 +94,25 @@ def measure(
                 number += 1  # decides between equal ones
                 heapq.heappush(worst, (kl, number, _told(full, answer, position, language, kl, tops)))
         if sums.divergences:
-            results[language] = sums.result()
-    return results, [each for *_, each in sorted(worst, key=lambda entry: -entry[0])]
+            results[language], rows[language] = sums.result(), sums.rows
+    return Measured(results, [each for *_, each in sorted(worst, key=lambda entry: -entry[0])], rows)
+
+
+def difference(
+    rows: Mapping[int, tuple[float, int]], plain: Mapping[int, tuple[float, int]]
+) -> dict[str, float | int | None]:
+    """How much more one file lost than another over the same conversations: the mean per token, in nats, and its error.
+
+    Tokens of one conversation are not independent, so that conversations are the sample: the standard error is that of a
+    ratio of sums over conversations (Cochran, Sampling Techniques, 6.4). It is None where there is but one of them.
+    """
+    tokens = sum(count for _, count in rows.values())
+    differences = {row: (total - plain[row][0], count) for row, (total, count) in rows.items()}
+    mean = sum(total for total, _ in differences.values()) / tokens
+    spread = sum((total - mean * count) ** 2 for total, count in differences.values())
+    sample = len(differences)
+    error = math.sqrt(spread * sample / (sample - 1)) / tokens if sample > 1 else None
+    return {"kl_difference": mean, "error": error, "conversations": sample, "tokens": tokens}
 
 
 def _positions(full: GgufModel, quantized: GgufModel, answer: Answer, sums: Sums) -> Iterator[tuple[int, float, Any]]:
@@ -101,6 +129,8 @@ def _positions(full: GgufModel, quantized: GgufModel, answer: Answer, sums: Sums
         sums.agreed += int((tops[:, 0] == tops[:, 1]).sum())
         sums.surprise -= float(sixteen[rows, actual].sum())
         sums.surprise_quantized -= float(fewer[rows, actual].sum())
+        total, count = sums.rows.get(answer.row, (0.0, 0))
+        sums.rows[answer.row] = (total + float(divergences.sum(dtype=float)), count + len(divergences))
         for row, kl in enumerate(divergences):
             sums.divergences.append(float(kl))
             yield position + row, float(kl), tops[row]
@@ -130,8 +160,3 @@ def _standard_error(values: Sequence[float]) -> float:
         return math.inf
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-
-
-def _ids(tokenizer: Any, messages: Messages, *, add_generation_prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

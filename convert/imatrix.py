@@ -89,14 +89,16 @@ def calibration_text(
 ) -> dict[str, list[list[int]]]:
     """Token ids of whole conversations, rendered as they were trained on; each language has an equal share of `tokens`.
 
-    Rows are taken evenly over a language's rows. Raises `DataError` when there is nothing to read.
+    Rows are taken evenly over a language's rows. Raises `DataError` when there is nothing to read, or when the chat template
+    refuses a conversation; `ModelFileError` when there is no template.
     """
     tokenizer = pre_tokenizer.load(folder)
     chosen: dict[str, list[list[int]]] = {}
     for code, rows in groups.items():
         share = tokens // len(groups)
         rendered = [
-            list(tokenizer.apply_chat_template(list(row), tokenize=True, return_dict=True)["input_ids"]) for row in rows
+            conversations.token_ids(tokenizer, row, f"conversation {number} of those in {code}")
+            for number, row in enumerate(rows, 1)
         ]
         mean = sum(map(len, rendered)) / len(rendered)
         step = max(1.0, len(rendered) * mean / share)
@@ -144,7 +146,9 @@ def collect(model: MappedModel, texts: Sequence[Sequence[int]]) -> dict[str, Sum
         for path, module in model.matrices.items()
         if (name := name_of(f"{path}.weight")) is not None and name.startswith("blk.")
     ]
-    if unnamed := [path for path in model.matrices if name_of(f"{path}.weight") is None]:
+    head = model.module.get_output_embeddings()
+    layers = [path for path, module in model.matrices.items() if module is not head]
+    if unnamed := [path for path in layers if name_of(f"{path}.weight") is None]:
         note(f"imatrix: no importance for {unnamed[0]} ({len(unnamed)} such), which a GGUF file has under other names")
     batches = list(_batches(texts))
     progress = Progress("imatrix", len(batches))

@@ -120,8 +120,7 @@ def _texts(base: Path, rows: Path | None) -> list[list[int]]:
         return [list(tokenizer(pre_tokenizer.PROBE, add_special_tokens=False)["input_ids"])]
     found = conversations.read(rows)
     chosen = found[:: max(1, len(found) // COMPARED)][:COMPARED]
-    texts = [tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True) for messages in chosen]
-    return [list(each["input_ids"]) for each in texts]
+    return [conversations.token_ids(tokenizer, each, f"row {found.index(each) + 1} of {rows.name}") for each in chosen]
 
 
 def _require_same_base(adapter: Path, base: Path) -> None:

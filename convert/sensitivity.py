@@ -134,7 +134,7 @@ def measure(
             try:
                 quantize_file(source.file, scratch, dataclasses.replace(settings, overrides=overrides))
                 with GgufModel(scratch, limit) as quantized:
-                    languages, _ = divergence.measure(full, quantized, groups)
+                    languages = divergence.measure(full, quantized, groups).languages
             finally:
                 scratch.unlink(missing_ok=True)
             progress.update(number)

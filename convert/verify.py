@@ -24,11 +24,12 @@ from convert.conversations import Messages
 from convert.gguf_model import GgufModel
 from convert.mapped_model import MappedModel
 
-REVISION = 5  # raised when the checks change
+REVISION = 6  # raised when the checks change
 DEFAULTS = Verify()
 MIB = 1 << 20
 MOST_SHOWN = 5
 SIXTEEN_BITS = "F16"
+PLAIN = " plain"  # behind the type of a file for which nothing was measured, beside one for which something was
 FILE, PAGE = "certificate.json", "certificate.md"
 
 
@@ -40,6 +41,7 @@ class Subject:
     merged: Path
     trained: Sequence[Messages]
     heldout: Sequence[Messages] | None
+    preferences: Sequence[Messages]
     languages: Sequence[str]
     gate: str | None
     serve: Serve
@@ -53,6 +55,9 @@ class Subject:
     "--conversations", "rows", type=click.Path(path_type=Path), required=True, help="JSON lines with messages, as trained."
 )
 @click.option("--heldout", type=click.Path(path_type=Path), help="Rows that were not trained on, to measure on.")
+@click.option(
+    "--preferences", type=click.Path(path_type=Path), help="Triplets: their texts must become the same tokens too."
+)
 @click.option("--quantized", type=click.Path(path_type=Path), multiple=True, help="Also measure this file.")
 @click.option("--language", "languages", multiple=True, default=("en",), show_default=True, help="Of the rows; ISO 639-1.")
 @click.option("--gate", help="The type of the file that must keep to the limit.")
@@ -70,6 +75,7 @@ def verify(
     merged: Path,
     rows: Path,
     heldout: Path | None,
+    preferences: Path | None,
     quantized: tuple[Path, ...],
     languages: tuple[str, ...],
     gate: str | None,
@@ -90,8 +96,8 @@ def verify(
         raise click.BadParameter(f"{gate!r} is not among the files: {', '.join(files)}.", param_hint="--gate")
     settings = Verify(prompts=prompts, answer_tokens=answer_tokens, logit_gap=logit_gap, kl_limit=kl_limit)
     serve = recipes.build_serve(recipes.parse_serve(serve_json, "--serve"), "--serve")
-    named = {"conversations": rows, **({} if heldout is None else {"heldout": heldout})}
-    data = {key: f"{artifacts.identity(path.parent)}/{path.name}" for key, path in named.items()}
+    named = {"conversations": rows, "heldout": heldout, "preferences": preferences}
+    data = {key: f"{artifacts.identity(path.parent)}/{path.name}" for key, path in named.items() if path is not None}
     plan = Plan(
         kind="report",
         name=f"{name or model.stem}-verify",
@@ -112,6 +118,7 @@ def verify(
             merged=merged,
             trained=conversations.read(rows),
             heldout=None if heldout is None else conversations.read(heldout),
+            preferences=[] if preferences is None else conversations.read_preferences(preferences),
             languages=languages,
             gate=gate,
             serve=serve,
@@ -151,7 +158,8 @@ def certify(subject: Subject, settings: Verify) -> dict[str, Any]:
     for line in certificate.summary(results):
         note(f"verify: {line}")
     if subject.gate is not None:
-        results["gate"] = _judge(subject.gate, results, settings.kl_limit)
+        model = artifacts.identity(subject.files[subject.gate].parent)
+        results["gate"] = {**_judge(subject.gate, results, settings.kl_limit), "model": model}
     return results
 
 
@@ -159,7 +167,7 @@ def _certify_full(subject: Subject, settings: Verify) -> dict[str, Any]:
     """The 16-bit file against the merged model."""
     tokenizer = pre_tokenizer.load(subject.merged)
     model = MappedModel(subject.merged)
-    expected = checks.renderings(tokenizer, subject.trained)
+    expected = _expected(tokenizer, subject)
     prompts = _spread([each.token_ids for each in expected if each.is_prompt and not each.variables], settings.prompts)
     longest = max(map(len, prompts)) + settings.answer_tokens
     file = subject.files[SIXTEEN_BITS]
@@ -169,31 +177,47 @@ def _certify_full(subject: Subject, settings: Verify) -> dict[str, Any]:
             raise _failed(file, problems)
         differing = checks.compare_tokens(gguf, expected)
         problems += differing
+        problems += checks.compare_texts(gguf, tokenizer, expected)
         problems += checks.compare_end_of_turn(gguf, tokenizer, expected)
         torture = checks.compare_torture(gguf, tokenizer)
         problems += torture
-        wrong, matrices = checks.compare_weights(file, model)
+        wrong, weights = checks.compare_weights(file, model)
         problems += wrong
         paths = checks.greedy_paths(gguf, prompts, settings.answer_tokens)
         found = [gguf.logits(path.tokens[:-1], path.prompt_tokens - 1) for path in paths]
-    wanted = [model.logits(path.tokens[:-1])[path.prompt_tokens - 1 :] for path in paths]
+        parts_marks = pre_tokenizer.parts_marks(gguf)
+    wanted = [checks.expected_logits(model, path) for path in paths]
     sixteen = checks.compare_paths(found, wanted, settings.logit_gap)
     problems += checks.judge_paths(sixteen)
-    tokens = sum(len(each.token_ids) for each in expected if not each.is_prompt and not each.what)
-    note(f"verify: {len(subject.trained)} conversations, {tokens:,} token ids, {len(differing)} conversations differ")
+    whole = [each for each in expected if each.is_whole]
+    tokens = sum(len(each.token_ids) for each in whole)
+    note(f"verify: {len(whole)} conversations, {tokens:,} token ids, {len(differing)} conversations differ")
     note(f"verify: F16 {checks.in_words(sixteen)}")
     if problems:
         raise _failed(file, problems)
     counted = {
-        "conversations": len(subject.trained),
+        "conversations": len(whole),
+        "heldout": len(subject.heldout or []),
+        "preferences": len(subject.preferences),
         "tokens": tokens,
         "mismatches": len(differing),
-        "varied": sum(each.what.startswith(" with") for each in expected),
+        "varied": sum(each.what in (checks.WITH_SYSTEM, checks.WITH_TOOLS) for each in expected),
         "torture_lines": len(pre_tokenizer.PROBE.splitlines()),
         "special_tokens": len(tokenizer.added_tokens_decoder),
-        "matrices": matrices,
+        # Of the torture text: llama.cpp is known to part such marks from their letters under this pre-tokenizer.
+        "combining_marks_left_out": parts_marks,
+        **weights,
     }
     return {"tokens": counted, SIXTEEN_BITS: sixteen}
+
+
+def _expected(tokenizer: Any, subject: Subject) -> list[checks.Rendering]:
+    """Every conversation of the data set as training renders it: trained on, held out, preferred and not."""
+    return [
+        *checks.renderings(tokenizer, subject.trained),
+        *checks.renderings(tokenizer, subject.heldout or [], "held-out conversation", varied=0),
+        *checks.renderings(tokenizer, subject.preferences, "preference answer", varied=0),
+    ]
 
 
 def _measure_files(subject: Subject, rows: Sequence[Messages]) -> tuple[dict[str, dict[str, Any]], int]:
@@ -207,15 +231,21 @@ def _measure_files(subject: Subject, rows: Sequence[Messages]) -> tuple[dict[str
     }
     longest = max((len(answer.tokens) for group in groups.values() for answer in group), default=64)
     results: dict[str, dict[str, Any]] = {}
+    lost: dict[str, divergence.Measured] = {}
     with GgufModel(full_path, context_tokens=max(longest, 256)) as full:
         results[SIXTEEN_BITS] = {**_cost(subject, full_path), **full.speed()}
         for kind in [kind for kind in subject.files if kind != SIXTEEN_BITS]:
             with GgufModel(subject.files[kind], context_tokens=max(longest, 256)) as quantized:
                 if problems := checks.compare_vocabulary(quantized, tokenizer, full.token_count):
                     raise _failed(subject.files[kind], problems)
-                languages, worst = divergence.measure(full, quantized, groups)
+                lost[kind] = divergence.measure(full, quantized, groups)
                 results[kind] = {**_cost(subject, subject.files[kind]), **quantized.speed()}
-                results[kind].update(languages=languages, worst=worst, better=_measured(subject.files[kind])[1])
+                results[kind].update(languages=lost[kind].languages, worst=lost[kind].worst)
+                results[kind].update(better=_measured(subject.files[kind])[1])
+    for kind, each in lost.items():
+        if (plain := lost.get(f"{kind}{PLAIN}")) is not None:
+            found = {code: divergence.difference(rows, plain.rows[code]) for code, rows in each.rows.items()}
+            results[kind]["against_plain"] = found
     asked = sum(message["role"] == "assistant" for messages in rows for message in messages)
     return results, asked - sum(map(len, groups.values()))
 
@@ -273,7 +303,7 @@ def _by_type(quantized: Sequence[Path]) -> dict[str, Path]:
     measured = {kind for file, kind in kinds.items() if any(_measured(file))}
     found: dict[str, Path] = {}
     for file, kind in kinds.items():
-        name = kind if kind not in measured or any(_measured(file)) else f"{kind} plain"
+        name = kind if kind not in measured or any(_measured(file)) else f"{kind}{PLAIN}"
         if name in found:
             raise click.BadParameter(f"{found[name]} and {file} would both be called {name}.", param_hint="--quantized")
         found[name] = file

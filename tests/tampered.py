@@ -56,6 +56,16 @@ def token(file: Path, text: str) -> None:
     part[-1] += 1
 
 
+def control(file: Path, text: str) -> None:
+    """Declares a word of the vocabulary a control token, which is found as before and never written."""
+    reader = _open(file)
+    tokens, kinds = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    assert tokens is not None
+    assert kinds is not None
+    (place,) = [place for place, index in enumerate(tokens.data) if bytes(tokens.parts[index]) == text.encode()]
+    kinds.parts[kinds.data[place]][0] = gguf.TokenType.CONTROL
+
+
 def copy(file: Path, folder: Path) -> Path:
     """A copy without a manifest, in a folder of its own."""
     folder.mkdir(parents=True)

@@ -88,11 +88,13 @@ class TestAgainstPyTorch:
         assert found == pytest.approx(torch.sigmoid(output.logits[:, 0]).tolist(), abs=1e-4)
         assert max(found) - min(found) > 0.01
 
-    def test_labels(self, exported: Exported) -> None:
-        encoder = Encoder.load(exported.encoder("nli"), "fp32")
-        pairs = list(zip(TEXTS[:5], TEXTS[5:10], strict=True))
-        model, _, output = pytorch(exported.model("nli"), pairs)
-        for found, expected in zip(encoder.classify(pairs), output.logits.softmax(dim=1), strict=True):
+    @pytest.mark.parametrize(
+        ("name", "texts"), [("nli", list(zip(TEXTS[:5], TEXTS[5:10], strict=True))), ("classifier", list(TEXTS[:5]))]
+    )
+    def test_labels(self, exported: Exported, name: str, texts: list[Any]) -> None:
+        encoder = Encoder.load(exported.encoder(name), "fp32")
+        model, _, output = pytorch(exported.model(name), texts)
+        for found, expected in zip(encoder.classify(texts), output.logits.softmax(dim=1), strict=True):
             named = {model.config.id2label[i].lower(): value for i, value in enumerate(expected.tolist())}
             assert found == pytest.approx(named, abs=1e-4)
             assert sum(found.values()) == pytest.approx(1)
@@ -113,12 +115,13 @@ class TestAgainstPyTorch:
         assert np.abs(found - mean_pooled(inputs, output)).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["embedding", "reranker", "nli", "real"])
+@pytest.mark.parametrize("name", ["embedding", "reranker", "nli", "classifier", "real"])
 def test_runs_without_torch(exported: Exported, name: str) -> None:
     folder = exported.encoder(name)
     call = {
         "reranker": "encoder.score(texts[0], texts)",
         "nli": "[[*each.values()] for each in encoder.classify(list(zip(texts, texts[1:])))]",
+        "classifier": "[[*each.values()] for each in encoder.classify(texts)]",
     }.get(name, "encoder.embed(texts, 'query').tolist()")
     program = f"""
 import json

@@ -84,8 +84,28 @@ def test_dry_run_says_what_would_be_made_and_makes_nothing(trained: Trained, roo
     assert result.returncode == 0, result.stderr
     assert states(result.stdout) == dict.fromkeys(STEPS[:-1], "to make")
     assert not root.exists()
+    # Where an adapter was trained on four bits, both ways of merging it are compared on the data set's rows.
+    merge = next(line for line in result.stderr.splitlines() if "appliance convert merge" in line)
+    assert "--conversations" in merge
+    verify = next(line for line in result.stderr.splitlines() if "appliance convert verify" in line)
+    assert "--preferences" in verify
     names = [Path(step["artifact"]).name for step in json.loads(result.stdout)["steps"]]
     assert names == [trained.made[step].name for step in STEPS[:-1]]  # and it is what the real run made
+
+
+def test_limit_that_is_not_kept_ends_with_4_and_promotes_nothing(trained: Trained, copied: Path) -> None:
+    for path in (copied / promotion.CURRENT, copied / promotion.RECORD):
+        path.unlink()
+    result = run(copied, "run", trained.recipe, "--set", "verify.kl_limit=1e-9", "--json")
+    assert result.returncode == 4, result.stderr
+    assert "lost more than verify.kl_limit = 1e-09 nats" in result.stderr
+    assert json.loads(result.stdout)["error"]["code"] == "step_failed"
+    assert not (copied / promotion.CURRENT).exists()
+    assert not (copied / promotion.RECORD).exists()
+    four, report = (copied / trained.made[step].relative_to(trained.root) for step in ("Q4_K_M", "verify"))
+    ungated = call("models", "promote", four, "--report", report)
+    assert ungated.exit_code == 4  # the report of the run before was on Q8_0
+    assert f"held only gguf/{trained.made['Q8_0'].name} to its limit" in ungated.stderr
 
 
 def test_failed_verification_ends_with_4_and_promotes_nothing(trained: Trained, copied: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ def make(root: Path, name: str = "tiny") -> Artifact:
     return artifacts.load(plan.location(root))
 
 
-def report_on(model: artifacts.Artifact, root: Path) -> artifacts.Artifact:
-    plan = Plan(kind="report", name="tiny-verify", inputs={"what": "verify"}, parents=[model.id])
-    with artifacts.create(plan, root):
-        pass
+def report_on(
+    model: artifacts.Artifact, root: Path, gate: Mapping[str, object] | None = None, **config: object
+) -> artifacts.Artifact:
+    plan = Plan(kind="report", name="tiny-verify", inputs={"what": "verify"}, parents=[model.id], config=config)
+    with artifacts.create(plan, root) as draft:
+        draft.results.update({} if gate is None else {"gate": gate})
     return artifacts.load(plan.location(root))
 
 
@@ -77,6 +80,45 @@ def test_promotion_refuses(root: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "has changed since it was made" in result.stderr
     assert not (root / "current").exists()
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        (None, "held no file to its limit of 0.1 nats"),
+        ({"type": "Q4_K_M", "passed": True}, "held only Q4_K_M to its limit"),
+        ({"type": "Q8_0", "passed": True, "model": "gguf/another"}, "held only gguf/another to its limit"),
+        ({"type": "Q8_0", "passed": False}, "held no file to its limit"),
+        ({"type": "Q8_0", "passed": True}, None),  # of an older version
+        ({"type": "Q8_0", "passed": True, "model": "gguf/{name}"}, None),
+        ({"type": "Q8_0 plain", "passed": True, "model": "gguf/{name}"}, None),
+    ],
+    ids=["no gate", "another type", "another file", "not passed", "by type", "by file", "by file, plain"],
+)
+def test_only_what_the_gate_let_through_is_promoted(root: Path, gate: dict[str, object] | None, said: str | None) -> None:
+    model = make(root)
+    if gate is not None and "model" in gate:
+        gate = {**gate, "model": str(gate["model"]).format(name=model.path.name)}
+    report = report_on(model, root, gate, kl_limit=0.1)
+    result = call("models", "promote", model.path, "--report", report.path)
+    if said is None:
+        assert result.exit_code == 0, result.stderr
+        assert promotion.current(root) is not None
+        return
+    assert result.exit_code == 4, result.stderr
+    assert said in result.stderr
+    assert "--gate Q8_0" in result.stderr
+    assert promotion.current(root) is None
+
+
+def test_a_report_that_let_it_through_comes_before_a_newer_one(root: Path) -> None:
+    model = make(root)
+    gated = report_on(model, root, {"type": "Q8_0", "passed": True}, kl_limit=0.1)
+    newer = report_on(model, root, kl_limit=0.2)
+    manifest = newer.path / artifacts.MANIFEST
+    table = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**table, "made_at": "2999-01-01T00:00:00Z"}))
+    assert promotion.report_on(model, root).id == gated.id
 
 
 def test_rollback_serves_the_one_before_with_its_settings(root: Path) -> None:

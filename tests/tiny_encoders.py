@@ -41,6 +41,11 @@ def nli(folder: Path) -> Path:
     return save(folder, "bert", ("ENTAILMENT", "neutral", "contradiction"))
 
 
+def classifier(folder: Path) -> Path:
+    """A DistilBERT that judges one text, as most sentiment models are."""
+    return save(folder, "distilbert", ("negative", "neutral", "positive"))
+
+
 def sentence_transformers(pooling: str) -> dict[str, Any]:
     """The files that it puts beside a model."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
@@ -139,6 +144,7 @@ MODELS: Mapping[str, Callable[[Path], Path]] = {
     "embedding": embedding,
     "reranker": reranker,
     "nli": nli,
+    "classifier": classifier,
     "real": lambda _: real(),
 }
 

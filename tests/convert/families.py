@@ -182,7 +182,7 @@ def _llama_2_tokenizer(folder: Path) -> None:
 def _llama_3_tokenizer(folder: Path) -> None:
     way = functools.partial(files.split, pre_tokenizer.LLAMA3)
     options = {"bos": "<|begin_of_text|>", "eos": "<|eot_id|>", "cls": "PreTrainedTokenizerFast"}
-    files.write_trained(folder, way, files.LLAMA_3_SPECIAL, looks_up=True, **options)
+    files.write_rebuilt(folder, "llama-bpe", way, looks_up=True, merges_kept=8000, **options)
 
 
 def _deepseek_tokenizer(folder: Path) -> None:
@@ -210,14 +210,8 @@ def _tekken_tokenizer(folder: Path) -> None:
 
 
 def _falcon_tokenizer(folder: Path) -> None:
-    files.write_trained(
-        folder,
-        files.falcon_split,
-        ["<|endoftext|>"],
-        bos="<|endoftext|>",
-        eos="<|endoftext|>",
-        cls="PreTrainedTokenizerFast",
-    )
+    special = {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}
+    files.write_rebuilt(folder, "falcon", files.falcon_split, cls="PreTrainedTokenizerFast", merges_kept=8000, **special)
 
 
 def _gemma_tokenizer(folder: Path) -> None:

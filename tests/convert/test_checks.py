@@ -9,6 +9,7 @@ import pytest
 from appliance.errors import VerificationFailed
 from convert import checks, conversations
 from convert.gguf_model import GgufVocabulary
+from convert.mapped_model import MappedModel
 from convert.pre_tokenizer import load as load_tokenizer
 from tests.running import Trained
 
@@ -70,6 +71,65 @@ def test_the_same_ids_and_another_text_are_found(trained: Trained, tokenizer: An
         problems = checks.compare_tokens(careless, expected)  # type: ignore[arg-type]
     assert len(problems) == 6
     assert "the same ids, and another text from character" in problems[0]
+
+
+VARIED = (
+    "{% if messages[0]['role'] == 'system' %}{{ 'Rules: ' + messages[0]['content'] + '\n' }}{% endif %}"
+    "{% if tools %}{{ 'Tools: ' + tools[0]['function']['name'] + '\n' }}{% endif %}"
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("branch", "said"), [("Rules", "with a system message"), ("Tools", "with tools")])
+def test_wrong_branch_of_the_template_is_named(trained: Trained, branch: str, said: str) -> None:
+    """What only a system message, or tools, would show."""
+    tokenizer = load_tokenizer(trained.made["merge"])
+    tokenizer.chat_template = VARIED
+    expected = checks.renderings(tokenizer, rows(trained)[:1])
+    with GgufVocabulary(trained.full) as gguf:
+        for source, problems in ((VARIED, []), (VARIED.replace(branch, "Rulez"), [f"conversation 1 {said}: "])):
+            served = Changed(gguf, metadata=lambda _, source=source: source)
+            found = checks.compare_tokens(served, expected)  # type: ignore[arg-type]
+            assert [each[: len(start)] for each, start in zip(found, problems, strict=True)] == problems
+
+
+def test_text_that_comes_back_otherwise_is_found(trained: Trained, tokenizer: Any) -> None:
+    expected = checks.renderings(tokenizer, rows(trained)[:2])
+    with GgufVocabulary(trained.full) as gguf:
+        assert checks.compare_texts(gguf, tokenizer, expected) == []
+        mute = Changed(gguf, detokenize=lambda ids: gguf.detokenize(ids).replace("brug", "BRUG"))
+        (problem,) = checks.compare_texts(mute, tokenizer, expected)  # type: ignore[arg-type]
+    assert problem.startswith("conversation 1 comes back as")
+    assert "BRUG" in problem
+
+
+def test_only_logits_of_the_answer_are_computed(trained: Trained) -> None:
+    """Of a prompt of 600 tokens and a vocabulary of 152,000 they would take 365 MB."""
+    model = MappedModel(trained.made["merge"])
+    path = checks.AnswerPath(list(range(3, 40)), 30)
+    head, seen = model.module.get_output_embeddings(), []
+    head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].shape[1]))
+    found = checks.expected_logits(model, path)
+    assert seen == [7]
+    np.testing.assert_allclose(found, model.logits(path.tokens[:-1])[29:], rtol=1e-4, atol=1e-5)
+
+
+def test_norms_that_converters_change(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where 1 is added the values are compared with it; what is changed in another way is not compared, and counted."""
+    model = MappedModel(trained.made["merge"])
+    problems, counts = checks.compare_weights(trained.full, model)
+    assert (problems, counts) == ([], {"matrices": 15, "vectors": 9, "not_compared": 0})
+    monkeypatch.setattr(checks, "ONE_MORE", {"Qwen3ForCausalLM"})
+    problems, _ = checks.compare_weights(trained.full, model)
+    assert len(problems) == 9
+    assert all("is not the model's: its values from" in each for each in problems)
+    monkeypatch.setattr(checks, "CHANGED_NORMS", {"Qwen3ForCausalLM"})
+    problems, counts = checks.compare_weights(trained.full, model)
+    assert (problems, counts) == ([], {"matrices": 15, "vectors": 0, "not_compared": 9})
+    monkeypatch.setattr(checks, "SCALING", {"Qwen3ForCausalLM"})
+    assert checks.compare_weights(trained.full, model)[1] == {"matrices": 0, "vectors": 0, "not_compared": 25}
 
 
 def test_logits_are_judged() -> None:

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy
 import pytest
 
+from convert import imatrix, pre_tokenizer, quantizer
 from convert.gguf_model import GgufModel
+from convert.mapped_model import MappedModel
 from tests.convert import adapters, families, quick_converter
 from tests.convert.families import FAMILIES, Family
 from tests.running import call
@@ -79,9 +82,25 @@ def distance(found: Any, expected: Any) -> float:
     return float((numpy.abs(found - expected).max(axis=1) / expected.std(axis=1)).max())
 
 
+def require_importance(merged: Path, full: Path, target: Path) -> None:
+    """An importance matrix has every matrix of the layers, by the file's names and widths, and llama.cpp takes it."""
+    sums = imatrix.collect(MappedModel(merged), [list(IDS)])
+    matrices = [each for each in gguf.GGUFReader(full).tensors if each.name.startswith("blk.") and len(each.shape) == 2]
+    assert {name: len(each.squares) for name, each in sums.items()} == {each.name: int(each.shape[0]) for each in matrices}
+    means = {name: each.means for name, each in sums.items()}
+    quantizer.quantize_file(full, target, quantizer.Settings(type="Q4_K_M", imatrix=means))
+    types = {each.name: each.tensor_type for each in gguf.GGUFReader(target).tensors}
+    assert gguf.GGMLQuantizationType.Q4_K in types.values()
+    found = logits(target, IDS)
+    assert numpy.isfinite(found).all()
+    assert distance(found, logits(full, IDS)) < 5  # not another model
+
+
 @pytest.mark.parametrize("trained_on", ["16-bit", "nf4"])
 @pytest.mark.parametrize("is_root", [False, True], ids=["LoRA", "rsLoRA"])
-def test_served_as_trained(base: Base, tmp_path: Path, is_root: bool, trained_on: str) -> None:
+def test_served_as_trained(
+    base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_root: bool, trained_on: str
+) -> None:
     adapter = adapters.write(base.folder, tmp_path / "adapter", base.family.targets, use_rslora=is_root)
     options = ("--trained-on", trained_on, *(("--conversations", base.rows) if trained_on == "nf4" else ()))
     merged = output(call("convert", "merge", adapter, "--base", base.folder, "--json", *options))["artifact"]
@@ -93,12 +112,17 @@ def test_served_as_trained(base: Base, tmp_path: Path, is_root: bool, trained_on
     report = output(
         call("convert", "verify", made["file"], "--merged", merged, "--conversations", base.rows, "--json", *limits)
     )
-    found = report["results"]["F16"]
-    assert report["results"]["tokens"]["mismatches"] == 0
+    found, compared = report["results"]["F16"], report["results"]["tokens"]
+    assert compared["mismatches"] == 0
+    assert (compared["matrices"] > 0, compared["vectors"] > 0, compared["not_compared"]) == (True, True, 0)
+    assert compared["combining_marks_left_out"] == (base.family.pre_tokenizer in pre_tokenizer.PART_MARKS)
     assert found["disagreements"] == 0  # greedy text is the same, but where two tokens are as likely
     assert found["steps"] - found["ties"] > 10
     served = logits(made["file"], IDS)
     assert distance(served, logits(base.full, IDS)) > 0.3  # the adapter matters
+    if trained_on == "16-bit" and not is_root:
+        require_importance(merged, made["file"], tmp_path / "Q4_K_M.gguf")
+        assert "no importance for" not in capsys.readouterr().err
     if trained_on == "16-bit":  # with four bits the merged model has other base weights than the file below the adapter
         assert distance(served, adapters.live_logits(base.folder, adapter, IDS)) < 0.05
         switched = output(call("convert", "adapter", adapter, "--base", base.folder, "--json"))["file"]

@@ -92,3 +92,56 @@ def test_sixteen_bits_are_taken_where_they_are_closer(base: Path, root: Path, tm
     assert artifacts.load(made[0]).results["merged_into"] == "16-bit"
     assert (made[0] / "model.safetensors").read_bytes() == (made[1] / "model.safetensors").read_bytes()
     assert len(list(root.glob("merged/*/manifest.json"))) == 2
+
+
+def test_every_matrix_is_quantized_once_however_many_texts(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(base, tmp_path / "adapter")
+    model, adapter = MappedModel(base), read_adapter(tmp_path / "adapter")
+    settings = nf4.as_trained(model)
+    seen: list[str] = []
+    real = nf4.widened
+
+    def counted(weight: Any, name: str, four: Any) -> Any:
+        seen.append(name) if four is not None and name in four.covered else None
+        return real(weight, name, four)
+
+    monkeypatch.setattr(nf4, "widened", counted)
+    texts = [list(range(3, 3 + count)) for count in (40, 7, 100)]
+    found = nf4.divergences(base, adapter, settings, texts)
+    assert len(seen) == 2 * len(settings.covered)  # as trained, and for the round trip
+    assert found["round trip"] < found["16-bit"]
+
+
+def test_divergence_in_pieces_is_that_of_whole_arrays(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    model = MappedModel(base)
+    texts = [list(range(3, 63)), list(range(5, 25))]
+    whole = torch.cat([torch.from_numpy(model.logits(text)) for text in texts])
+    rows = nf4.sampled_logits(model, texts)
+    torch.testing.assert_close(rows, whole, rtol=1e-3, atol=1e-4)
+    other = whole + torch.linspace(-1, 1, whole.shape[1])
+    expected = torch.nn.functional.kl_div(
+        torch.log_softmax(other, -1), torch.log_softmax(whole, -1), log_target=True, reduction="sum"
+    )
+    monkeypatch.setattr(nf4, "ROWS_AT_ONCE", 32)
+    assert nf4.kl(whole, other) == pytest.approx(float(expected), rel=1e-4)
+    monkeypatch.setattr(nf4, "MOST_ROWS", 30)  # every fourth position of two texts of up to 60 tokens
+    torch.testing.assert_close(nf4.sampled_logits(model, texts), rows[[*range(0, 60, 4), *range(60, 80, 4)]])
+
+
+def test_texts_are_cut(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_adapter(base, tmp_path / "adapter")
+    longest: list[int] = []
+    monkeypatch.setattr(nf4, "MOST_TOKENS", 16)
+    monkeypatch.setattr(nf4, "sampled_logits", lambda _, texts: longest.append(max(map(len, texts))) or torch_zeros())
+    nf4.divergences(base, read_adapter(tmp_path / "adapter"), nf4.as_trained(MappedModel(base)), [list(range(3, 90))])
+    assert longest == [16] * 3
+
+
+def torch_zeros() -> Any:
+    import torch
+
+    return torch.zeros(4, 8)

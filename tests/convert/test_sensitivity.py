@@ -65,7 +65,7 @@ def tokens(answers: Sequence[Answer]) -> int:
 
 def loss(full: Path, file: Path, answers: Mapping[str, Sequence[Answer]]) -> dict[str, float]:
     with GgufModel(full, 256) as sixteen, GgufModel(file, 256) as quantized:
-        languages, _ = divergence.measure(sixteen, quantized, answers)
+        languages = divergence.measure(sixteen, quantized, answers).languages
     return {code: each["kl_mean"] for code, each in languages.items()}
 
 

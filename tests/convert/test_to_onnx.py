@@ -50,6 +50,7 @@ class TestExport:
             "embedding": ("least_cosine", "same_nearest_ratio"),
             "reranker": ("largest_score_difference", "same_order_ratio"),
             "nli": ("largest_score_difference", "same_label_ratio"),
+            "classifier": ("largest_score_difference", "same_label_ratio"),
         }[artifact.manifest["config"]["kind"]]
         for key in figures:
             assert 0 <= results["int8"][key] <= 1.00001, (key, results["int8"])
@@ -78,7 +79,7 @@ print(*(abs(value.astype(int)).max() for value in tensors.values() if value.dtyp
     def test_settings_are_those_of_the_model(self, exported: Exported) -> None:
         found = {name: encoders.read_settings(exported.encoder(name)) for name in tiny_encoders.MODELS}
         assert {name: settings.kind for name, settings in found.items()} == {
-            **{"embedding": "embedding", "reranker": "reranker", "nli": "nli"},
+            **{"embedding": "embedding", "reranker": "reranker", "nli": "nli", "classifier": "classifier"},
             "real": "embedding",
         }
         assert found["embedding"].max_tokens == tiny_encoders.MAX_TOKENS
@@ -86,6 +87,7 @@ print(*(abs(value.astype(int)).max() for value in tensors.values() if value.dtyp
         assert (found["real"].pooling, found["real"].normalize, found["real"].width) == ("mean", True, 384)
         assert found["real"].max_tokens == 256
         assert found["nli"].labels == ("entailment", "neutral", "contradiction")
+        assert found["classifier"].labels == ("negative", "neutral", "positive")
         assert (found["reranker"].activation, found["nli"].activation) == ("sigmoid", "softmax")
         assert (found["reranker"].max_tokens, found["reranker"].pad_token_id) == (64, 1)
 

@@ -24,14 +24,18 @@ def verify(trained: Trained, file: Path, *more: str | Path, merged: Path | None 
 def test_certificate_of_the_pipeline(trained: Trained) -> None:
     manifest = trained.manifest("verify")
     results = manifest["results"]
-    assert results["tokens"]["conversations"] == 6
+    assert results["tokens"]["conversations"] == 14
+    assert results["tokens"]["preferences"] == 8  # the chosen and the rejected answer of four triplets
+    assert (results["tokens"]["matrices"], results["tokens"]["vectors"], results["tokens"]["not_compared"]) == (15, 9, 0)
+    assert not results["tokens"]["combining_marks_left_out"]
     assert results["tokens"]["mismatches"] == 0
     assert results["tokens"]["varied"] == 12  # each with a system message, and with tools
     assert results["F16"]["disagreements"] == 0
     assert results["F16"]["steps"] > 20
     assert 0 < results["F16"]["mean_logit_difference"] < results["F16"]["largest_logit_difference"] < 0.05
     assert results["rows"] == "rows that were trained on"
-    assert results["gate"] == {"type": "Q8_0", "kl_limit": 0.1, "passed": True, "rows": "rows that were trained on"}
+    gate = {"type": "Q8_0", "kl_limit": 0.1, "passed": True, "rows": "rows that were trained on"}
+    assert results["gate"] == {**gate, "model": f"gguf/{trained.made['Q8_0'].name}"}
     full, eight, four = (results["files"][kind] for kind in ("F16", "Q8_0", "Q4_K_M"))
     assert full["size_bytes"] > eight["size_bytes"] > four["size_bytes"]
     assert all(each["fits"] and each["decode_tokens_per_second"] > 0 for each in (full, eight, four))
@@ -114,7 +118,51 @@ def test_heldout_rows_are_measured_on(trained: Trained, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     results = json.loads(result.stdout)["results"]
     assert (results["rows"], results["left_out"]) == ("held-out rows", 0)
+    assert (results["tokens"]["conversations"], results["tokens"]["heldout"]) == (7, 1)
     assert results["files"]["Q8_0"]["languages"].keys() == {"nl"}
+
+
+@pytest.mark.usefixtures("root")
+def test_heldout_rows_and_preferences_become_the_same_tokens(trained: Trained, tmp_path: Path) -> None:
+    """What is split otherwise in them is found there too."""
+    path = tmp_path / "data" / "rows.jsonl"
+    path.parent.mkdir()
+    odd = "Until four o'clock."
+    file = tampered.copy(trained.full, tmp_path / "copy")
+    tampered.text(file, "tokenizer.ggml.pre", "qwen2", "gpt-2")
+    prompt = [{"role": "user", "content": "Is it?"}]
+    for flag, row in (
+        ("--heldout", {"messages": [*prompt, {"role": "assistant", "content": odd}]}),
+        ("--preferences", {"prompt": prompt, "chosen": "Yes.", "rejected": odd}),
+    ):
+        path.write_text(json.dumps(row) + "\n")
+        result = verify(trained, file, flag, path)
+        assert result.exit_code == 4
+        said = "held-out conversation 1" if flag == "--heldout" else "preference answer 2"
+        assert f"{said}: " in result.stderr
+    path.write_text("{}\n")
+    assert "is no file of preferences" in verify(trained, file, "--preferences", path).stderr
+
+
+@pytest.mark.usefixtures("root")
+def test_file_with_an_importance_matrix_is_held_against_the_plain_one(trained: Trained) -> None:
+    (weighed,) = trained.made["Q4_K_M"].glob("*.gguf")
+    plain = Path(json.loads(call("convert", "quantize", trained.full, "--type", "Q4_K_M", "--json").stdout)["file"])
+    files = ("--quantized", weighed, "--quantized", plain)
+    result = verify(trained, trained.full, *files, "--language", "nl", "--language", "en", "--json")
+    assert result.exit_code == 0, result.stderr
+    output = json.loads(result.stdout)
+    measured = output["results"]["files"]
+    found = measured["Q4_K_M"]["against_plain"]
+    assert found.keys() == {"nl", "en"}
+    assert "against_plain" not in measured["Q4_K_M plain"]
+    for language, each in found.items():
+        means = [measured[kind]["languages"][language]["kl_mean"] for kind in ("Q4_K_M", "Q4_K_M plain")]
+        assert each["kl_difference"] == pytest.approx(means[0] - means[1], abs=1e-7)
+        assert each["conversations"] == 3
+        assert each["error"] > 0
+    page = (Path(output["artifact"]) / "certificate.md").read_text()
+    assert "The importance matrix of Q4_K_M makes" in page
 
 
 def test_faithful_copy_passes(trained: Trained, tmp_path: Path, root: Path) -> None:
@@ -138,6 +186,10 @@ def test_faithful_copy_passes(trained: Trained, tmp_path: Path, root: Path) -> N
         (lambda file: tampered.tensor(file, "blk.1.ffn_down.weight"), "the F16 file's top token differs"),
         (lambda file: tampered.scaled(file, "blk.1.ffn_down.weight", 1.05), "of their spread on average"),
         (lambda file: tampered.scaled(file, "blk.0.attn_q.weight", 1.003), "blk.0.attn_q.weight is not the model's: its"),
+        (
+            lambda file: tampered.scaled(file, "blk.0.attn_norm.weight", 1.003),
+            "blk.0.attn_norm.weight is not the model's: its",
+        ),
         (lambda file: tampered.token(file, "<|im_start|>"), "the token '<|im_start|>' has the id"),
         (
             lambda file: tampered.number(file, "tokenizer.ggml.eos_token_id", 0),
@@ -153,6 +205,7 @@ def test_faithful_copy_passes(trained: Trained, tmp_path: Path, root: Path) -> N
             "weights",
             "weights a little",
             "weights a hair",
+            "norm a hair",
             "special token",
         ),
         "end of turn",
@@ -176,11 +229,13 @@ def test_tampered_file_fails(
     [
         ("compare_tokens", lambda file: tampered.template(file, "<|im_start|>assistant", "<|im_start|>Assistant")),
         ("compare_vocabulary", lambda file: tampered.number(file, "tokenizer.ggml.eos_token_id", 0)),
+        ("compare_texts", lambda file: tampered.control(file, "Ġkat")),
         ("compare_torture", lambda file: tampered.text(file, "tokenizer.ggml.pre", "qwen2", "gpt-2")),
         ("compare_weights", lambda file: tampered.scaled(file, "blk.1.ffn_down.weight", 1.005)),
+        ("compare_weights", lambda file: tampered.scaled(file, "blk.1.ffn_norm.weight", 1.003)),
         ("judge_paths", lambda file: tampered.turned(file, "blk.1.ffn_down.weight")),
     ],
-    ids=["tokens", "vocabulary", "torture", "weights", "paths"],
+    ids=["tokens", "vocabulary", "texts", "torture", "weights", "norms", "paths"],
 )
 def test_no_check_is_idle(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str, change: Callable[[Path], None]
@@ -195,9 +250,26 @@ def test_no_check_is_idle(
     file = tampered.copy(trained.full, tmp_path / "copy")
     change(file)
     assert verify(trained, file, rows=rows).exit_code == 4
-    nothing = ([], 0) if check == "compare_weights" else []
+    nothing = ([], dict.fromkeys(("matrices", "vectors", "not_compared"), 0)) if check == "compare_weights" else []
     monkeypatch.setattr(checks, check, lambda *_: nothing)
     passed = verify(trained, file, rows=rows)
+    assert passed.exit_code == 0, passed.stderr
+
+
+def test_answer_that_never_ends_is_found_by_one_check_alone(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training closed answers with words that end no generation: file and model agree in everything else."""
+    model = tmp_path / "model"
+    shutil.copytree(trained.made["merge"], model, ignore=shutil.ignore_patterns("manifest.json"))
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("'<|im_end|>'", "'<|im_stop|>'"))
+    file = Path(json.loads(call("convert", "gguf", model, "--json").stdout)["file"])
+    result = verify(trained, file, merged=model)
+    assert result.exit_code == 4, result.stderr
+    assert "which ends no generation in the file: it would write on and on" in " ".join(result.stderr.split())
+    monkeypatch.setattr(checks, "compare_end_of_turn", lambda *_: [])
+    passed = verify(trained, file, merged=model)
     assert passed.exit_code == 0, passed.stderr
 
 

@@ -18,16 +18,6 @@ from convert import llama_cpp_source, pre_tokenizer
 ROOT = Path(__file__).parents[2]
 TOKENS = 1200  # of a vocabulary that is trained here, special tokens not counted
 MARKED = "हिन्दी में लिखना। मैं आज रात कहाँ सो सकता हूँ? ที่นี่เปิดกี่โมง"  # letters with combining marks
-LLAMA_3_SPECIAL = (
-    *(
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        "<|reserved_special_token_0|>",
-        "<|finetune_right_pad_id|>",
-        "<|start_header_id|>",
-    ),
-    *("<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
-)
 DEEPSEEK_SPECIAL = (
     *("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
     *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
@@ -139,6 +129,7 @@ def write_rebuilt(
     tokens, merges, _, types = vocabulary(name)
     pairs = [tuple(merge.split(" ")) for merge in merges[:merges_kept]]
     unused = set() if merges_kept is None else {"".join(merge.split(" ")) for merge in merges[merges_kept:]}
+    unused -= {text for pair in pairs for text in (*pair, "".join(pair))}  # some are made in more than one way
     kept = [
         (text, kind)
         for text, kind in zip(tokens, types, strict=True)
@@ -294,7 +285,7 @@ def source() -> Mapping[str, bytes]:
 
 
 SPM_TOKENS, SPM_BYTES = 32000, 259  # Llama 2's, special tokens and bytes first; Phi-3 has added to them
-VOCABULARIES = ("qwen2", "llama-bpe", "gpt-2", "phi-3", "llama-spm", "falcon")
+VOCABULARIES = ("qwen2", "qwen35", "llama-bpe", "gpt-2", "phi-3", "llama-spm", "falcon")
 
 
 @functools.cache
