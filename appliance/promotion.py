@@ -4,7 +4,7 @@ Only a model that its verification report let through is promoted. `promoted.jso
 that order, with the serving settings of their recipes. It is written before the link is switched, so that whenever a machine
 loses its power, the link names a model that is whole and whose settings are known, and those before it are still there. What
 follows the linked model in the file was rolled back, or was never reached; the next promotion drops it. A model that is
-promoted again is there twice: the last place up to the linked model counts, which is the first one until the link is switched.
+promoted again is there twice: the last place up to the linked model counts, which is the first until the link is switched.
 """
 
 import contextlib
