@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from appliance import config
-from appliance.errors import RecipeError
+from appliance.errors import EnvironmentIncomplete, RecipeError
 from appliance.gpu_access import ARCHITECTURES, OVERRIDE
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
@@ -42,9 +42,18 @@ def folders(verb: str) -> Mapping[str, Path]:
 
 
 def _of_its_own(store: Path) -> Path:
-    """The store's folder, which a server may write, with the files that SQLite makes beside it. Raises `RecipeError`."""
+    """The store's folder, which a server may write, with the files that SQLite makes beside it.
+
+    Raises `RecipeError` where it holds more than that, `EnvironmentIncomplete` where that cannot be seen.
+    """
     folder = store.parent
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    try:
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise EnvironmentIncomplete(
+            f"{folder}, the store's folder, cannot be read by user {os.getuid()} ({error.strerror}); name one that he may "
+            "write with APPLIANCE_STORE."
+        ) from error
     others = [name for name in names if not name.startswith(store.name) and name != MOUNT_POINT]
     if others or _holds_secrets(folder):
         beside = others[0] if others else "what is yours alone"

@@ -252,12 +252,20 @@ def test_store_among_the_artifacts_is_found_there_whatever_its_name(
 
 def test_store_that_shares_its_folder_is_not_brought_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is mounted for it could be written as a whole."""
+
+    def refused(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
     folder = write(tmp_path / "srv", {"s.sqlite3": "", "s.sqlite3-wal": "", "lost+found/x": ""})
     monkeypatch.setenv("APPLIANCE_STORE", str(folder / "s.sqlite3"))
     assert f"{folder}:/data/store" in values(containers.command("serve", Place(engine="docker", image=CPU), []), "--volume")
     write(folder, {"website/index.html": ""})
     with pytest.raises(RecipeError, match=r"lies beside website; move the store into a folder of its own"):
         containers.command("serve", Place(engine="docker", image=CPU), [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", refused)
+        with pytest.raises(EnvironmentIncomplete, match="cannot be read by user"):
+            containers.command("serve", Place(engine="docker", image=CPU), [])
     empty = tmp_path / "empty"
     for name, value in (("APPLIANCE_STORE", empty / "s.sqlite3"), ("APPLIANCE_KEY_FILE", empty / "keys/store.key")):
         monkeypatch.setenv(name, str(value))
@@ -370,6 +378,12 @@ def test_docker_that_is_podman_is_called_so(engines: Path) -> None:
     assert containers.installed() == ["podman"]
     for environ in ({}, {"ENGINE": "docker"}):
         assert containers.place({"BACKEND": "cpu", **environ}, "serve").engine == "podman"
+
+
+def test_recipe_may_have_a_space_in_its_path() -> None:
+    command = ["make", "--dry-run", "train", "RECIPE=my recipes/a.toml", "ARGS=--ask 1"]
+    said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(said)[-4:] == ["train", "my recipes/a.toml", "--ask", "1"]
 
 
 def test_make_serve_shows_its_command_and_runs_it(engines: Path, root: Path) -> None:
