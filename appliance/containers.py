@@ -195,7 +195,8 @@ def prepare(verb: str) -> None:
     except OSError as error:
         raise EnvironmentIncomplete(
             f"{error.filename} cannot be made by user {os.getuid()} ({error.strerror}), and the container is to use it; "
-            "name folders that he may write with APPLIANCE_ARTIFACTS, _CACHE, _LEASES and _KEY_FILE."
+            "name folders that he may write with APPLIANCE_ARTIFACTS, APPLIANCE_CACHE, APPLIANCE_LEASES and "
+            "APPLIANCE_KEY_FILE."
         ) from error
 
 

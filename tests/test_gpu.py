@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from appliance import gpu
+from appliance import config, gpu
 from appliance.errors import EnvironmentIncomplete
 from appliance.gpu import Gpu, gpus, lease
 from appliance.gpu_access import ARCHITECTURES, Host, Vendor
@@ -225,6 +225,14 @@ def mixed() -> list[Gpu]:
 def test_cards_that_a_build_computes_on(built: Vendor | None, environ: dict[str, str], names: list[str]) -> None:
     """Others are neither planned for nor held nor looked at for what they were compiled for."""
     assert [f"{card.vendor}-{card.index}" for card in gpu.computed_on(mixed(), environ, built)] == names
+
+
+def test_cuda_counts_as_the_driver_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `CUDA_VISIBLE_DEVICES=0` is the fastest card, and the plan looks at another one."""
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    assert config.quiet_environment()["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert config.quiet_environment()["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST", "it was set by hand"
 
 
 def test_cards_of_another_vendor_alone_are_still_spoken_of() -> None:
