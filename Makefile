@@ -16,7 +16,7 @@ demo: setup ## train, convert, verify and serve the sample assistant, and ask it
 	$(BIN)/appliance run recipes/shelter/recipe.toml --ask 1
 
 train: ## train, convert, verify and promote RECIPE: in a container if there is one, else in .venv (ENGINE=, BACKEND=, ARGS=)
-	@$(PYTHON) -m appliance.containers train $(RECIPE) $(ARGS)
+	@$(PYTHON) -m appliance.containers train "$(RECIPE)" $(ARGS)
 
 serve: ## serve the promoted model on port 8080, likewise
 	@$(PYTHON) -m appliance.containers serve $(ARGS)

@@ -74,6 +74,8 @@ def quiet_environment() -> dict[str, str]:
     quiet |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     quiet |= {"GGML_NO_BACKTRACE": "1"}  # where gdb is installed, a failed assertion would start it and hang
+    # Cards are then counted as their driver and nvidia-smi do, and not the fastest first.
+    quiet |= {"CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
     # Threads that spin while they wait collapse torch's speed as soon as anything else wants a core.
     quiet |= {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     return {**os.environ, **quiet}

@@ -16,14 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from appliance import config, container_files, gpu_access, store_key
+from appliance import config, container_files, device, gpu_access, store_key
 from appliance.errors import ApplianceError, EnvironmentIncomplete, RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("docker", "podman")
 CONFINED = ("--read-only", "--tmpfs", "/tmp:size=64m", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 TRAINING_TMP = ("--read-only", "--tmpfs", "/tmp:size=2g,exec", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
-PORT = 8080
+LOOPBACK, PORT = "127.0.0.1", 8080
+# SELinux keeps a container from its caller's files. Their labels could be changed (`:z`), which lasts, and for a home or
+# what else others use breaks them; so this container goes without labels.
+UNLABELLED = ("--security-opt", "label=disable")
 COMMANDS = {"train": "run", "serve": "serve"}  # training ends in a model that can be served: converted, verified, promoted
 PREPARE = "prepare"
 MODES = {"keys": 0o755, "home": 0o700}  # Prometheus' user reads a key of his own
@@ -61,7 +64,7 @@ def place(environ: Mapping[str, str], verb: str, host: gpu_access.Host = gpu_acc
         return Place(engine=None, image=wanted, why="ENGINE=none")
     if asked and asked not in ENGINES:
         raise RecipeError(f"ENGINE={asked} is none; choose docker, podman or none.")
-    candidates = [asked] if asked else [name for name in ENGINES if shutil.which(name)]
+    candidates = [_own_name(asked)] if asked else installed()
     reasons = []
     for engine in candidates:
         reason = _unusable(engine, wanted, host)
@@ -73,18 +76,39 @@ def place(environ: Mapping[str, str], verb: str, host: gpu_access.Host = gpu_acc
     return Place(engine=None, image=wanted, why="; ".join(reasons) or "there is no docker or podman")
 
 
+def installed() -> Sequence[str]:
+    """The engines that are here, by their own names."""
+    return list(dict.fromkeys(_own_name(name) for name in ENGINES if shutil.which(name)))
+
+
+def _own_name(engine: str) -> str:
+    """`podman` where Debian's podman-docker calls it docker: it wants to be told of cards and users in its own way."""
+    if engine != "docker" or not shutil.which(engine) or not shutil.which("podman"):
+        return engine
+    try:
+        answer = subprocess.run([engine, "--version"], capture_output=True, text=True, timeout=QUESTION_SECONDS)
+    except subprocess.TimeoutExpired:
+        return engine
+    return "podman" if "podman" in answer.stdout.lower() else engine
+
+
 def command(verb: str, where: Place, arguments: Sequence[str], host: gpu_access.Host = gpu_access.THIS_HOST) -> list[str]:
-    """What is to be executed. Files that arguments name are mounted for reading, a recipe with its folder."""
+    """What is to be executed. Files that arguments name are mounted for reading, a recipe with its folder.
+
+    Raises `RecipeError` for what should not or cannot be brought in.
+    """
     if where.engine is None:
         return [str(ROOT / ".venv/bin/appliance"), COMMANDS[verb], *arguments]
     options = ["--rm", "--interactive", *(TRAINING_TMP if verb == "train" else CONFINED)]
+    if device.read_number(host.sys / "fs/selinux/enforce") == 1:
+        options += UNLABELLED
     after: list[str] = []
     if verb == "train":
         options += ["--network", "none"]
     else:
         arguments, told = _taken_out(arguments, ("--host", "--port"))
-        address = told.get("--host") or os.environ.get("APPLIANCE_SERVE_HOST", "127.0.0.1")
-        options += ["--publish", f"{address}:{told.get('--port') or os.environ.get('APPLIANCE_SERVE_PORT', PORT)}:{PORT}"]
+        address = _address(told.get("--host") or os.environ.get("APPLIANCE_SERVE_HOST") or LOOPBACK)
+        options += ["--publish", f"{address}:{told.get('--port') or os.environ.get('APPLIANCE_SERVE_PORT') or PORT}:{PORT}"]
         after = ["--host", "0.0.0.0", "--port", str(PORT)]  # of the container, which publishes what was asked for
     files = container_files.CallersFiles(verb)
     inside = [*map(files.word, arguments), *after]
@@ -93,6 +117,13 @@ def command(verb: str, where: Place, arguments: Sequence[str], host: gpu_access.
     options += ["--user", f"{os.getuid()}:{os.getgid()}", *(["--userns", "keep-id"] if rootless else [])]
     options += [*access(where.engine, where.image, host, rootless=rootless), *files.options()]
     return [where.engine, "run", *options, where.image, COMMANDS[verb], *inside]
+
+
+def _address(host: str) -> str:
+    """As `--publish` wants it: numbers, and those of IPv6 in brackets."""
+    if host == "localhost":
+        return LOOPBACK
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def _taken_out(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -149,14 +180,24 @@ def with_volume(host: gpu_access.Host, compiled: str | None) -> str:
 
 
 def prepare(verb: str) -> None:
-    """Makes what the container gets of the caller's, which an engine would make as root's. Raises as `store_key.create`."""
-    for name, folder in container_files.folders(verb).items():
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            if name in MODES:
-                folder.chmod(MODES[name])  # whatever the umask
-    if verb == "serve":
-        store_key.create(config.store_key_file(), config.store_file())
+    """Makes what the container gets of the caller's, which an engine would make as root's.
+
+    Raises as `store_key.create`, and `EnvironmentIncomplete` where it cannot be written.
+    """
+    try:
+        for name, folder in container_files.folders(verb).items():
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                if name in MODES:
+                    folder.chmod(MODES[name])  # whatever the umask
+        if verb == "serve":
+            store_key.create(config.store_key_file(), config.store_file())
+    except OSError as error:
+        raise EnvironmentIncomplete(
+            f"{error.filename} cannot be made by user {os.getuid()} ({error.strerror}), and the container is to use it; "
+            "name folders that he may write with APPLIANCE_ARTIFACTS, APPLIANCE_CACHE, APPLIANCE_LEASES and "
+            "APPLIANCE_KEY_FILE."
+        ) from error
 
 
 def unanswering(engine: str) -> str | None:
@@ -197,12 +238,12 @@ def main(arguments: Sequence[str]) -> int:
             prepare("serve")
             return 0
         where = place(os.environ, verb)
+        chosen = command(verb, where, rest)
         if where.engine is not None:
             prepare(verb)
     except ApplianceError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    chosen = command(verb, where, rest)
     if where.engine is None:
         print(f"in .venv: {where.why}", file=sys.stderr)
         setup = subprocess.run([sys.executable, "-m", "appliance.setup"], cwd=ROOT)

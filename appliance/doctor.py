@@ -12,6 +12,7 @@ from pathlib import Path
 
 from appliance import config, containers, device, gpu, gpu_access
 from appliance.console import human_bytes
+from appliance.errors import RecipeError
 from appliance.gpu_access import Problem
 
 GIB = 1 << 30
@@ -64,7 +65,7 @@ def examine(host: gpu_access.Host = gpu_access.THIS_HOST) -> Report:
             problems.append(
                 Problem(what=f"{human_bytes(free)} are free for {name}", remedy="free some, or name another disk")
             )
-    engine = next((name for name in containers.ENGINES if shutil.which(name)), None)
+    engine = next(iter(containers.installed()), None)
     vectors = next((name for name in USEFUL_FEATURES if name in machine.cpu_features), "no vector unit known")
     facts = {
         "cores": f"{machine.usable_cores} usable, {machine.physical_cores} physical; {vectors}",
@@ -77,7 +78,10 @@ def examine(host: gpu_access.Host = gpu_access.THIS_HOST) -> Report:
     }
     hints = [*_hints(machine), *_engine_hints(engine, present, host)]
     if not host.is_container:
-        line = containers.detached(engine or "docker", containers.backend({}, host), host)
+        try:
+            line = containers.detached(engine or "docker", containers.backend({}, host), host)
+        except RecipeError as error:
+            line = f"none yet. {error}"
         return Report(facts=facts, problems=problems, hints=hints, run_title="In a container", run_line=line)
     facts["containers"] = "this is one"
     line = containers.with_volume(host, os.environ.get(gpu_access.ARCHITECTURES))

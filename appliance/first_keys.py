@@ -41,7 +41,7 @@ def make(folder: Path, store_file: Path, key_file: Path) -> Sequence[Path]:
 
 def for_asking() -> str | None:
     """The key that `make` left for whoever asks on this machine; None where there is none, or it is another user's."""
-    with contextlib.suppress(FileNotFoundError, PermissionError):
+    with contextlib.suppress(OSError, ValueError):  # no folder there, or no text in the file
         return (config.first_keys_folder() / "chat.key").read_text().strip()
     return None
 

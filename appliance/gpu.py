@@ -1,26 +1,29 @@
 """GPUs as their drivers describe them, and the lease that keeps training and serving off the same card. No torch import.
 
-NVIDIA through NVML, AMD through sysfs. A machine without a GPU or driver has none, which is no error. Whether llama.cpp or
-torch can use a card is not known here.
+NVIDIA through NVML, AMD through sysfs. A machine without a GPU or driver has none, which is no error. Which of several cards
+llama.cpp computes on is known here (`computed_on`), and not whether it can.
 """
 
 import contextlib
 import dataclasses
 import fcntl
+import importlib.util
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from appliance import device, gpu_access
 from appliance.config import lease_folder
 from appliance.errors import EnvironmentIncomplete
+from appliance.gpu_access import Vendor
 
 DRM = Path("/sys/class/drm")
 AMD_VENDOR = "0x1002"
 MIB = 1 << 20
+LIBRARIES: Mapping[Vendor, str] = {"nvidia": "libggml-cuda.so*", "amd": "libggml-hip.so*"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +31,14 @@ class Gpu:
     """One card, now; `index` counts within its vendor, as CUDA and ROCm do. None: the driver does not say."""
 
     index: int
-    vendor: Literal["nvidia", "amd"]
+    vendor: Vendor
     name: str
     memory_total_bytes: int
     memory_used_bytes: int
     utilisation_ratio: float | None = None
     temperature_celsius: float | None = None
     architecture: str | None = None  # "86" is an RTX 3050, "60" a P100, "gfx1101" an RX 7800 XT
+    uuid: str = ""  # "GPU-8932f937-…", where the driver says it
 
     @property
     def is_integrated(self) -> bool:
@@ -55,21 +59,83 @@ def gpus(drm: Path = DRM, nvml: Any = None, host: gpu_access.Host = gpu_access.T
     return [*_nvidia(nvml), *_amd(drm, gpu_access.amd_architectures(host))]
 
 
-def number_of(index: int, environ: Mapping[str, str]) -> int:
-    """The number of a process's card among all of the machine's; the same where its variable names cards otherwise."""
-    visible = environ.get("HIP_VISIBLE_DEVICES") or environ.get("CUDA_VISIBLE_DEVICES") or ""
-    named = [each.strip() for each in visible.split(",")]
-    return int(named[index]) if index < len(named) and named[index].isdigit() else index
+def number_of(index: int, vendor: Vendor, environ: Mapping[str, str], cards: Sequence[Gpu] = ()) -> int:
+    """The number of a process's card among all of its vendor's; the same where variables name cards that nobody knows."""
+    visible = _visible(vendor, environ, cards) or ()
+    return visible[index] if index < len(visible) else index
+
+
+def computing() -> Sequence[Gpu]:
+    """This machine's cards that this llama.cpp would compute on, if it can."""
+    return computed_on(gpus(), os.environ, built_for(os.environ))
+
+
+def computed_on(cards: Sequence[Gpu], environ: Mapping[str, str], vendor: Vendor | None) -> Sequence[Gpu]:
+    """Those of a build's vendor that no variable hides; a processor's own graphics only where there is no other.
+
+    A build whose vendor has no card here leaves those of others, so that somebody says why they are not used.
+    """
+    left = [card for card in cards if vendor in (None, card.vendor)] or cards
+    visible = {each: _visible(each, environ, cards) for each in LIBRARIES}
+    left = [card for card in left if (named := visible[card.vendor]) is None or card.index in named]
+    return [card for card in left if not card.is_integrated] or left
+
+
+def built_for(environ: Mapping[str, str], package: Path | None = None) -> Vendor | None:
+    """Whose cards this llama.cpp was compiled for; None for the CPU alone, or for several. Loads nothing."""
+    if compiled := environ.get(gpu_access.ARCHITECTURES):
+        return "amd" if "gfx" in compiled else "nvidia"
+    if package is None:
+        found = importlib.util.find_spec("llama_cpp")
+        if found is None or found.origin is None:
+            return None
+        package = Path(found.origin).parent
+    built = [vendor for vendor, name in LIBRARIES.items() if any((package / "lib").glob(name))]
+    return built[0] if len(built) == 1 else None
+
+
+def _visible(vendor: Vendor, environ: Mapping[str, str], cards: Sequence[Gpu]) -> Sequence[int] | None:
+    """The numbers of the cards that variables leave, in their order; None where there are none, or for unknown names.
+
+    ROCm hides cards twice: the second variable counts among those that the first one left. One that is empty hides all from
+    CUDA; HIP passes over it.
+    """
+    own = [card for card in cards if card.vendor == vendor]
+    if vendor == "nvidia":
+        text = environ.get("CUDA_VISIBLE_DEVICES")
+        return None if text is None else _named(text, None, own)
+    first = environ.get("ROCR_VISIBLE_DEVICES")
+    second = environ.get("HIP_VISIBLE_DEVICES") or environ.get("CUDA_VISIBLE_DEVICES")
+    among = _named(first, None, own) if first else None
+    if not second or (first and among is None):
+        return among
+    return _named(second, among, own)
+
+
+def _named(text: str, among: Sequence[int] | None, cards: Sequence[Gpu]) -> Sequence[int] | None:
+    """As CUDA reads it: the first word that is no card ends the list."""
+    found: list[int] = []
+    for word in map(str.strip, text.split(",")):
+        if word.startswith(("GPU-", "MIG-")):  # the beginning of a UUID is enough
+            fitting = [card.index for card in cards if card.uuid.startswith(word)]
+            if len(fitting) != 1:
+                return None
+            found += fitting
+        elif word.isdigit() and (among is None or int(word) < len(among)):
+            found.append(int(word) if among is None else among[int(word)])
+        else:
+            break
+    return found
 
 
 @contextlib.contextmanager
-def lease(index: int, purpose: str, folder: Path | None = None) -> Iterator[None]:
+def lease(vendor: Vendor, index: int, purpose: str, folder: Path | None = None) -> Iterator[None]:
     """Holds a card for this process until the block or the process ends, however it ends.
 
     Raises `EnvironmentIncomplete` naming the holder when another process has it, and where no lease can be written. The lock
     is the kernel's, so a holder that died has let go; the text inside is only for people.
     """
-    path = (lease_folder() if folder is None else folder) / f"{index}.lease"
+    path = (lease_folder() if folder is None else folder) / f"{vendor}-{index}.lease"
     descriptor = _open(path)
     try:
         try:
@@ -139,7 +205,7 @@ def problems(*, can_offload: bool | None = None, torch: gpu_access.TorchBuild | 
     cards = gpus()
     return gpu_access.problems(
         seen=sum(card.vendor == "nvidia" for card in cards),
-        capabilities=architectures(cards),
+        capabilities=architectures(computed_on(cards, os.environ, built_for(os.environ))),
         can_offload=can_offload,
         compiled=os.environ.get(gpu_access.ARCHITECTURES),
         torch=torch,
@@ -182,6 +248,7 @@ def _nvidia_card(nvml: Any, index: int) -> Gpu:
     rates = told(nvml.nvmlDeviceGetUtilizationRates)
     temperature = told(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU)
     capability = told(nvml.nvmlDeviceGetCudaComputeCapability)
+    uuid = told(nvml.nvmlDeviceGetUUID) or ""
     return Gpu(
         index=index,
         vendor="nvidia",
@@ -191,6 +258,7 @@ def _nvidia_card(nvml: Any, index: int) -> Gpu:
         utilisation_ratio=None if rates is None else rates.gpu / 100,
         temperature_celsius=None if temperature is None else float(temperature),
         architecture=None if capability is None else "{}{}".format(*capability),
+        uuid=uuid.decode(errors="replace") if isinstance(uuid, bytes) else uuid,
     )
 
 

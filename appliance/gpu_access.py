@@ -23,6 +23,7 @@ CDI_FOLDERS = ("etc/cdi", "var/run/cdi")  # https://github.com/cncf-tags/contain
 CDI_REMEDY = "`sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml` on the host makes it (NVIDIA Container Toolkit)"
 UNMAPPED_GROUP = 65534  # of all that are not in a rootless container's table
 OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"  # AMD's driver then takes every card for this one: 11.0.0 is gfx1100
+PLAIN_TARGET = re.compile(r"gfx[0-9a-f]+|[0-9]+[a-z]?(-real|-virtual)?")  # others are words for several cards
 ARCHITECTURES = "APPLIANCE_GPU_ARCHITECTURES"  # what the image's llama.cpp was compiled for, as CMake was told
 
 
@@ -134,12 +135,19 @@ def amd_architectures(host: Host = THIS_HOST) -> Mapping[str, str]:
 
 
 def is_compiled_for(capability: str, compiled: str) -> bool:
-    """Whether one of CMake's targets runs on a card: "gfx1101" by name, "86" also through an older "80-virtual"."""
-    targets = re.split(r"[;,\s]+", compiled.strip())
+    """Whether one of CMake's targets runs on a card: "gfx1101" by name, "86" also through an older "80-virtual".
+
+    Also where that cannot be told: `native` or `all-major` may name it, and no build is refused by a guess.
+    """
+    targets = [each.partition(":")[0] for each in re.split(r"[;,\s]+", compiled.strip())]  # gfx90a:xnack-
+    if any(not PLAIN_TARGET.fullmatch(each) for each in targets if each):
+        return True
     if capability.startswith("gfx"):
         return capability in targets
     card = int(capability)
     for target in targets:
+        if target.startswith("gfx"):
+            continue
         number, _, kind = target.partition("-")
         digits = re.sub(r"\D", "", number)
         if not digits:
@@ -155,7 +163,7 @@ def is_compiled_for(capability: str, compiled: str) -> bool:
 def is_in_torch(capability: str, architectures: Sequence[str]) -> bool:
     """The same for torch, which calls machine code `sm_86` and its intermediate form `compute_90`."""
     kinds = {"sm": "real", "compute": "virtual"}
-    named = (each.partition(":")[0].partition("_") for each in architectures)  # gfx90a:xnack-
+    named = (each.partition("_") for each in architectures)
     targets = [f"{tail}-{kinds[head]}" if head in kinds else head for head, _, tail in named]
     return is_compiled_for(capability, ";".join(targets))
 

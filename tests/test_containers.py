@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance import config, containers
+from appliance import config, container_files, containers
 from appliance.containers import Place
 from appliance.errors import EnvironmentIncomplete, RecipeError
 from appliance.gpu_access import Host
@@ -46,6 +46,7 @@ def engine(folder: Path, name: str, *, answers: bool = True, images: tuple[str, 
     known = "|".join(images) or "none"
     script = f"""#!/bin/sh
 case "$1 $2 $3" in
+  "--version  ") echo "{name} version 5"; exit 0;;
   "version  ") exit {0 if answers else 1};;
   "image inspect "*) case "$3" in {known}) exit 0;; esac; exit 1;;
 esac
@@ -164,11 +165,45 @@ def test_files_that_arguments_name_are_brought_in(root: Path, tmp_path: Path) ->
         *("--set", "base=/given/own=base", "--tuned=/given/a.pem-2", "/given/a.pem", "--slots", "3"),
     ]
     assert [each for each in values(command, "--volume") if each.endswith(":ro")][1:] == [
-        f"{files}:/given/model:ro",
+        f"{files / 'model.gguf'}:/given/model/model.gguf:ro",
         f"{files / 'a.pem'}:/given/a.pem:ro",
         f"{files / 'own=base'}:/given/own=base:ro",
         f"{files / 'b/a.pem'}:/given/a.pem-2:ro",
     ]
+
+
+def test_model_comes_with_what_counts_beside_it_and_not_with_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An artifact's folder is checked whole; of a model that only lies somewhere nothing else is shown."""
+    made = write(tmp_path / "made", {"manifest.json": "{}", "m.gguf": ""})
+    home = write(tmp_path / "home", {"m.gguf": "", "m.gguf.tuned.json": "", "recipe.toml": "", ".ssh/id": ""})
+    monkeypatch.setenv("HOME", str(home))
+    arguments = ["--model", str(home / "m.gguf"), "--also", str(made / "m.gguf")]
+    command = containers.command("serve", Place(engine="docker", image=CPU), arguments)
+    assert command[command.index(CPU) + 2 : -4] == ["--model", "/given/model/m.gguf", "--also", "/given/artifact/m.gguf"]
+    assert [each for each in values(command, "--volume") if each.endswith(":ro")][1:] == [
+        f"{home}/m.gguf:/given/model/m.gguf:ro",
+        f"{home}/m.gguf.tuned.json:/given/model/m.gguf.tuned.json:ro",
+        f"{made}:/given/artifact:ro",
+    ]
+    for given in (home / "recipe.toml", home, write(tmp_path, {"recipe.toml": ""}) / "recipe.toml", "/"):
+        with pytest.raises(RecipeError, match=r"All of .* would be readable"):
+            containers.command("train", Place(engine="docker", image=CPU), [str(given)])
+
+
+def test_link_out_of_a_cache_keeps_the_models_name(tmp_path: Path) -> None:
+    blob = write(tmp_path / "blobs", {"5f1c": ""}) / "5f1c"
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/Qwen3.gguf").symlink_to(blob)
+    arguments = ["--model", str(tmp_path / "snapshot/Qwen3.gguf")]
+    command = containers.command("serve", Place(engine="docker", image=CPU), arguments)
+    assert "/given/model/Qwen3.gguf" in command
+    assert f"{blob}:/given/model/Qwen3.gguf:ro" in values(command, "--volume")
+
+
+def test_path_that_an_engine_would_cut_is_refused(tmp_path: Path) -> None:
+    files = write(tmp_path / "a:b", {"recipe.toml": ""})
+    with pytest.raises(RecipeError, match="has a colon in its name"):
+        containers.command("train", Place(engine="docker", image=CPU), [str(files / "recipe.toml")])
 
 
 def test_word_without_a_slash_or_a_dot_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,12 +217,13 @@ def test_settings_of_the_environment_are_passed_on_by_name(tmp_path: Path, monke
     trusted = write(tmp_path, {"signer.pem": ""}) / "signer.pem"
     secret = "0123456789abcdef"
     environ = {"APPLIANCE_SFT_EPOCHS": secret, "CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "", "OTHER": "x"}
+    environ |= dict.fromkeys(("ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "CUDA_DEVICE_ORDER"), "0")
     environ |= {"APPLIANCE_TRUSTED_KEY": str(trusted), "APPLIANCE_API_KEY": secret, "APPLIANCE_SERVE_PORT": "9000"}
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     command = containers.command("serve", Place(engine="docker", image=CPU), [])
     passed = values(command, "--env")
-    assert {"APPLIANCE_SFT_EPOCHS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"} <= set(passed)
+    assert {"APPLIANCE_SFT_EPOCHS", *container_files.CARDS} - {"HSA_OVERRIDE_GFX_VERSION"} <= set(passed)
     assert "APPLIANCE_TRUSTED_KEY=/given/signer.pem" in passed
     assert not {"OTHER", "APPLIANCE_API_KEY", "APPLIANCE_ARTIFACTS"} & {each.partition("=")[0] for each in passed}
     assert secret not in " ".join(command)
@@ -202,6 +238,39 @@ def test_store_that_lies_elsewhere_is_brought_in_and_its_key_alone(tmp_path: Pat
     assert {"APPLIANCE_STORE=/data/store/keys.sqlite3", "APPLIANCE_KEY_FILE=/data/store.key"} <= set(
         values(command, "--env")
     )
+
+
+@pytest.mark.parametrize("name", ["state/keys.sqlite3", "other.sqlite3", "store.sqlite3"])
+def test_store_among_the_artifacts_is_found_there_whatever_its_name(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APPLIANCE_STORE", str(root / name))
+    command = containers.command("serve", Place(engine="docker", image=CPU), [])
+    assert f"APPLIANCE_STORE=/data/artifacts/{name}" in values(command, "--env")
+    assert not any("/data/store:" in f"{each}:" for each in values(command, "--volume"))
+
+
+def test_store_that_shares_its_folder_is_not_brought_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is mounted for it could be written as a whole."""
+
+    def refused(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    folder = write(tmp_path / "srv", {"s.sqlite3": "", "s.sqlite3-wal": "", "lost+found/x": ""})
+    monkeypatch.setenv("APPLIANCE_STORE", str(folder / "s.sqlite3"))
+    assert f"{folder}:/data/store" in values(containers.command("serve", Place(engine="docker", image=CPU), []), "--volume")
+    write(folder, {"website/index.html": ""})
+    with pytest.raises(RecipeError, match=r"lies beside website; move the store into a folder of its own"):
+        containers.command("serve", Place(engine="docker", image=CPU), [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", refused)
+        with pytest.raises(EnvironmentIncomplete, match="cannot be read by user"):
+            containers.command("serve", Place(engine="docker", image=CPU), [])
+    empty = tmp_path / "empty"
+    for name, value in (("APPLIANCE_STORE", empty / "s.sqlite3"), ("APPLIANCE_KEY_FILE", empty / "keys/store.key")):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(RecipeError, match="beside what is yours alone"):
+        containers.command("serve", Place(engine="docker", image=CPU), [])
 
 
 def test_keys_stay_out_of_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +295,18 @@ def test_what_an_engine_would_make_as_roots_is_made_before(
     assert modes == [0o700, 0o600, 0o755]
     assert stat.S_IMODE(root.stat().st_mode) == 0o777 & ~umask
     assert config.lease_folder().is_dir()
+
+
+def test_folder_that_cannot_be_made_is_said_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("APPLIANCE_CACHE", str(tmp_path / "file/cache"))
+    assert containers.main([containers.PREPARE]) == EnvironmentIncomplete.exit_code
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/file/cache" in said
+    assert "Not a directory" in said
+    assert "APPLIANCE_CACHE" in said
 
 
 def test_server_is_published_on_loopback_and_confined(root: Path) -> None:
@@ -253,6 +334,56 @@ def test_address_that_was_asked_for_is_what_is_published(arguments: tuple[str, .
     assert command[-4:] == ["--host", "0.0.0.0", "--port", "8080"]
     assert ("--slots" in command) == ("--slots" in arguments)
     assert "9000" not in command
+
+
+@pytest.mark.parametrize(
+    ("host", "variable", "published"),
+    [
+        ("", "", "127.0.0.1:8080:8080"),
+        ("", "localhost", "127.0.0.1:8080:8080"),
+        ("::1", "0.0.0.0", "[::1]:8080:8080"),
+        ("[::1]", "", "[::1]:8080:8080"),
+        ("", "192.0.2.1", "192.0.2.1:8080:8080"),
+    ],
+)
+def test_address_as_an_engine_reads_it(host: str, variable: str, published: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is empty would be all addresses."""
+    monkeypatch.setenv("APPLIANCE_SERVE_HOST", variable)
+    monkeypatch.setenv("APPLIANCE_SERVE_PORT", "")
+    command = containers.command("serve", Place(engine="docker", image=CPU), ["--host", host] if host else [])
+    assert values(command, "--publish") == [published]
+
+
+@pytest.mark.parametrize(
+    ("enforcing", "options"), [("1", ["no-new-privileges", "label=disable"]), ("0", ["no-new-privileges"])]
+)
+def test_selinux_does_not_keep_a_container_from_its_callers_files(
+    enforcing: str, options: list[str], tmp_path: Path
+) -> None:
+    host = Host(sys=write(tmp_path / "sys", {"fs/selinux/enforce": enforcing}))
+    for verb in ("serve", "train"):
+        command = containers.command(verb, Place(engine="podman", image=CPU), [], host)
+        assert values(command, "--security-opt") == options
+
+
+def test_training_without_a_network_is_told_no_address_for_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APPLIANCE_METRICS_PORT", "9465")
+    command = containers.command("train", Place(engine="docker", image=CPU), [])
+    assert "APPLIANCE_METRICS_PORT" not in values(command, "--env")
+
+
+def test_docker_that_is_podman_is_called_so(engines: Path) -> None:
+    engine(engines, "podman", images=(CPU,))
+    (engines / "docker").symlink_to(engines / "podman")
+    assert containers.installed() == ["podman"]
+    for environ in ({}, {"ENGINE": "docker"}):
+        assert containers.place({"BACKEND": "cpu", **environ}, "serve").engine == "podman"
+
+
+def test_recipe_may_have_a_space_in_its_path() -> None:
+    command = ["make", "--dry-run", "train", "RECIPE=my recipes/a.toml", "ARGS=--ask 1"]
+    said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(said)[-4:] == ["train", "my recipes/a.toml", "--ask", "1"]
 
 
 def test_make_serve_shows_its_command_and_runs_it(engines: Path, root: Path) -> None:

@@ -56,6 +56,10 @@ def test_asking_finds_the_key_that_was_made_for_it(root: Path, monkeypatch: pyte
     assert first_keys.for_asking() is None
     shutil.move(root.parent / "keys", root.parent / "elsewhere")
     assert first_keys.for_asking() == key
+    (root.parent / "elsewhere/chat.key").write_bytes(b"\xff\xfe")
+    assert first_keys.for_asking() is None, "no text"
+    monkeypatch.setenv("APPLIANCE_MAKE_KEYS", str(root.parent / "elsewhere/chat.key"))
+    assert first_keys.for_asking() is None, "no folder"
 
 
 def test_questions_after_a_run_need_no_key_of_those_that_were_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from appliance import gpu
+from appliance import config, gpu
 from appliance.errors import EnvironmentIncomplete
 from appliance.gpu import Gpu, gpus, lease
-from appliance.gpu_access import ARCHITECTURES, Host
+from appliance.gpu_access import ARCHITECTURES, Host, Vendor
 from tests.fake_files import write
 
 MIB = 1 << 20
@@ -46,6 +46,7 @@ class FakeNvml:
             "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=4096 * MIB, used=1024 * MIB),
             "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=37, memory=5),
             "nvmlDeviceGetCudaComputeCapability": lambda _: (8, 6),
+            "nvmlDeviceGetUUID": lambda handle: f"GPU-{handle}7-aa",
             "nvmlDeviceGetTemperature": lambda _, sensor: 61 + sensor,
         }
         if name in self._silent:
@@ -68,6 +69,7 @@ def test_nvidia(tmp_path: Path) -> None:
         utilisation_ratio=0.37,
         temperature_celsius=61.0,
         architecture="86",
+        uuid="GPU-17-aa",
     )
     assert str(second) == "GPU 1 (Card 1, 3072 of 4096 MiB free)"
 
@@ -122,7 +124,8 @@ def test_amd(tmp_path: Path) -> None:
     assert (small.utilisation_ratio, small.temperature_celsius) == (None, None)
 
 
-HOLD = "import sys; from pathlib import Path; from appliance.gpu import lease\nwith lease(0, 'training', Path(sys.argv[1])):"
+HOLD = "import sys; from pathlib import Path; from appliance import gpu\n"
+HOLD += "with gpu.lease('nvidia', 0, 'training', Path(sys.argv[1])):"
 
 
 def holder(folder: Path, body: str) -> "subprocess.Popen[str]":
@@ -138,14 +141,14 @@ def test_a_lease_names_its_holder(tmp_path: Path) -> None:
     try:
         with (
             pytest.raises(EnvironmentIncomplete, match=rf"GPU 0 is held by 'training', process {process.pid},"),
-            lease(0, "serving", tmp_path),
+            lease("nvidia", 0, "serving", tmp_path),
         ):
             pass
-        with lease(1, "serving", tmp_path):
+        with lease("nvidia", 1, "serving", tmp_path):
             pass
     finally:
         process.communicate("\n")
-    with lease(0, "serving", tmp_path):
+    with lease("nvidia", 0, "serving", tmp_path):
         pass
 
 
@@ -153,41 +156,104 @@ def test_a_killed_holder_has_let_go(tmp_path: Path) -> None:
     process = holder(tmp_path, "input()")
     process.kill()
     process.communicate()
-    assert "training" in (tmp_path / "0.lease").read_text(), "what it wrote is still there"
-    with lease(0, "serving", tmp_path):
-        assert "serving" in (tmp_path / "0.lease").read_text()
+    assert "training" in (tmp_path / "nvidia-0.lease").read_text(), "what it wrote is still there"
+    with lease("nvidia", 0, "serving", tmp_path):
+        assert "serving" in (tmp_path / "nvidia-0.lease").read_text()
 
 
 def test_a_lease_ends_with_its_block(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), lease(0, "serving", tmp_path):
+    with pytest.raises(ZeroDivisionError), lease("nvidia", 0, "serving", tmp_path):
         raise ZeroDivisionError
-    with lease(0, "training", tmp_path):
+    with lease("nvidia", 0, "training", tmp_path):
         pass
-    assert (tmp_path / "0.lease").read_text() == ""
+    assert (tmp_path / "nvidia-0.lease").read_text() == ""
 
 
 def test_the_lease_lies_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APPLIANCE_CACHE", str(tmp_path))
-    with lease(0, "serving"):
-        assert (tmp_path / "gpu/0.lease").exists()
+    with lease("nvidia", 0, "serving"):
+        assert (tmp_path / "gpu/nvidia-0.lease").exists()
     monkeypatch.setenv("APPLIANCE_LEASES", str(tmp_path / "shared"))
-    with lease(0, "serving"):
-        assert (tmp_path / "shared/0.lease").exists()
+    with lease("nvidia", 0, "serving"):
+        assert (tmp_path / "shared/nvidia-0.lease").exists()
 
 
 @pytest.mark.parametrize(
-    ("environ", "number"),
+    ("vendor", "environ", "number"),
     [
-        ({}, 1),
-        ({"CUDA_VISIBLE_DEVICES": "2,3"}, 3),
-        ({"HIP_VISIBLE_DEVICES": "5, 4", "CUDA_VISIBLE_DEVICES": "0"}, 4),
-        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937,MIG-5"}, 1),
-        ({"CUDA_VISIBLE_DEVICES": "3"}, 1),
+        ("nvidia", {}, 1),
+        ("nvidia", {"CUDA_VISIBLE_DEVICES": "2,3", "HIP_VISIBLE_DEVICES": "7,8"}, 3),
+        ("amd", {"HIP_VISIBLE_DEVICES": "5, 4", "CUDA_VISIBLE_DEVICES": "0"}, 4),
+        ("amd", {"ROCR_VISIBLE_DEVICES": "6,7,8", "HIP_VISIBLE_DEVICES": "0,2"}, 8),
+        ("amd", {"CUDA_VISIBLE_DEVICES": "2,3", "HIP_VISIBLE_DEVICES": ""}, 3),
+        ("nvidia", {"CUDA_VISIBLE_DEVICES": "GPU-8932f937,MIG-5"}, 1),
+        ("nvidia", {"CUDA_VISIBLE_DEVICES": "3"}, 1),
     ],
 )
-def test_card_is_counted_among_all_that_there_are(environ: dict[str, str], number: int) -> None:
+def test_card_is_counted_among_all_that_there_are(vendor: Vendor, environ: dict[str, str], number: int) -> None:
     """Two trainings, each on the card that its variable names, do not hold the same one."""
-    assert gpu.number_of(1, environ) == number
+    assert gpu.number_of(1, vendor, environ) == number
+
+
+def mixed() -> list[Gpu]:
+    """Two NVIDIA cards, one of AMD, and the graphics inside a processor."""
+    made: list[tuple[Vendor, int, int, str]] = [("nvidia", 0, 8, "GPU-a1"), ("nvidia", 1, 8, "GPU-b2")]
+    made += [("amd", 0, 16, ""), ("amd", 1, 1, "")]
+    return [
+        Gpu(index=index, vendor=vendor, name="", memory_total_bytes=gib << 30, memory_used_bytes=0, uuid=uuid)
+        for vendor, index, gib, uuid in made
+    ]
+
+
+@pytest.mark.parametrize(
+    ("built", "environ", "names"),
+    [
+        (None, {}, ["nvidia-0", "nvidia-1", "amd-0"]),
+        ("nvidia", {}, ["nvidia-0", "nvidia-1"]),
+        ("amd", {}, ["amd-0"]),
+        ("amd", {"HIP_VISIBLE_DEVICES": "1"}, ["amd-1"]),
+        ("nvidia", {"CUDA_VISIBLE_DEVICES": "1"}, ["nvidia-1"]),
+        ("nvidia", {"CUDA_VISIBLE_DEVICES": "GPU-b"}, ["nvidia-1"]),
+        ("nvidia", {"CUDA_VISIBLE_DEVICES": "MIG-5"}, ["nvidia-0", "nvidia-1"]),
+        ("nvidia", {"CUDA_VISIBLE_DEVICES": "0,-1,1"}, ["nvidia-0"]),
+        ("nvidia", {"CUDA_VISIBLE_DEVICES": ""}, []),
+        ("nvidia", {"ROCR_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "7"}, ["nvidia-0", "nvidia-1"]),
+        ("amd", {"ROCR_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": ""}, ["amd-0"]),
+        ("amd", {"ROCR_VISIBLE_DEVICES": "1,0", "HIP_VISIBLE_DEVICES": "1"}, ["amd-0"]),
+    ],
+)
+def test_cards_that_a_build_computes_on(built: Vendor | None, environ: dict[str, str], names: list[str]) -> None:
+    """Others are neither planned for nor held nor looked at for what they were compiled for."""
+    assert [f"{card.vendor}-{card.index}" for card in gpu.computed_on(mixed(), environ, built)] == names
+
+
+def test_cuda_counts_as_the_driver_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `CUDA_VISIBLE_DEVICES=0` is the fastest card, and the plan looks at another one."""
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    assert config.quiet_environment()["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert config.quiet_environment()["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST", "it was set by hand"
+
+
+def test_cards_of_another_vendor_alone_are_still_spoken_of() -> None:
+    assert gpu.computed_on(mixed()[2:], {}, "nvidia") == mixed()[2:3]
+    assert gpu.computed_on(mixed()[3:], {}, "amd") == mixed()[3:]
+
+
+def test_vendor_that_llama_cpp_was_compiled_for(tmp_path: Path) -> None:
+    """By what an image says, else by the libraries that lie there."""
+    assert gpu.built_for({ARCHITECTURES: "75-real;86-real"}, tmp_path) == "nvidia"
+    assert gpu.built_for({ARCHITECTURES: "gfx1101"}, tmp_path) == "amd"
+    assert gpu.built_for({}, tmp_path) is None
+    write(tmp_path, {"lib/libggml-hip.so.0": ""})
+    assert gpu.built_for({}, tmp_path) == "amd"
+    write(tmp_path, {"lib/libggml-cuda.so": ""})
+    assert gpu.built_for({}, tmp_path) is None
+
+
+def test_cards_of_two_vendors_have_leases_of_their_own(tmp_path: Path) -> None:
+    with lease("nvidia", 0, "serving", tmp_path), lease("amd", 0, "training", tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"nvidia-0.lease", "amd-0.lease"}
 
 
 @pytest.mark.parametrize(("folder_mode", "mode"), [(0o700, 0o600), (0o755, 0o600), (0o775, 0o660), (0o1777, 0o666)])
@@ -198,17 +264,18 @@ def test_whoever_may_write_the_folder_may_take_the_lease(folder_mode: int, mode:
     folder.chmod(folder_mode)
     before = os.umask(0o077)
     try:
-        with lease(0, "serving", folder):
+        with lease("nvidia", 0, "serving", folder):
             pass
     finally:
         os.umask(before)
-    assert stat.S_IMODE((folder / "0.lease").stat().st_mode) == mode
+    assert stat.S_IMODE((folder / "nvidia-0.lease").stat().st_mode) == mode
 
 
 def test_lease_that_cannot_be_written_is_said_with_its_remedy(tmp_path: Path) -> None:
     (tmp_path / "no folder").touch()
-    with pytest.raises(EnvironmentIncomplete, match=r"lease of GPU 3, .* cannot be written .* APPLIANCE_LEASES") as caught:
-        lease(3, "training", tmp_path / "no folder" / "gpu").__enter__()
+    said = r"lease of GPU nvidia-3, .* cannot be written .* APPLIANCE_LEASES"
+    with pytest.raises(EnvironmentIncomplete, match=said) as caught:
+        lease("nvidia", 3, "training", tmp_path / "no folder" / "gpu").__enter__()
     assert "Not a directory" in str(caught.value)
 
 

@@ -104,6 +104,12 @@ def test_computing_on_the_cpu_beside_a_card_is_no_silent_surprise(tmp_path: Path
         ("120", "120a-real", True),
         ("gfx1101", ROCM_TARGETS, True),  # RX 7800 XT
         ("gfx906", ROCM_TARGETS, False),
+        ("gfx90a", "gfx906;gfx90a:xnack-", True),
+        ("gfx906", "gfx90a:xnack-", False),
+        ("gfx1103", "gfx11-generic", True),
+        ("86", "all-major", True),
+        ("61", "native", True),
+        ("86", "gfx1101;gfx1030", False),
     ],
 )
 def test_card_and_targets(card: str, targets: str, fits: bool, tmp_path: Path) -> None:

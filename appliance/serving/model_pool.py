@@ -257,8 +257,8 @@ class ModelPool:
 
     async def _start_engine(self, place: Place, plan: Plan) -> None:
         if plan.settings.gpu_layers and not self._has_gpus:
-            for each in gpu.gpus():
-                self._gpus.enter_context(gpu.lease(each.index, "serving"))
+            for each in gpu.computing():
+                self._gpus.enter_context(gpu.lease(each.vendor, each.index, "serving"))
             self._has_gpus = True
         self._on_planned(plan)
         seconds = place.serve.watchdog_seconds

@@ -66,7 +66,7 @@ class Planner:
             kind=model.kind,
             adapters=model.adapters,
         )
-        cards = gpu.gpus()
+        cards = gpu.computing()
         folder, note = self._snapshot_folder(serve)
         tuned, tuned_note = (trial, "") if trial is not None else self._tuned_settings(model, machine)
         plan = memory_plan.plan(

@@ -144,7 +144,10 @@ def gpu_lease() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _leased(index: int) -> Iterator[None]:
-    with gpu.lease(gpu.number_of(index, os.environ), "training"):
+    import torch
+
+    vendor: gpu_access.Vendor = "amd" if torch.version.hip else "nvidia"
+    with gpu.lease(vendor, gpu.number_of(index, vendor, os.environ, gpu.gpus()), "training"):
         _compute_on(f"cuda:{index}")
         yield
 

@@ -129,6 +129,24 @@ def test_no_layer_goes_to_a_card_that_the_image_has_no_code_for(
             planner.plan(served, Serve(gpu_layers=3), ())
 
 
+def test_card_that_is_hidden_keeps_no_layer_from_the_others(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is its memory counted on."""
+    old = dataclasses.replace(card(8192 * MIB), index=1, architecture="61")
+    monkeypatch.setattr(gpu, "gpus", lambda: [dataclasses.replace(card(8192 * MIB), architecture="75"), old])
+    monkeypatch.setattr(planning, "_can_offload", lambda: True)
+    monkeypatch.setenv(gpu_access.ARCHITECTURES, "75-real")
+    header = gguf_file.read_metadata(path)
+    served = ServedModel(name="shaped", path=path, sha256="ab" * 32, made_at=0, header=header, is_foreign=True)
+    planner = planning.Planner(explicit=(), folder=tmp_path, machine=ROOMY)
+    assert planner.plan(served, Serve(), ()).settings.gpu_layers == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    settings = planner.plan(served, Serve(), ()).settings
+    assert settings.gpu_layers == 5
+    assert not any("GPU 1" in note for note in settings.notes)
+
+
 @pytest.mark.parametrize(("vendors", "is_cpu"), [([], True), (["nvidia"], True), (["nvidia", "amd"], False)])
 def test_what_computes_meanwhile_is_said_only_where_it_is_known(
     vendors: list[str], is_cpu: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

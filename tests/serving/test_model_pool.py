@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from appliance import gpu
 from appliance.errors import (
     ArtifactError,
     EngineFailed,
@@ -20,6 +22,7 @@ from appliance.errors import (
     RecipeError,
     ShuttingDown,
 )
+from appliance.gpu_access import ARCHITECTURES
 from appliance.recipe import Serve
 from appliance.serving import served_model
 from appliance.serving.memory_plan import Plan
@@ -29,6 +32,7 @@ from appliance.serving.served_model import ServedModel
 from appliance.serving.worker_process import Workers
 from tests import tiny_gguf
 from tests.serving.test_supervisor import COMMAND, Listener, ask, in_loop, settings, text_of, until
+from tests.test_gpu import mixed
 
 ONE = MemoryPrediction(
     weights_file_bytes=0,
@@ -356,6 +360,27 @@ async def test_drain_and_close(files: Path) -> None:
         await until(lambda: pool.load().running + pool.load().waiting == 0)
         await pool.close()
         assert pool.load().state == "stopped"
+
+
+@in_loop
+async def test_cards_that_are_computed_on_are_held_and_no_others(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor's own graphics are counted from 0 as well, and a server would meet itself there."""
+
+    class OnCards(Room):
+        def plan(self, *args: Any, **named: Any) -> Plan:
+            plan = super().plan(*args, **named)
+            return dataclasses.replace(plan, settings=msgspec.structs.replace(plan.settings, gpu_layers=1))
+
+    monkeypatch.setattr(gpu, "gpus", mixed)
+    monkeypatch.setenv("APPLIANCE_LEASES", str(tmp_path / "leases"))
+    for compiled, hidden, names in (("86-real", "0", ["nvidia-0"]), ("gfx1101", "", ["amd-0"])):
+        monkeypatch.setenv(ARCHITECTURES, compiled)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        async with pool_of(model(files, "main"), room=OnCards()):
+            leases = {path.stem: path.read_text() for path in (tmp_path / "leases").iterdir()}
+            assert [name for name, holder in leases.items() if "serving" in holder] == names
 
 
 def test_adapters_are_checked_before_anything_is_loaded(files: Path, tmp_path: Path) -> None:

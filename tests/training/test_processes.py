@@ -351,7 +351,7 @@ def test_card_that_torch_finds_and_has_no_code_for_ends_training_before_it_start
     monkeypatch.setattr("torch.ones", refuse)
     with pytest.raises(EnvironmentIncomplete, match=r"cuda:0 and cannot .* no kernel image .* sm_70, sm_80; take a build"):
         model.gpu_lease().__enter__()
-    assert (tmp_path / "2.lease").read_text() == "", "the card was let go"
+    assert (tmp_path / "nvidia-2.lease").read_text() == "", "the card was let go"
 
 
 def test_training_says_why_a_card_is_not_used(
