@@ -146,11 +146,14 @@ class MappedModel:
             self.matrices[path] = module
 
     def _file_name(self, parameter: str, module: Any) -> str:
-        """The name in the files: a tied head is not stored, it is the embeddings."""
+        """The name in the files: a tied head need not be stored, it is the embeddings.
+
+        Where it is stored, it is taken: transformers does not tie what differs, whatever the settings say.
+        """
         if (name := self.checkpoint.stored_name(parameter)) is not None:
             return name
-        is_head = module is self.module.get_output_embeddings()
-        if is_head and (name := self.checkpoint.stored_name(f"{self.embeddings}.weight")) is not None:
+        is_tied_head = self.checkpoint.is_tied and module is self.module.get_output_embeddings()
+        if is_tied_head and (name := self.checkpoint.stored_name(f"{self.embeddings}.weight")) is not None:
             return name
         raise ModelFileError(f"{self.checkpoint.folder} has no {parameter}, which its architecture needs.")
 
