@@ -174,7 +174,9 @@ def _back(gguf: GgufVocabulary, tokenizer: Any, ids: Sequence[int]) -> str | Non
     What the converter takes for control by its looks is left out on both sides, whatever the tokenizer says of it.
     """
     added = tokenizer.added_tokens_decoder
-    made = {token for token in set(ids) & added.keys() if LOOKS_SPECIAL.fullmatch(str(added[token])) and gguf.is_control(token)}
+    made = {
+        token for token in set(ids) & added.keys() if LOOKS_SPECIAL.fullmatch(str(added[token])) and gguf.is_control(token)
+    }
     kept = [token for token in ids if token not in made]
     text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     back = gguf.detokenize(ids).strip()
@@ -223,7 +225,10 @@ def compare_weights(file: Path, model: MappedModel) -> tuple[list[str], dict[str
     differs, and how many were compared: not those that the converter splits, scales or changes in ways of its own.
     """
     matrices = (model.embeddings, *model.matrices)
-    vectors = {name: value for name, value in model.module.named_parameters() if value.ndim == 1 and value.numel()}
+    parameters = {
+        f"{path}.{name}": each for path, part in model.parts() for name, each in part.named_parameters(recurse=False)
+    }
+    vectors = {name: value for name, value in parameters.items() if value.ndim == 1 and value.numel()}
     names = set(model.checkpoint.settings.get("architectures") or [])
     if SCALING & names:
         return [], {"matrices": 0, "vectors": 0, "not_compared": len(matrices) + len(vectors)}

@@ -78,7 +78,7 @@ class MappedModel:
             raise ModelFileError(f"{folder} cannot be loaded: {error}") from error
         self.vocabulary_rows = int(settings.get_text_config().vocab_size)
         self.matrices: dict[str, Any] = {}
-        for path, module in self._parts():
+        for path, module in self.parts():
             self._fill(path, module)
 
     def logits(self, tokens: Sequence[int]) -> Any:
@@ -109,7 +109,7 @@ class MappedModel:
         wanted = self.module.get_input_embeddings()
         return next(str(path) for path, each in self.module.named_modules() if each is wanted)
 
-    def _parts(self) -> Iterator[tuple[str, Any]]:
+    def parts(self) -> Iterator[tuple[str, Any]]:
         """All modules by path, but for those of a multimodal model that see and hear: texts do not pass them."""
         decoder, head = self.module.get_decoder(), self.module.get_output_embeddings()
         inside = next(path for path, each in self.module.named_modules() if each is decoder)

@@ -9,6 +9,7 @@ made of them, and the way that stays closer to what was trained is taken.
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ from appliance import artifacts, config
 from appliance.artifacts import Plan
 from appliance.console import Command, emit, json_option, note
 from appliance.errors import ModelFileError
-from convert import checkpoint, conversations, pre_tokenizer, safetensors_file
+from convert import checkpoint, conversations, divergence, pre_tokenizer, safetensors_file
 from convert import nf4 as four_bits
 from convert.checkpoint import EMBEDDINGS, HEADS, Checkpoint
+from convert.divergence import Answer
 from convert.lora import Adapter, merged_rows, read_adapter, rows_as
 from convert.mapped_model import MappedModel
 from convert.nf4 import Nf4, widened
 
-REVISION = 4  # raised when the same inputs would give other files
+REVISION = 5  # raised when the same inputs would give other files
 NOT_COPIED = {artifacts.MANIFEST, "README.md", "training_template.jinja", "loss.jsonl", "loss.png"}
 # A hub repository has the same weights in other formats, too: unmerged, and gigabytes. With them go their indexes and data.
 FOREIGN_WEIGHTS = {
@@ -113,14 +115,19 @@ def _better_way(base: Path, lora: Adapter, rows: Path | None) -> tuple[Nf4 | Non
     return nf4 if way == "round trip" else None, {"merged_into": way, "kl_to_trained": found}
 
 
-def _texts(base: Path, rows: Path | None) -> list[list[int]]:
-    """Some conversations, or the probe text where none are given."""
+def _texts(base: Path, rows: Path | None) -> list[Answer]:
+    """The last answers of some conversations, or the probe text where none are given."""
     tokenizer = pre_tokenizer.load(base)
     if rows is None:
-        return [list(tokenizer(pre_tokenizer.PROBE, add_special_tokens=False)["input_ids"])]
+        return [Answer(tokenizer(pre_tokenizer.PROBE, add_special_tokens=False)["input_ids"], 1)]
     found = conversations.read(rows)
     chosen = found[:: max(1, len(found) // COMPARED)][:COMPARED]
-    return [conversations.token_ids(tokenizer, each, f"row {found.index(each) + 1} of {rows.name}") for each in chosen]
+    last = {each.row: each for each in divergence.answers(tokenizer, chosen, sys.maxsize)}
+    if last:
+        return list(last.values())
+    note(f"merge: no answer of {rows.name} can be told from what stands before it; whole conversations are compared")
+    named = [(each, f"row {found.index(each) + 1} of {rows.name}") for each in chosen]
+    return [Answer(conversations.token_ids(tokenizer, each, name), 1) for each, name in named]
 
 
 def _require_same_base(adapter: Path, base: Path) -> None:

@@ -147,9 +147,7 @@ def test_older_gate_of_two_files_of_a_type(root: Path, let_through: str, other: 
     promotion.promote(models[let_through], found[let_through], {}, root)
 
 
-def test_a_newer_gated_report_comes_before_the_one_it_was_promoted_with(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_newer_gated_report_comes_before_the_one_it_was_promoted_with(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(root)
     old = report_on(model, root, kl_limit=0.1)
     with monkeypatch.context() as patch:

@@ -162,7 +162,8 @@ def test_language_model_among_others(family: str, settings: Callable[[int], Any]
     turns = [{"role": "user", "content": "Waar is de balie?"}, {"role": "assistant", "content": "Naast de brug."}]
     rows.write_text(json.dumps({"messages": turns}) + "\n")
     limits = ("--prompts", "1", "--answer-tokens", "8")
-    output(call("convert", "verify", full, "--merged", base, "--conversations", rows, "--json", *limits))
+    report = output(call("convert", "verify", full, "--merged", base, "--conversations", rows, "--json", *limits))
+    assert report["results"]["tokens"]["not_compared"] == 0  # what sees is not in the file, and not counted
     output(call("convert", "imatrix", base, "--conversations", rows, "--json"))
 
 
