@@ -60,13 +60,16 @@ def export(
     """Writes `model`, its report and its serving settings to `path`, which appears when it is whole and on the disk.
 
     `progress` gets bytes, written and in all. Raises `ArtifactError` when `path` exists, when a file is not what its
-    manifest says, or when the file system cannot hold it; `VerificationFailed` when no report verifies the model.
+    manifest says, or when the file system cannot hold it; `VerificationFailed` when no report verifies the model, and when
+    none did so in a way that another machine would promote it with.
     """
     if path.exists():
         raise ArtifactError(f"{path} exists already; remove it, or name another file with --to.")
     if model.path.resolve() != (root / model.id).resolve():
         raise ArtifactError(f"{model.path} does not lie in {root / 'gguf'}; only a model of this folder can be exported.")
     report = promotion.report_on(model, root)
+    if (problem := promotion.ungated(report, model)) is not None and not promotion.is_from_before_gates(report):
+        raise VerificationFailed(f"{problem} Without it no machine would promote the bundle.")
     settings = promotion.serve_settings(model, root)
     index = bundle_index.of(model, report, settings)
     content = bundle_index.to_bytes(index)

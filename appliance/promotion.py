@@ -24,6 +24,9 @@ from appliance.errors import ArtifactError, VerificationFailed
 CURRENT = "current"
 RECORD = "promoted.json"
 SCHEMA = 2
+GATED_SINCE = 6  # the revision of verification (convert/verify.py) since which a report names the file that it let through
+SIXTEEN_BITS = {"F16", "BF16", "F32"}  # which verification calls F16, all of them
+PLAIN = " plain"  # as it calls a file for which nothing was measured, beside one of its type for which something was
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,18 +39,23 @@ class Promotion:
     promoted_at: str
 
 
-def promote(model: Artifact, report: Artifact, serve: Mapping[str, Any], root: Path) -> None:
+def promote(
+    model: Artifact, report: Artifact, serve: Mapping[str, Any], root: Path, *, is_carried: bool = False
+) -> str | None:
     """Makes `model` the one that is served; raises `VerificationFailed` when `report` is not about it, or did not hold it
     against its limit.
 
-    Every file of the model is compared with its sha256 first.
+    Every file of the model is compared with its sha256 first. One that was carried here cannot be verified again: a report
+    without a gate from before gates were asked for is enough, and what should be said of it is returned.
     """
     if model.manifest["kind"] != "gguf":
         raise ArtifactError(f"{model.path} is of kind {model.manifest['kind']!r}; only a gguf artifact can be served.")
     if not verifies(report, model):
         raise VerificationFailed(f"{report.path} does not verify {model.id}; run `appliance convert verify` for it first.")
-    if (problem := ungated(report, model)) is not None:
-        raise VerificationFailed(problem)
+    problem = ungated(report, model)
+    if problem is not None and not (is_carried and is_from_before_gates(report)):
+        elsewhere = " Do that where the bundle was made, and export it again." if is_carried else ""
+        raise VerificationFailed(f"{problem}{elsewhere}")
     if model.path.resolve() != (root / "gguf" / model.path.name).resolve():
         raise ArtifactError(f"{model.path} does not lie in {root / 'gguf'}; only a model of this folder can be promoted.")
     artifacts.check_files(model)
@@ -56,6 +64,7 @@ def promote(model: Artifact, report: Artifact, serve: Mapping[str, Any], root: P
     with _locked(root):
         _write([*_history(root)[0], this], root)
         _link(model.id, root)
+    return None if problem is None else f"{report.id} is from before verification asked for a gate, and is taken: {problem}"
 
 
 def rollback(root: Path) -> Artifact:
@@ -93,19 +102,29 @@ def serve_settings(model: Artifact, root: Path) -> Mapping[str, Any]:
 
 
 def report_on(model: Artifact, root: Path) -> Artifact:
-    """The report it was promoted with, else the newest that verifies it, of those that let it through if there are any.
+    """The report it was promoted with, else the newest that verifies it; but those that let it through before all others,
+    and then those that can still be carried elsewhere.
 
-    Raises `VerificationFailed` when none does.
+    Raises `VerificationFailed` when none verifies it.
     """
-    if (promotion := of(model, root)) is not None and (root / promotion.report / artifacts.MANIFEST).exists():
-        return artifacts.load(root / promotion.report)
+    promotion = of(model, root)
+    chosen = None if promotion is None else promotion.report
+    if chosen is not None and (root / chosen / artifacts.MANIFEST).exists():
+        report = artifacts.load(root / chosen)
+        if ungated(report, model) is None:
+            return report
     reports = [artifacts.load(path.parent) for path in (root / "report").glob(f"*/{artifacts.MANIFEST}")]
     fitting = [report for report in reports if verifies(report, model)]
     if not fitting:
         raise VerificationFailed(
             f"No report in {root / 'report'} verifies {model.id}; run `appliance convert verify` first."
         )
-    return max(fitting, key=lambda report: (ungated(report, model) is None, str(report.manifest["made_at"])))
+
+    def rank(report: Artifact) -> tuple[bool, bool, bool, str]:
+        is_gated = ungated(report, model) is None
+        return is_gated, is_from_before_gates(report), report.id == chosen, str(report.manifest["made_at"])
+
+    return max(fitting, key=rank)
 
 
 def verifies(report: Artifact, model: Artifact) -> bool:
@@ -120,14 +139,33 @@ def ungated(report: Artifact, model: Artifact) -> str | None:
     if "kl_limit" not in report.manifest["config"]:
         return None
     gate = report.results.get("gate") or {}
-    kind = model.manifest["config"].get("type")
-    if gate.get("passed") and (gate["model"] == model.id if "model" in gate else gate["type"] == kind):
+    kind = _verified_type(model)
+    if gate.get("passed") and (gate["model"] == model.id if "model" in gate else gate["type"] == _name_in(report, model)):
         return None
     held = f"only {gate.get('model', gate['type'])}" if gate.get("passed") else "no file"
     return (
         f"{report.path} held {held} to its limit of {report.manifest['config']['kl_limit']} nats, and not {model.id};"
         f" run `appliance convert verify` with --gate {kind or 'and its type'}."
     )
+
+
+def is_from_before_gates(report: Artifact) -> bool:
+    """Whether this report was made without a gate when that was enough to be promoted."""
+    return report.manifest["inputs"].get("revision", 0) < GATED_SINCE and not report.results.get("gate")
+
+
+def _verified_type(model: Artifact) -> str | None:
+    """As verification takes it for `--gate`."""
+    kind = model.manifest["config"].get("type")
+    return "F16" if kind in SIXTEEN_BITS else kind
+
+
+def _name_in(report: Artifact, model: Artifact) -> str | None:
+    """What a report calls this model's type: of two files of one type the one for which nothing was measured is plain."""
+    kind = _verified_type(model)
+    is_measured = bool(model.results.get("imatrix") or model.results.get("better"))
+    is_one_of_two = f"{kind}{PLAIN}" in (report.results.get("files") or {})
+    return f"{kind}{PLAIN}" if is_one_of_two and not is_measured else kind
 
 
 @contextlib.contextmanager

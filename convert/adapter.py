@@ -94,12 +94,17 @@ def check_whole(target: Path, lora: Adapter, adapter: Path) -> None:
 
 def unswappable(lora: Adapter) -> str | None:
     """Why llama.cpp cannot apply this adapter at run time; None where it can."""
+    if any(name.endswith(EMBEDDINGS) or change.is_embedding for name, change in lora.changes.items()):
+        return "it changes the embeddings"
+    if lora.replaced and lora.replaced.keys() <= lora.changes.keys():
+        return (
+            f"it changes {min(lora.replaced)}, and PEFT saved all of that weight beside the change (save_embedding_layers);"
+            " llama.cpp would add the change to its own copy"
+        )
     if lora.replaced:
         return f"it replaces whole tensors, {next(iter(sorted(lora.replaced)))} among them"
     if any(change.magnitude is not None for change in lora.changes.values()):
         return "DoRA scales whole weights"
-    if any(name.endswith(EMBEDDINGS) for name in lora.changes):
-        return "it changes the embeddings"
     return None
 
 

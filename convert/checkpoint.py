@@ -16,11 +16,17 @@ INDEX = "model.safetensors.index.json"
 # Vocabularies are rounded up, for speed or for tokens to come: Qwen2.5-7B has 152,064 rows for 151,665 tokens,
 # deepseek-llm-7b 102,400 for 100,016. More than this is another model's tokenizer.
 LARGEST_PADDING = 4096
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+# What transformers' models for texts call their embeddings; the last three are Mamba's, OpenAI GPT's and ModernBERT's.
+EMBEDDINGS = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"),
+    *(".embeddings.weight", "tokens_embed.weight", "tok_embeddings.weight"),
+)
 HEAD = "lm_head.weight"
+HEADS = (HEAD, "embed_out.weight")  # files of GPT-NeoX say embed_out, and transformers renames it as it loads
 # The same weight has other first words in other files, and transformers renames them as it loads: openai-community/gpt2 has
-# no "transformer.", Gemma 3 of 4B and more has "language_model.model." where its code has "model.language_model.".
-FIRST_WORDS = frozenset({"model", "transformer", "language_model", "gpt_neox"})
+# no "transformer.", Gemma 3 of 4B and more has "language_model.model." where its code has "model.language_model.",
+# Nemotron-H "backbone." for "model.".
+FIRST_WORDS = frozenset({"model", "transformer", "language_model", "gpt_neox", "backbone"})
 OPTIONAL_WORD = "vision_model"
 
 
@@ -51,7 +57,7 @@ class Checkpoint:
     @property
     def is_tied(self) -> bool:
         """Whether one matrix serves as embeddings and as head: as the settings say, even where the head is stored too."""
-        has_head = any(name.endswith(HEAD) for name in self.tensors)
+        has_head = any(name.endswith(HEADS) for name in self.tensors)
         inner = self.text_settings.get("tie_word_embeddings")
         return not has_head or bool(self.settings.get("tie_word_embeddings") if inner is None else inner)
 
@@ -77,7 +83,8 @@ def read(folder: Path) -> Checkpoint:
 def stem(name: str) -> str:
     """A weight's name without the words that differ from file to file."""
     words = [word for word in name.split(".") if word != OPTIONAL_WORD]
-    return ".".join(itertools.dropwhile(FIRST_WORDS.__contains__, words))
+    same = ".".join(itertools.dropwhile(FIRST_WORDS.__contains__, words))
+    return HEAD if same in HEADS else same
 
 
 def read_settings(folder: Path) -> Mapping[str, Any]:

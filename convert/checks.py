@@ -6,6 +6,7 @@ step of such a path, both sides would have written the same text.
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ CHANGED_NORMS = {
     *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration", "Qwen4ExpForCausalLM"),
     *("MiniMaxM3SparseForCausalLM", "MuseGlimmerForConditionalGeneration", "Plamo2ForCausalLM", "Plamo3ForCausalLM"),
 }
+# Of tokens whose tokenizer calls them ordinary, as DeepSeek's and Cohere's do with those of roles, and which the converter
+# makes control tokens all the same (conversion/base.py, does_token_look_special).
+LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 VARIED = 8  # conversations that are also rendered with a system message and with tools
 WITH_SYSTEM, WITH_TOOLS = " with a system message", " with tools"
 SYSTEM = {"role": "system", "content": "Answer briefly. Antwoord kort. Odpowiadaj krótko."}
@@ -165,8 +169,16 @@ def compare_texts(gguf: GgufVocabulary, tokenizer: Any, expected: Sequence[Rende
 
 
 def _back(gguf: GgufVocabulary, tokenizer: Any, ids: Sequence[int]) -> str | None:
-    """How a text comes back wrong; None where it is the tokenizer's own."""
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+    """How a text comes back wrong; None where it is the tokenizer's own.
+
+    What the converter takes for control by its looks is left out on both sides, whatever the tokenizer says of it.
+    """
+    added = tokenizer.added_tokens_decoder
+    made = {
+        token for token in set(ids) & added.keys() if LOOKS_SPECIAL.fullmatch(str(added[token])) and gguf.is_control(token)
+    }
+    kept = [token for token in ids if token not in made]
+    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     back = gguf.detokenize(ids).strip()
     if back == text:
         return None
@@ -213,7 +225,10 @@ def compare_weights(file: Path, model: MappedModel) -> tuple[list[str], dict[str
     differs, and how many were compared: not those that the converter splits, scales or changes in ways of its own.
     """
     matrices = (model.embeddings, *model.matrices)
-    vectors = {name: value for name, value in model.module.named_parameters() if value.ndim == 1 and value.numel()}
+    parameters = {
+        f"{path}.{name}": each for path, part in model.parts() for name, each in part.named_parameters(recurse=False)
+    }
+    vectors = {name: value for name, value in parameters.items() if value.ndim == 1 and value.numel()}
     names = set(model.checkpoint.settings.get("architectures") or [])
     if SCALING & names:
         return [], {"matrices": 0, "vectors": 0, "not_compared": len(matrices) + len(vectors)}

@@ -83,6 +83,10 @@ class GgufVocabulary:
         """Whether generation ends with this token."""
         return bool(self._c.llama_vocab_is_eog(self._vocab, token))
 
+    def is_control(self, token: int) -> bool:
+        """Whether this token stands for itself and has no text in an answer."""
+        return bool(self._c.llama_vocab_is_control(self._vocab, token))
+
     def detokenize(self, tokens: Sequence[int], *, with_control: bool = False) -> str:
         """The text of token ids as a server would send it, piece by piece; control tokens only when asked for.
 

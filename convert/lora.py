@@ -5,6 +5,7 @@ al. 2024) then scales each row of W' to a learned length. Names of tensors and s
 (tuners/lora/config.py).
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,7 @@ class Change:
     """What an adapter adds to one weight: `scale * b @ a`, of shapes `(out, rank)` and `(rank, in)`.
 
     With a `magnitude` (DoRA) the rows of the sum get these lengths. A transposed weight is stored `(in, out)`, as in GPT-2.
+    `is_embedding` is known by the factors, whatever the module is called.
     """
 
     a: Any
@@ -51,6 +53,7 @@ class Change:
     scale: float
     magnitude: Any | None = None
     is_transposed: bool = False
+    is_embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -173,7 +176,8 @@ def _embedding_change(module: str, a: Any, b: Any, magnitude: Any | None, settin
     """Of factors `(rank, tokens)` and `(width, rank)`: PEFT adds the transpose of their product (tuners/lora/layer.py)."""
     if magnitude is not None:
         raise ModelFileError(f"{module}: DoRA of embeddings cannot be merged here; {INSTEAD}.")
-    return _change(module, b.T, a.T, None, {**settings, "use_dora": False, "fan_in_fan_out": False})
+    change = _change(module, b.T, a.T, None, {**settings, "use_dora": False, "fan_in_fan_out": False})
+    return dataclasses.replace(change, is_embedding=True)
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:

@@ -78,7 +78,7 @@ class MappedModel:
             raise ModelFileError(f"{folder} cannot be loaded: {error}") from error
         self.vocabulary_rows = int(settings.get_text_config().vocab_size)
         self.matrices: dict[str, Any] = {}
-        for path, module in self._parts():
+        for path, module in self.parts():
             self._fill(path, module)
 
     def logits(self, tokens: Sequence[int]) -> Any:
@@ -109,7 +109,7 @@ class MappedModel:
         wanted = self.module.get_input_embeddings()
         return next(str(path) for path, each in self.module.named_modules() if each is wanted)
 
-    def _parts(self) -> Iterator[tuple[str, Any]]:
+    def parts(self) -> Iterator[tuple[str, Any]]:
         """All modules by path, but for those of a multimodal model that see and hear: texts do not pass them."""
         decoder, head = self.module.get_decoder(), self.module.get_output_embeddings()
         inside = next(path for path, each in self.module.named_modules() if each is decoder)
@@ -146,11 +146,14 @@ class MappedModel:
             self.matrices[path] = module
 
     def _file_name(self, parameter: str, module: Any) -> str:
-        """The name in the files: a tied head is not stored, it is the embeddings."""
+        """The name in the files: a tied head need not be stored, it is the embeddings.
+
+        Where it is stored, it is taken: transformers does not tie what differs, whatever the settings say.
+        """
         if (name := self.checkpoint.stored_name(parameter)) is not None:
             return name
-        is_head = module is self.module.get_output_embeddings()
-        if is_head and (name := self.checkpoint.stored_name(f"{self.embeddings}.weight")) is not None:
+        is_tied_head = self.checkpoint.is_tied and module is self.module.get_output_embeddings()
+        if is_tied_head and (name := self.checkpoint.stored_name(f"{self.embeddings}.weight")) is not None:
             return name
         raise ModelFileError(f"{self.checkpoint.folder} has no {parameter}, which its architecture needs.")
 

@@ -9,7 +9,8 @@ made of them, and the way that stays closer to what was trained is taken.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from appliance import artifacts, config
 from appliance.artifacts import Plan
 from appliance.console import Command, emit, json_option, note
 from appliance.errors import ModelFileError
-from convert import checkpoint, conversations, pre_tokenizer, safetensors_file
+from convert import checkpoint, conversations, divergence, pre_tokenizer, safetensors_file
 from convert import nf4 as four_bits
-from convert.checkpoint import EMBEDDINGS, HEAD, Checkpoint
+from convert.checkpoint import EMBEDDINGS, HEADS, Checkpoint
+from convert.divergence import Answer
 from convert.lora import Adapter, merged_rows, read_adapter, rows_as
 from convert.mapped_model import MappedModel
 from convert.nf4 import Nf4, widened
 
-REVISION = 4  # raised when the same inputs would give other files
+REVISION = 5  # raised when the same inputs would give other files
 NOT_COPIED = {artifacts.MANIFEST, "README.md", "training_template.jinja", "loss.jsonl", "loss.png"}
 # A hub repository has the same weights in other formats, too: unmerged, and gigabytes. With them go their indexes and data.
 FOREIGN_WEIGHTS = {
@@ -113,14 +115,19 @@ def _better_way(base: Path, lora: Adapter, rows: Path | None) -> tuple[Nf4 | Non
     return nf4 if way == "round trip" else None, {"merged_into": way, "kl_to_trained": found}
 
 
-def _texts(base: Path, rows: Path | None) -> list[list[int]]:
-    """Some conversations, or the probe text where none are given."""
+def _texts(base: Path, rows: Path | None) -> list[Answer]:
+    """The last answers of some conversations, or the probe text where none are given."""
     tokenizer = pre_tokenizer.load(base)
     if rows is None:
-        return [list(tokenizer(pre_tokenizer.PROBE, add_special_tokens=False)["input_ids"])]
+        return [Answer(tokenizer(pre_tokenizer.PROBE, add_special_tokens=False)["input_ids"], 1)]
     found = conversations.read(rows)
     chosen = found[:: max(1, len(found) // COMPARED)][:COMPARED]
-    return [conversations.token_ids(tokenizer, each, f"row {found.index(each) + 1} of {rows.name}") for each in chosen]
+    last = {each.row: each for each in divergence.answers(tokenizer, chosen, sys.maxsize)}
+    if last:
+        return list(last.values())
+    note(f"merge: no answer of {rows.name} can be told from what stands before it; whole conversations are compared")
+    named = [(each, f"row {found.index(each) + 1} of {rows.name}") for each in chosen]
+    return [Answer(conversations.token_ids(tokenizer, each, name), 1) for each, name in named]
 
 
 def _require_same_base(adapter: Path, base: Path) -> None:
@@ -152,7 +159,7 @@ def _tied(lora: Adapter, model: Checkpoint) -> Adapter:
     """
     import torch
 
-    heads, embeddings = ([name for name in lora.replaced if name.endswith(end)] for end in (HEAD, EMBEDDINGS))
+    heads, embeddings = ([name for name in lora.replaced if name.endswith(end)] for end in (HEADS, EMBEDDINGS))
     if not model.is_tied or not heads or not embeddings or lora.changes.keys() & {*heads, *embeddings}:
         return lora
     if not torch.equal(lora.replaced[embeddings[0]], lora.replaced[heads[0]]):
@@ -168,7 +175,7 @@ def check_fit(lora: Adapter, model: Checkpoint, adapter: Path) -> None:
     """
     wanted = {**{name: each.shape for name, each in lora.changes.items()}, **_shapes(lora)}
     if model.is_tied and not lora.is_tied:
-        _require_untied(wanted.keys(), model, adapter)
+        _require_untied(lora, model, adapter)
     problems = []
     for name, shape in sorted(wanted.items()):
         change = lora.changes.get(name)
@@ -189,17 +196,18 @@ def check_fit(lora: Adapter, model: Checkpoint, adapter: Path) -> None:
 
 def _fits(name: str, shape: Sequence[int], found: Sequence[int], lora: Adapter) -> bool:
     """Embeddings and heads that are saved whole may have other rows: tokens were added."""
-    return shape == found or (shape[1:] == found[1:] and name in lora.replaced and name.endswith((*EMBEDDINGS, HEAD)))
+    return shape == found or (shape[1:] == found[1:] and name in lora.replaced and name.endswith((*EMBEDDINGS, *HEADS)))
 
 
-def _require_untied(names: Iterable[str], model: Checkpoint, adapter: Path) -> None:
+def _require_untied(lora: Adapter, model: Checkpoint, adapter: Path) -> None:
     """Raises `ModelFileError` for a change of what embeddings and head share that was trained on one side only."""
-    if any(name.endswith(HEAD) for name in names):
+    names = {*lora.changes, *lora.replaced}
+    if head := next((name for name in sorted(names) if name.endswith(HEADS)), None):
         raise ModelFileError(
-            f"{adapter} changes {HEAD}, and {model.folder} has one matrix for embeddings and head (tie_word_embeddings):"
-            " merged, it would change the embeddings too; train without lm_head among target_modules."
+            f"{adapter} changes {head}, and {model.folder} has one matrix for embeddings and head (tie_word_embeddings):"
+            " merged, it would change the embeddings too; train without the head among target_modules."
         )
-    if any(name.endswith(EMBEDDINGS) for name in names):
+    if any(name.endswith(EMBEDDINGS) for name in names) or any(each.is_embedding for each in lora.changes.values()):
         raise ModelFileError(
             f"{adapter} trains the embeddings, and {model.folder} has one matrix for embeddings and head"
             " (tie_word_embeddings): merged, it would change the head too; train with ensure_weight_tying, or without them."

@@ -4,17 +4,21 @@ bitsandbytes' own kernels decide, so that the bytes are those that training comp
 adapter learned to correct these values, not the 16-bit ones.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from appliance.errors import EnvironmentIncomplete
-from convert.lora import Adapter, merged_rows
+from convert.divergence import Answer
+from convert.lora import Adapter, Change, merged_rows
 from convert.mapped_model import FileWeights, MappedModel, blocks
 
 BLOCK_VALUES = 64
-MOST_TOKENS = 256  # of a text that is compared
+MOST_TOKENS = 1024  # of a text that is compared; what stands before is left away
+MOST_ANSWER = 512  # of these, an answer's own
+MOST_IN_ALL = 4096  # all texts, padded to the longest, as they pass the layers together
 MOST_ROWS = 512  # of logits: 311 MB at a vocabulary of 152,000, once for what is expected and once for what is found
 ROWS_AT_ONCE = 64
 
@@ -38,18 +42,36 @@ class MergedWeights:
         self._files, self._adapter, self._nf4, self._is_rounded = files, adapter, nf4, is_rounded
 
     def tensor(self, name: str) -> Any:
-        return self._adapter.replaced[name] if name in self._adapter.replaced else self._files.tensor(name)
+        found = self._adapter.replaced[name] if name in self._adapter.replaced else self._files.tensor(name)
+        change = self._adapter.changes.get(name)
+        if change is None or not change.is_embedding:
+            return found
+        return _Gathered(found, change, self._is_rounded)
 
     def rows(self, name: str) -> Iterator[Any]:
         import torch
 
-        matrix = widened(self.tensor(name), name, self._nf4)
+        stored = self._adapter.replaced.get(name)
+        matrix = widened(self._files.tensor(name) if stored is None else stored, name, self._nf4)
         change = self._adapter.changes.get(name)
         if change is None:
             yield from blocks(matrix)
             return
         for rows in merged_rows(matrix if self._is_rounded else matrix.to(torch.float32), change):
             yield rows.to(torch.float32)
+
+
+class _Gathered:
+    """Embeddings whose change is added to the rows that are asked for."""
+
+    def __init__(self, matrix: Any, change: Change, is_rounded: bool) -> None:
+        self._matrix, self._change, self._is_rounded = matrix, change, is_rounded
+
+    def __getitem__(self, ids: Any) -> Any:
+        import torch
+
+        rows = self._matrix[ids] if self._is_rounded else self._matrix[ids].to(torch.float32)
+        return torch.cat(list(merged_rows(rows, dataclasses.replace(self._change, b=self._change.b[ids]))))
 
 
 def as_trained(model: MappedModel) -> Nf4:
@@ -81,11 +103,11 @@ def widened(weight: Any, name: str, nf4: Nf4 | None) -> Any:
     return found.T.contiguous() if is_transposed else found
 
 
-def divergences(base: Path, adapter: Adapter, nf4: Nf4, texts: Sequence[Sequence[int]]) -> dict[str, float]:
+def divergences(base: Path, adapter: Adapter, nf4: Nf4, texts: Sequence[Answer]) -> dict[str, float]:
     """How far each way of merging is from the adapter as it was trained: mean KL divergence in nats over the texts.
 
-    "16-bit" adds the adapter to the weights in 16 bits, "round trip" to what four bits made of them. Of a text its first 256
-    tokens are read, and of those as many positions are compared, evenly, as 512 rows of logits allow for all texts.
+    "16-bit" adds the adapter to the weights in 16 bits, "round trip" to what four bits made of them. What is compared is how
+    answers go on: of all their positions, evenly, as many as 512 rows of logits allow.
     """
     files = FileWeights(MappedModel(base).checkpoint)
     live = MappedModel(base, MergedWeights(files, adapter, nf4, is_rounded=False))
@@ -93,23 +115,43 @@ def divergences(base: Path, adapter: Adapter, nf4: Nf4, texts: Sequence[Sequence
         "16-bit": MappedModel(base, MergedWeights(files, adapter, None, is_rounded=True)),
         "round trip": MappedModel(base, MergedWeights(files, adapter, nf4, is_rounded=True)),
     }
-    texts = [ids[:MOST_TOKENS] for ids in texts]
+    texts = bounded(texts)
     expected = sampled_logits(live, texts)
     return {way: kl(expected, sampled_logits(model, texts)) / len(expected) for way, model in ways.items()}
 
 
-def sampled_logits(model: MappedModel, texts: Sequence[Sequence[int]]) -> Any:
-    """Logits `(rows, vocabulary)` at evenly spread positions of all texts: one pass, so that matrices are quantized once."""
+def bounded(texts: Sequence[Answer]) -> list[Answer]:
+    """The beginning of each answer with what stands right before it; the last texts go where all are too many."""
+    found = []
+    for text in texts:
+        tokens = text.tokens[: text.start + MOST_ANSWER]
+        dropped = max(0, len(tokens) - MOST_TOKENS)
+        found.append(Answer(tokens[dropped:], text.start - dropped, text.row))
+    while len(found) > 1 and len(found) * max(len(text.tokens) for text in found) > MOST_IN_ALL:
+        found.pop()
+    return found
+
+
+def sampled_logits(model: MappedModel, texts: Sequence[Answer]) -> Any:
+    """Logits `(rows, vocabulary)` at evenly spread positions of the answers, each of which says how its text goes on.
+
+    All in one pass, so that matrices are quantized once; the head sees the chosen positions alone.
+    """
     import torch
 
-    longest = max(map(len, texts))
-    step = -(-longest * len(texts) // MOST_ROWS)
-    places = torch.arange(0, longest, step)
+    places = [(row, at) for row, text in enumerate(texts) for at in range(text.start - 1, len(text.tokens) - 1)]
+    rows, positions = zip(*places[:: -(-len(places) // MOST_ROWS)], strict=True)
+    longest = max(len(text.tokens) for text in texts)
     # What follows a text in its row changes nothing of it, since a token sees only those before it.
-    ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
-    with torch.inference_mode():
-        found = model.module(input_ids=ids, use_cache=False, logits_to_keep=places).logits
-    return torch.cat([found[row, places < len(text)] for row, text in enumerate(texts)])
+    ids = torch.tensor([[*text.tokens, *[0] * (longest - len(text.tokens))] for text in texts])
+    choose = model.module.get_output_embeddings().register_forward_pre_hook(
+        lambda _head, inputs: (inputs[0][list(rows), list(positions)][None],)
+    )
+    try:
+        with torch.inference_mode():
+            return model.module(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        choose.remove()
 
 
 def kl(expected: Any, found: Any) -> float:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from appliance import artifacts, bundles, promotion
 from appliance.artifacts import Artifact, Plan
+from appliance.commands import serve
 from appliance.errors import ApplianceError, ArtifactError, RecipeError, VerificationFailed
 from tests import killed
 from tests.running import call, environment
@@ -25,14 +26,18 @@ SERVE = {"slots": 3, "system_prompts": ["Wees kort."], "host": "0.0.0.0", "threa
 CARRIED = {"slots": 3, "system_prompts": ["Wees kort."]}
 
 
-def made(root: Path, name: str = "tiny", content: bytes = b"weights" * 100) -> tuple[Artifact, Artifact]:
-    """A model and the report that verifies it."""
+def made(
+    root: Path, name: str = "tiny", content: bytes = b"weights" * 100, revision: int | None = None
+) -> tuple[Artifact, Artifact]:
+    """A model and the report that verifies it: with a limit and no gate, where it has a revision."""
     plan = Plan(kind="gguf", name=name, inputs={"revision": 1}, config={"type": "Q8_0"})
     with artifacts.create(plan, root) as draft:
         (draft.path / f"{name}.gguf").write_bytes(content)
         draft.results["size_bytes"] = len(content)
     model = artifacts.load(plan.location(root))
-    plan = Plan(kind="report", name=f"{name}-verify", inputs={"what": "verify"}, parents=[model.id])
+    inputs = {"what": "verify", "revision": revision or promotion.GATED_SINCE}
+    limits = {} if revision is None else {"kl_limit": 0.1}
+    plan = Plan(kind="report", name=f"{name}-verify", inputs=inputs, parents=[model.id], config=limits)
     with artifacts.create(plan, root) as draft:
         (draft.path / "figures").mkdir()
         (draft.path / "figures" / "loss.txt").write_text("0.1")
@@ -134,6 +139,41 @@ def test_model_without_a_report_is_not_exported(tmp_path: Path) -> None:
         bundles.export(model, tmp_path, tmp_path / "bundle")
     with pytest.raises(ArtifactError, match="does not lie in"):
         bundles.export(model, tmp_path / "other", tmp_path / "bundle")
+
+
+def test_model_that_no_gate_let_through_is_not_exported(tmp_path: Path) -> None:
+    model, _ = made(tmp_path, revision=promotion.GATED_SINCE)
+    with pytest.raises(VerificationFailed, match="with --gate Q8_0"):
+        bundles.export(model, tmp_path, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("is_older", [True, False])
+@pytest.mark.parametrize("way", ["import", "first model"])
+def test_carried_model_without_a_gate(
+    root: Path, tmp_path: Path, way: str, is_older: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who cannot verify again takes a report from before gates; one of this version needs its gate."""
+    there, path = tmp_path / "there", tmp_path / "tiny.appliance"
+    model, report = made(there, revision=promotion.GATED_SINCE - is_older)
+    with monkeypatch.context() as patch:
+        patch.setattr(promotion, "ungated", lambda _report, _model: None)  # as versions before did
+        bundles.export(model, there, path)
+    if way == "import":
+        result = call("models", "import", path, "--promote")
+        said = result.stderr
+        assert result.exit_code == (0 if is_older else 4), said
+    elif is_older:
+        serve._import_first_model(path)
+        said = capsys.readouterr().err
+    else:
+        with pytest.raises(VerificationFailed) as raised:
+            serve._import_first_model(path)
+        said = str(raised.value)
+    assert f"{report.id} is from before" in said if is_older else "export it again" in said
+    assert (promotion.current(root) is not None) == is_older
+    if is_older:  # and goes on to the next machine
+        bundles.export(artifacts.load(root / model.id), root, tmp_path / "again")
 
 
 def test_stick_that_holds_no_large_files(tmp_path: Path) -> None:

@@ -14,20 +14,25 @@ from tests import killed
 from tests.running import call
 
 
-def make(root: Path, name: str = "tiny") -> Artifact:
-    plan = Plan(kind="gguf", name=name, inputs={"revision": 1}, config={"type": "Q8_0"})
+def make(root: Path, name: str = "tiny", kind: str = "Q8_0", **results: object) -> Artifact:
+    plan = Plan(kind="gguf", name=name, inputs={"revision": 1}, config={"type": kind})
     with artifacts.create(plan, root) as draft:
         (draft.path / "file").write_text("weights")
-        draft.results["size_bytes"] = 7
+        draft.results.update(size_bytes=7, **results)
     return artifacts.load(plan.location(root))
 
 
 def report_on(
-    model: artifacts.Artifact, root: Path, gate: Mapping[str, object] | None = None, **config: object
+    model: artifacts.Artifact,
+    root: Path,
+    gate: Mapping[str, object] | None = None,
+    files: Mapping[str, object] | None = None,
+    **config: object,
 ) -> artifacts.Artifact:
-    plan = Plan(kind="report", name="tiny-verify", inputs={"what": "verify"}, parents=[model.id], config=config)
+    inputs = {"what": "verify", "revision": promotion.GATED_SINCE}
+    plan = Plan(kind="report", name="tiny-verify", inputs=inputs, parents=[model.id], config=config)
     with artifacts.create(plan, root) as draft:
-        draft.results.update({} if gate is None else {"gate": gate})
+        draft.results.update({name: each for name, each in (("gate", gate), ("files", files)) if each is not None})
     return artifacts.load(plan.location(root))
 
 
@@ -118,6 +123,38 @@ def test_a_report_that_let_it_through_comes_before_a_newer_one(root: Path) -> No
     manifest = newer.path / artifacts.MANIFEST
     table = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**table, "made_at": "2999-01-01T00:00:00Z"}))
+    assert promotion.report_on(model, root).id == gated.id
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "F32"])
+def test_sixteen_bits_are_called_as_verification_calls_them(root: Path, kind: str) -> None:
+    model = make(root, kind=kind)
+    refused = report_on(model, root, {"type": "Q8_0", "passed": True}, kl_limit=0.1)
+    with pytest.raises(VerificationFailed, match="with --gate F16"):
+        promotion.promote(model, refused, {}, root)
+    promotion.promote(model, report_on(model, root, {"type": "F16", "passed": True}, kl_limit=0.2), {}, root)
+
+
+@pytest.mark.parametrize(("let_through", "other"), [("Q8_0", "Q8_0 plain"), ("Q8_0 plain", "Q8_0")])
+def test_older_gate_of_two_files_of_a_type(root: Path, let_through: str, other: str) -> None:
+    """The one for which nothing was measured is plain."""
+    models = {"Q8_0": make(root, "measured", imatrix={"tokens": 9}), "Q8_0 plain": make(root, "plain")}
+    files: dict[str, object] = {name: {} for name in models}
+    gate = {"type": let_through, "passed": True}
+    found = {name: report_on(model, root, gate, files, kl_limit=0.1) for name, model in models.items()}
+    with pytest.raises(VerificationFailed, match="to its limit"):
+        promotion.promote(models[other], found[other], {}, root)
+    promotion.promote(models[let_through], found[let_through], {}, root)
+
+
+def test_a_newer_gated_report_comes_before_the_one_it_was_promoted_with(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(root)
+    old = report_on(model, root, kl_limit=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(promotion, "ungated", lambda _report, _model: None)  # as versions before did
+        promotion.promote(model, old, {}, root)
+    assert promotion.report_on(model, root).id == old.id
+    gated = report_on(model, root, {"type": "Q8_0", "passed": True}, kl_limit=0.2)
     assert promotion.report_on(model, root).id == gated.id
 
 

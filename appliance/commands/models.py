@@ -147,7 +147,9 @@ def import_model(file: Path, is_promoting: bool, public_key: Path | None, finger
     if taken.is_signed and public_key is None:
         note("The file is signed, and nobody said by whom; --public-key checks it.")
     if is_promoting:
-        promotion.promote(taken.model, taken.report, taken.serve, root)
+        said = promotion.promote(taken.model, taken.report, taken.serve, root, is_carried=True)
+        if said is not None:
+            note(said)
     result = {
         "artifact": taken.model.path,
         "state": "imported" if taken.is_new else "unchanged",

@@ -119,7 +119,9 @@ def _import_first_model(file: Path) -> None:
     root = config.artifacts_root()
     if promotion.current(root) is None:
         taken = bundles.take_in(file, root, config.trusted_key())
-        promotion.promote(taken.model, taken.report, taken.serve, root)
+        said = promotion.promote(taken.model, taken.report, taken.serve, root, is_carried=True)
+        if said is not None:
+            note(said)
         note(f"imported {taken.model.id} from {file}")
 
 

@@ -188,7 +188,7 @@ def _llama_3_tokenizer(folder: Path) -> None:
 def _deepseek_tokenizer(folder: Path) -> None:
     way = functools.partial(files.split, pre_tokenizer.LLAMA3)
     options = {"bos": files.DEEPSEEK_SPECIAL[0], "eos": files.DEEPSEEK_SPECIAL[1], "cls": "LlamaTokenizerFast"}
-    files.write_trained(folder, way, files.DEEPSEEK_SPECIAL, looks_up=True, **options)
+    files.write_trained(folder, way, files.DEEPSEEK_SPECIAL, looks_up=True, ordinary=files.DEEPSEEK_SPECIAL[2:], **options)
 
 
 def _qwen_tokenizer(folder: Path) -> None:

@@ -95,9 +95,10 @@ def test_file_says_what_it_is(base: Path, tmp_path: Path) -> None:
     [
         ({"use_dora": True}, "DoRA scales whole weights", "appliance convert merge"),
         ({"modules_to_save": ["lm_head", "embed_tokens"]}, "it replaces whole tensors, ", "appliance convert merge"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "PEFT saved all of that weight beside", "appliance convert merge"),
         ({"init_lora_weights": "pissa_niter_2"}, "it belongs to a changed base", "path_initial_model_for_weight_conversion"),
     ],
-    ids=["DoRA", "trained embeddings", "PiSSA"],
+    ids=["DoRA", "trained embeddings", "LoRA of the head", "PiSSA"],
 )
 def test_what_cannot_be_switched_on_is_refused(
     base: Path, root: Path, tmp_path: Path, settings: dict[str, Any], said: str, instead: str

@@ -140,3 +140,23 @@ def test_embeddings_that_stay_tied_go_to_a_stored_head_too(base: Path, root: Pat
     make_adapter(base, tmp_path / "adapter", **options)
     tensors = load_file(merged(root, tmp_path / "adapter", stored) / "model.safetensors")
     assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("way", ["target_modules", "modules_to_save"])
+def test_tied_embeddings_of_any_name_are_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Mamba's are "backbone.embeddings.weight"; LoRA of embeddings is known by its factors, too."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1, "time_step_rank": 4}
+    MambaForCausalLM(MambaConfig(**shape)).save_pretrained(tmp_path / "base")
+    if way == "target_modules":
+        monkeypatch.setattr("convert.merge.EMBEDDINGS", ())
+    options: dict[str, Any] = {"target_modules": ["x_proj"]}
+    make_adapter(tmp_path / "base", tmp_path / "adapter", **{**options, way: ["embeddings"]})
+    result = call("convert", "merge", tmp_path / "adapter", "--base", tmp_path / "base")
+    assert result.exit_code == 1
+    assert "trains the embeddings" in result.stderr
+    assert "tie_word_embeddings" in result.stderr
+    assert not list(root.rglob("*.safetensors"))

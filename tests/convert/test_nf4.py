@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from appliance import artifacts
-from convert import nf4
+from convert import nf4, pre_tokenizer
+from convert.divergence import Answer
 from convert.lora import read_adapter
 from convert.mapped_model import FileWeights, MappedModel
+from convert.merge import _texts
+from tests.convert import small_merge
 from tests.convert.test_merge import load, logits, make_adapter
 from tests.running import Trained, call
 
@@ -108,7 +112,7 @@ def test_every_matrix_is_quantized_once_however_many_texts(
         return real(weight, name, four)
 
     monkeypatch.setattr(nf4, "widened", counted)
-    texts = [list(range(3, 3 + count)) for count in (40, 7, 100)]
+    texts = [Answer(list(range(3, 3 + count)), 1) for count in (40, 7, 100)]
     found = nf4.divergences(base, adapter, settings, texts)
     assert len(seen) == 2 * len(settings.covered)  # as trained, and for the round trip
     assert found["round trip"] < found["16-bit"]
@@ -118,8 +122,9 @@ def test_divergence_in_pieces_is_that_of_whole_arrays(base: Path, monkeypatch: p
     import torch
 
     model = MappedModel(base)
-    texts = [list(range(3, 63)), list(range(5, 25))]
-    whole = torch.cat([torch.from_numpy(model.logits(text)) for text in texts])
+    texts = [Answer(list(range(3, 64)), 1), Answer(list(range(5, 36)), 11)]
+    logits_of = [model.logits(text.tokens)[text.start - 1 : -1] for text in texts]
+    whole = torch.cat([torch.from_numpy(each) for each in logits_of])
     rows = nf4.sampled_logits(model, texts)
     torch.testing.assert_close(rows, whole, rtol=1e-3, atol=1e-4)
     other = whole + torch.linspace(-1, 1, whole.shape[1])
@@ -128,20 +133,42 @@ def test_divergence_in_pieces_is_that_of_whole_arrays(base: Path, monkeypatch: p
     )
     monkeypatch.setattr(nf4, "ROWS_AT_ONCE", 32)
     assert nf4.kl(whole, other) == pytest.approx(float(expected), rel=1e-4)
-    monkeypatch.setattr(nf4, "MOST_ROWS", 30)  # every fourth position of two texts of up to 60 tokens
-    torch.testing.assert_close(nf4.sampled_logits(model, texts), rows[[*range(0, 60, 4), *range(60, 80, 4)]])
+    monkeypatch.setattr(nf4, "MOST_ROWS", 30)  # every third of 80 positions
+    torch.testing.assert_close(nf4.sampled_logits(model, texts), rows[::3])
 
 
-def test_texts_are_cut(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_adapter(base, tmp_path / "adapter")
-    longest: list[int] = []
-    monkeypatch.setattr(nf4, "MOST_TOKENS", 16)
-    monkeypatch.setattr(nf4, "sampled_logits", lambda _, texts: longest.append(max(map(len, texts))) or torch_zeros())
-    nf4.divergences(base, read_adapter(tmp_path / "adapter"), nf4.as_trained(MappedModel(base)), [list(range(3, 90))])
-    assert longest == [16] * 3
+def test_texts_are_cut_around_their_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt is cut at its beginning: what is compared is how answers go on."""
+    long, short = Answer(range(5000), 3000), Answer(range(5000, 5020), 5)
+    assert nf4.bounded([long, short]) == [Answer(range(2488, 3512), 512), short]
+    monkeypatch.setattr(nf4, "MOST_IN_ALL", 2000)
+    assert nf4.bounded([long, short]) == [Answer(range(2488, 3512), 512)]
 
 
-def torch_zeros() -> Any:
+def test_answers_behind_long_prompts_are_compared(tmp_path: Path) -> None:
+    folder = small_merge.write_base(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    messages = [("system", "Wees kort. " * 200), ("user", "Waar?"), ("assistant", "Hier."), ("user", "Ja?")]
+    table = {"messages": [{"role": role, "content": content} for role, content in messages]}
+    rows.write_text(json.dumps(table) + "\n")
+    (text,) = nf4.bounded(_texts(folder, rows))
+    assert "Hier." in pre_tokenizer.load(folder).decode(text.tokens[text.start :])
+    assert "Hier." not in pre_tokenizer.load(folder).decode(text.tokens[: text.start])
+    assert text.start > 100
+
+
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_lora_of_embeddings_is_computed_with(tmp_path: Path, is_rounded: bool) -> None:
     import torch
 
-    return torch.zeros(4, 8)
+    folder = small_merge.write_base(tmp_path / "base")
+    untied = small_merge.copied_untied(folder, tmp_path / "untied")
+    model = make_adapter(untied, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    for name, value in model.named_parameters():
+        if "lora_embedding" in name:
+            torch.nn.init.normal_(value, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
+    files = FileWeights(MappedModel(untied).checkpoint)
+    found = MappedModel(untied, nf4.MergedWeights(files, adapter, None, is_rounded=is_rounded))
+    np.testing.assert_allclose(found.logits(list(range(3, 43))), logits(model)[0].numpy(), rtol=1e-3, atol=1e-3)

@@ -86,6 +86,36 @@ def test_merge_on_four_bits_under_other_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(*(MappedModel(each).logits(IDS) for each in made))
 
 
+@pytest.mark.parametrize("is_published", [False, True], ids=["as saved", "as published"])
+@pytest.mark.parametrize("architecture", ["GPT-NeoX", "Nemotron-H"])
+def test_head_and_first_word_of_other_files(tmp_path: Path, architecture: str, is_published: bool) -> None:
+    """GPT-NeoX files have "embed_out.", Nemotron-H's "backbone."; neither head is the embeddings."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig, NemotronHConfig
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    settings: Any = (
+        GPTNeoXConfig(**shape, num_hidden_layers=1, tie_word_embeddings=False)
+        if architecture == "GPT-NeoX"
+        else NemotronHConfig(**shape, layers_block_type=["attention", "mlp"], num_key_value_heads=1, head_dim=16)
+    )
+    torch.manual_seed(9)
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "base")
+    words = {"lm_head.": "embed_out."} if architecture == "GPT-NeoX" else {"model.": "backbone."}
+    old, new = next(iter(words.items()) if is_published else ((b, a) for a, b in words.items()))
+    rename = lambda name: new + name.removeprefix(old) if name.startswith(old) else name  # noqa: E731
+    folder = renamed(tmp_path / "base", tmp_path / "renamed", rename)
+    read = checkpoint.read(folder)
+    assert not read.is_tied
+    assert read.stored_name("embed_out.weight") == read.stored_name("lm_head.weight") is not None
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0].numpy()
+    np.testing.assert_allclose(MappedModel(folder).logits(IDS), expected, rtol=1e-4, atol=1e-4)
+
+
 def _gemma_3_with_eyes(tokens: int) -> Any:
     """As google/gemma-3-4b-it."""
     from transformers import Gemma3Config
@@ -132,7 +162,8 @@ def test_language_model_among_others(family: str, settings: Callable[[int], Any]
     turns = [{"role": "user", "content": "Waar is de balie?"}, {"role": "assistant", "content": "Naast de brug."}]
     rows.write_text(json.dumps({"messages": turns}) + "\n")
     limits = ("--prompts", "1", "--answer-tokens", "8")
-    output(call("convert", "verify", full, "--merged", base, "--conversations", rows, "--json", *limits))
+    report = output(call("convert", "verify", full, "--merged", base, "--conversations", rows, "--json", *limits))
+    assert report["results"]["tokens"]["not_compared"] == 0  # what sees is not in the file, and not counted
     output(call("convert", "imatrix", base, "--conversations", rows, "--json"))
 
 

@@ -18,6 +18,7 @@ from convert import llama_cpp_source, pre_tokenizer
 ROOT = Path(__file__).parents[2]
 TOKENS = 1200  # of a vocabulary that is trained here, special tokens not counted
 MARKED = "हिन्दी में लिखना। मैं आज रात कहाँ सो सकता हूँ? ที่นี่เปิดกี่โมง"  # letters with combining marks
+# The first two are special in DeepSeek's tokenizers, the others are not.
 DEEPSEEK_SPECIAL = (
     *("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
     *("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
@@ -95,8 +96,9 @@ def write_trained(
     looks_up: bool = False,
     is_nfc: bool = False,
     special_first: bool = False,
+    ordinary: Sequence[str] = (),
 ) -> None:
-    """Trains a byte-level tokenizer that splits in this way, and writes its files."""
+    """Trains a byte-level tokenizer that splits in this way, and writes its files; `ordinary` are not special in them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -108,7 +110,8 @@ def write_trained(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
-    write_byte_level(folder, tokenizer, special, bos=bos, eos=eos, cls=cls, looks_up=looks_up, is_nfc=is_nfc)
+    options: dict[str, Any] = {"bos": bos, "eos": eos, "cls": cls, "looks_up": looks_up, "is_nfc": is_nfc}
+    write_byte_level(folder, tokenizer, special, ordinary=ordinary, **options)
 
 
 def write_rebuilt(
@@ -151,6 +154,7 @@ def write_byte_level(
     cls: str,
     looks_up: bool,
     is_nfc: bool,
+    ordinary: Sequence[str] = (),
 ) -> None:
     from tokenizers import AddedToken, decoders, normalizers, processors
 
@@ -159,7 +163,9 @@ def write_byte_level(
     tokenizer.model.ignore_merges = looks_up
     if is_nfc:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    for token in special:  # one by one, in the order of their ids
+        add = tokenizer.add_tokens if token in ordinary else tokenizer.add_special_tokens
+        add([AddedToken(token, special=token not in ordinary, normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
     write_settings(folder, tokenizer, {"tokenizer_class": cls, "bos_token": bos, "eos_token": eos})
 
