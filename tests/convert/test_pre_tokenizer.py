@@ -44,7 +44,7 @@ def model(folder: Path, architecture: str = "LlamaForCausalLM", model_type: str 
     more = {"num_key_value_heads": 1, "rms_norm_eps": 1e-5, "intermediate_size": 64, "max_position_embeddings": 64}
     settings = {"architectures": [architecture], "model_type": model_type, **shape, **more}
     (folder / "config.json").write_text(json.dumps(settings))
-    return Checkpoint(folder, settings, [], {})
+    return Checkpoint(folder, settings, [], {}, {})
 
 
 def converted(checkpoint: Checkpoint) -> tuple[Path, str | None]:

@@ -87,7 +87,8 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
         model = tiny_gguf.write(folder / "tiny.gguf")
     recipe = tiny_recipe.write(folder / "recipe")
     training_port, keys = free_port(), folder / "keys"
-    environ = {"APPLIANCE_MAKE_KEYS": str(keys)}
+    # Each token leaves by itself, so that clients see the gaps between tokens that the server counts.
+    environ = {"APPLIANCE_MAKE_KEYS": str(keys), "APPLIANCE_SERVE_STREAM_SECONDS": "0"}
     long = ("--set", "starter.epochs=100000")
     training = start(folder / "training", "train", recipe, "--phase", "base", *long, "--metrics-port", str(training_port))
     try:

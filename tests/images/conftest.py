@@ -80,9 +80,9 @@ def stick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "stick"
 
 
-def export(root: Path, target: Path, revision: int = 1) -> None:
+def export(root: Path, target: Path, revision: int = 1, name: str = "tiny") -> None:
     """Makes a tiny model in `root`, promotes and exports it."""
-    plan = Plan(kind="gguf", name="tiny", inputs={"revision": revision}, config={"type": "F16"})
+    plan = Plan(kind="gguf", name=name, inputs={"revision": revision}, config={"type": "F16"})
     with artifacts.create(plan, root) as draft:
         tiny_gguf.write(draft.path / "tiny.gguf")
     model = artifacts.load(plan.location(root))

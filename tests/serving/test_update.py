@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.images.conftest import export
 from tests.running import Trained, call
 from tests.serving.serving_process import running_server, until
 
@@ -17,11 +18,11 @@ def exported(trained: Trained, step: str, stick: Path, monkeypatch: pytest.Monke
 
 
 def test_running_server_takes_up_what_the_stick_brings_and_goes_back(
-    trained: Trained, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stick = tmp_path / "stick"
-    stick.mkdir()
-    small, large = (exported(trained, step, stick, monkeypatch) for step in ("Q4_K_M", "Q8_0"))
+    small, large = (tmp_path / f"{name}.appliance" for name in ("small", "large"))
+    for file in (small, large):
+        export(tmp_path / f"where-{file.stem}-was-made", file, name=file.stem)
     monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(root))
     assert call("models", "import", small, "--promote").exit_code == 0
     with running_server(root=root) as server:
