@@ -61,14 +61,17 @@ class Measured:
     rows: dict[str, dict[int, tuple[float, int]]]
 
 
-def answers(tokenizer: Any, rows: Sequence[Messages], most_tokens: int) -> list[Answer]:
-    """Every assistant's turn of the rows, as training renders it; one that does not fit is left out."""
+def answers(tokenizer: Any, rows: Sequence[Messages], most_tokens: int, where: str = "of its language") -> list[Answer]:
+    """Every assistant's turn of the rows, as training renders it; one that does not fit is left out.
+
+    `where` says in an error which rows a number counts.
+    """
     found = []
     for row, messages in enumerate(rows, 1):
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            name = f"turn {index + 1} of conversation {row} of its language"
+            name = f"turn {index + 1} of conversation {row} {where}"
             prompt = conversations.token_ids(tokenizer, messages[:index], name, add_generation_prompt=True)
             whole = conversations.token_ids(tokenizer, messages[: index + 1], name)
             if tokenizer.eos_token_id in whole[len(prompt) :]:  # what a template writes behind it is never generated

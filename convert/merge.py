@@ -122,7 +122,7 @@ def _texts(base: Path, rows: Path | None) -> list[Answer]:
         return [Answer(tokenizer(pre_tokenizer.PROBE, add_special_tokens=False)["input_ids"], 1)]
     found = conversations.read(rows)
     chosen = found[:: max(1, len(found) // COMPARED)][:COMPARED]
-    last = {each.row: each for each in divergence.answers(tokenizer, chosen, sys.maxsize)}
+    last = {each.row: each for each in divergence.answers(tokenizer, chosen, sys.maxsize, "of those compared")}
     if last:
         return list(last.values())
     note(f"merge: no answer of {rows.name} can be told from what stands before it; whole conversations are compared")

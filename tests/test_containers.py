@@ -381,7 +381,7 @@ def test_docker_that_is_podman_is_called_so(engines: Path) -> None:
 
 
 def test_recipe_may_have_a_space_in_its_path() -> None:
-    command = ["make", "--dry-run", "train", "RECIPE=my recipes/a.toml", "ARGS=--ask 1"]
+    command = ["make", "--no-print-directory", "--dry-run", "train", "RECIPE=my recipes/a.toml", "ARGS=--ask 1"]
     said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     assert shlex.split(said)[-4:] == ["train", "my recipes/a.toml", "--ask", "1"]
 

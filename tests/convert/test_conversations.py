@@ -53,7 +53,7 @@ def convert(command: str, trained: Trained, model: Path, rows: Path, tmp_path: P
         ("imatrix", "conversation 2 of those in en"),
         ("verify", "conversation 2"),
         ("sensitivity", "turn 3 of conversation 2 of its language"),
-        ("merge", "row 2 of rows.jsonl"),
+        ("merge", "turn 3 of conversation 2 of those compared"),
     ],
 )
 def test_refused_conversation_is_named(trained: Trained, root: Path, tmp_path: Path, command: str, place: str) -> None:
