@@ -24,6 +24,7 @@ from appliance.errors import ArtifactError, EnvironmentIncomplete
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+TUNED = ".tuned.json"  # behind a model's file name: its tuned settings (serving/tuning_file.py)
 KINDS = ("base", "dataset", "adapter", "merged", "gguf", "encoder", "report")
 PARTIAL = ".partial"
 FULL_BYTES = 1 << 20  # where less is free, a disk is full

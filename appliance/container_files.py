@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from appliance import config
+from appliance import artifacts, config
 from appliance.errors import EnvironmentIncomplete, RecipeError
 from appliance.gpu_access import ARCHITECTURES, OVERRIDE
 
@@ -22,7 +22,6 @@ NOT_PASSED_ON = frozenset(
     }
 )
 METRICS = "APPLIANCE_METRICS_"  # of a training run, which has no network in there to be asked over
-MANIFEST, TUNED = "manifest.json", ".tuned.json"  # what `artifacts.py` and `serving/tuning_file.py` call them
 MOUNT_POINT = "lost+found"  # ext4's, in a disk that is mounted for the store
 
 
@@ -137,12 +136,12 @@ class CallersFiles:
 
     def _model(self, named: Path, path: Path) -> str:
         """With its folder if that is an artifact, whose files are all checked; else with its tuned settings alone."""
-        if (named.parent / MANIFEST).is_file():
+        if (named.parent / artifacts.MANIFEST).is_file():
             return f"{self._folder(named.parent, 'given/artifact')}/{named.name}"
         place = self._place(path, "given/model", f"/{named.name}")
-        tuned = named.with_name(named.name + TUNED)
+        tuned = named.with_name(named.name + artifacts.TUNED)
         if tuned.is_file():
-            self._given[place + TUNED] = tuned.resolve()
+            self._given[place + artifacts.TUNED] = tuned.resolve()
         return place
 
     def _folder(self, path: Path, name: str) -> str:

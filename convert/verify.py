@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from appliance import artifacts, config
+from appliance import artifacts, config, promotion
 from appliance import recipe as recipes
 from appliance.artifacts import Plan
 from appliance.console import Command, emit, human_bytes, json_option, note
@@ -29,7 +29,6 @@ DEFAULTS = Verify()
 MIB = 1 << 20
 MOST_SHOWN = 5
 SIXTEEN_BITS = "F16"
-PLAIN = " plain"  # behind the type of a file for which nothing was measured, beside one for which something was
 FILE, PAGE = "certificate.json", "certificate.md"
 
 
@@ -243,7 +242,7 @@ def _measure_files(subject: Subject, rows: Sequence[Messages]) -> tuple[dict[str
                 results[kind].update(languages=lost[kind].languages, worst=lost[kind].worst)
                 results[kind].update(better=_measured(subject.files[kind])[1])
     for kind, each in lost.items():
-        if (plain := lost.get(f"{kind}{PLAIN}")) is not None:
+        if (plain := lost.get(f"{kind}{promotion.PLAIN}")) is not None:
             found = {code: divergence.difference(rows, plain.rows[code]) for code, rows in each.rows.items()}
             results[kind]["against_plain"] = found
     asked = sum(message["role"] == "assistant" for messages in rows for message in messages)
@@ -303,7 +302,7 @@ def _by_type(quantized: Sequence[Path]) -> dict[str, Path]:
     measured = {kind for file, kind in kinds.items() if any(_measured(file))}
     found: dict[str, Path] = {}
     for file, kind in kinds.items():
-        name = kind if kind not in measured or any(_measured(file)) else f"{kind}{PLAIN}"
+        name = kind if kind not in measured or any(_measured(file)) else f"{kind}{promotion.PLAIN}"
         if name in found:
             raise click.BadParameter(f"{found[name]} and {file} would both be called {name}.", param_hint="--quantized")
         found[name] = file

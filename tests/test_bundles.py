@@ -9,54 +9,22 @@ import sys
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance import artifacts, bundles, promotion
-from appliance.artifacts import Artifact, Plan
 from appliance.commands import serve
 from appliance.errors import ApplianceError, ArtifactError, RecipeError, VerificationFailed
-from tests import killed
 from tests.running import call, environment
-
-SERVE = {"slots": 3, "system_prompts": ["Wees kort."], "host": "0.0.0.0", "threads": 4, "adapters": ["a=/x.gguf"]}
-CARRIED = {"slots": 3, "system_prompts": ["Wees kort."]}
-
-
-def made(
-    root: Path, name: str = "tiny", content: bytes = b"weights" * 100, revision: int | None = None
-) -> tuple[Artifact, Artifact]:
-    """A model and the report that verifies it: with a limit and no gate, where it has a revision."""
-    plan = Plan(kind="gguf", name=name, inputs={"revision": 1}, config={"type": "Q8_0"})
-    with artifacts.create(plan, root) as draft:
-        (draft.path / f"{name}.gguf").write_bytes(content)
-        draft.results["size_bytes"] = len(content)
-    model = artifacts.load(plan.location(root))
-    inputs = {"what": "verify", "revision": revision or promotion.GATED_SINCE}
-    limits = {} if revision is None else {"kl_limit": 0.1}
-    plan = Plan(kind="report", name=f"{name}-verify", inputs=inputs, parents=[model.id], config=limits)
-    with artifacts.create(plan, root) as draft:
-        (draft.path / "figures").mkdir()
-        (draft.path / "figures" / "loss.txt").write_text("0.1")
-    return model, artifacts.load(plan.location(root))
-
-
-def promoted(root: Path, name: str = "tiny", **serve: Any) -> Artifact:
-    model, report = made(root, name)
-    promotion.promote(model, report, serve, root)
-    return model
+from tests.small_bundles import CARRIED, SERVE, exported, made, promoted
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """Of a promoted model."""
-    there = tmp_path / "there"
-    path = tmp_path / "tiny.appliance"
-    bundles.export(promoted(there, **SERVE), there, path)
-    return path
+    return exported(tmp_path)
 
 
 def members(path: Path) -> dict[str, bytes]:
@@ -364,94 +332,3 @@ def test_other_fingerprint_is_refused(bundle: Path, root: Path) -> None:
     with pytest.raises(VerificationFailed, match="it is another bundle"):
         bundles.take_in(bundle, root, fingerprint="0" * 64)
     assert files(root) == {}
-
-
-def test_export_killed_at_any_moment_leaves_no_half_file(tmp_path: Path) -> None:
-    there, stick = tmp_path / "there", tmp_path / "stick"
-    model = promoted(there)
-    stick.mkdir()
-    whole = bundles.export(model, there, tmp_path / "whole").path.read_bytes()
-    path = stick / "tiny.appliance"
-    deaths = 0
-    for _ in killed.moments(stick, lambda: bundles.export(model, there, path)):
-        deaths += 1
-        assert not path.exists() or path.read_bytes() == whole
-        path.unlink(missing_ok=True)
-    assert deaths >= 2
-    assert [each.name for each in stick.iterdir()] == [path.name]
-    assert path.read_bytes() == whole
-
-
-def test_export_killed_while_it_copies_leaves_no_half_file(tmp_path: Path) -> None:
-    """After each file's content, and in the middle of it: there the folder of the target is not touched."""
-    there, stick = tmp_path / "there", tmp_path / "stick"
-    model, _ = made(there, content=bytes(10 * tarfile.RECORDSIZE))
-    stick.mkdir()
-    path = stick / "tiny.appliance"
-    told: list[int] = []
-    whole = bundles.export(model, there, tmp_path / "whole", progress=lambda done, _: told.append(done)).path.read_bytes()
-    assert len(told) == 4
-    for moment in told:
-        assert killed.dies(export_killed_after, moment, model, there, path)
-        assert not path.exists()
-    for reads in (1, 4, 7):
-        assert killed.dies(export_killed_at_read, reads, model, there, path)
-        assert not path.exists()
-        assert path.with_name(path.name + artifacts.PARTIAL).exists()
-    bundles.export(model, there, path)
-    assert [each.name for each in stick.iterdir()] == [path.name]
-    assert path.read_bytes() == whole
-
-
-def export_killed_after(size_bytes: int, model: Artifact, root: Path, path: Path) -> None:
-    bundles.export(model, root, path, progress=lambda done, _: killed.now(done == size_bytes))
-
-
-def export_killed_at_read(number: int, model: Artifact, root: Path, path: Path) -> None:
-    left = iter(range(number))
-
-    class Dying(bundles._Hashed):
-        def read(self, size: int = -1) -> bytes:
-            killed.now(next(left, None) is None)
-            return super().read(size)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundles, "_Hashed", Dying)
-        bundles.export(model, root, path)
-
-
-def test_update_killed_at_any_moment_serves_the_old_model_or_the_new_one(bundle: Path, root: Path, tmp_path: Path) -> None:
-    old = promoted(root, "old", slots=7)
-    before = tmp_path / "before"
-    shutil.copytree(root, before, symlinks=True)
-    deaths = 0
-    for _ in killed.moments(root, lambda: call("models", "import", bundle, "--promote")):
-        deaths += 1
-        served = promotion.current(root)
-        assert served is not None
-        artifacts.check_files(served)
-        assert promotion.serve_settings(served, root) == ({"slots": 7} if served.id == old.id else CARRIED)
-        if deaths % 2:  # what is half done is no hindrance to who tries again, nor to the next
-            shutil.rmtree(root)
-            shutil.copytree(before, root, symlinks=True)
-    assert deaths > 20
-    served = promotion.current(root)
-    assert served is not None
-    assert served.id != old.id
-    assert not list(root.rglob("*.partial"))
-
-
-def test_rollback_killed_at_any_moment_serves_either_model(root: Path) -> None:
-    promoted(root, "old", slots=7)
-    new = promoted(root, "new", slots=8)
-    deaths = 0
-    for _ in killed.moments(root, lambda: promotion.rollback(root)):
-        deaths += 1
-        served = promotion.current(root)
-        assert served is not None
-        assert promotion.serve_settings(served, root) == {"slots": 8 if served.id == new.id else 7}
-        promotion.promote(new, promotion.report_on(new, root), {"slots": 8}, root)
-    assert deaths > 5
-    served = promotion.current(root)
-    assert served is not None
-    assert served.manifest["name"] == "old"

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from appliance import artifacts, config, first_keys, keys, promotion, store_key
-from appliance.artifacts import Plan
+from appliance import config, first_keys, keys, store_key
 from appliance.errors import NotAuthenticated
 from appliance.evaluation.asking import ask_served_model
 from appliance.store import Store
-from tests import killed, tiny_gguf
+from tests import killed, tiny_artifact, tiny_gguf
 from tests.running import environment
 from tests.serving.serving_process import running_server
 
@@ -64,14 +63,7 @@ def test_asking_finds_the_key_that_was_made_for_it(root: Path, monkeypatch: pyte
 
 def test_questions_after_a_run_need_no_key_of_those_that_were_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor a store: a container that trains has not its key."""
-    plan = Plan(kind="gguf", name="tiny", inputs={}, config={"type": "F16"})
-    with artifacts.create(plan, root) as draft:
-        tiny_gguf.write(draft.path / "tiny.gguf")
-    model = artifacts.load(plan.location(root))
-    report = Plan(kind="report", name="tiny-verify", inputs={"what": "verify"}, parents=[model.id])
-    with artifacts.create(report, root):
-        pass
-    promotion.promote(model, artifacts.load(report.location(root)), {}, root)
+    tiny_artifact.promoted(root)
     first_keys.make(config.first_keys_folder(), config.store_file(), config.store_key_file())
     monkeypatch.setenv("APPLIANCE_KEY_FILE", str(root.parent / "not mounted"))
     assert ask_served_model([]).model == "tiny"

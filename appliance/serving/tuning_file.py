@@ -19,7 +19,6 @@ from appliance.errors import ArtifactError
 from appliance.recipe import Serve
 from appliance.serving.decoder import LONGEST_CHUNK_TOKENS, SHORTEST_CHUNK_TOKENS
 
-SUFFIX = ".tuned.json"
 SCHEMA = 1
 CPU_FIELDS = ("model name", "Model", "Hardware", "CPU implementer", "CPU part")  # of /proc/cpuinfo: x86, and ARM's kinds
 
@@ -121,7 +120,7 @@ class Tuning(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def path_of(model: Path) -> Path:
-    return model.with_name(model.name + SUFFIX)
+    return model.with_name(model.name + artifacts.TUNED)
 
 
 def read(path: Path) -> Tuning | None:
@@ -184,4 +183,4 @@ def _problems(tuning: Tuning) -> Sequence[str]:
 
 
 def _remedy(path: Path) -> str:
-    return f"remove it, or make it again with `appliance bench serve --tune` ({path.name.removesuffix(SUFFIX)})."
+    return f"remove it, or make it again with `appliance bench serve --tune` ({path.name.removesuffix(artifacts.TUNED)})."

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from appliance import artifacts, bundles, promotion
-from appliance.artifacts import Plan
 from appliance.config import cache_root
 from appliance.errors import ApplianceError
-from tests import tiny_gguf
+from tests import tiny_artifact
 from tests.images.image_engine import BASE, ImageEngine
 from tests.images.image_table import Row, table
 
@@ -76,18 +74,5 @@ def stick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an exported model, tiny.appliance; the artifacts that it came from lie beside it, in `there`."""
     folder = tmp_path_factory.mktemp("brought")
     (folder / "stick").mkdir()
-    export(folder / "there", folder / "stick" / "tiny.appliance")
+    tiny_artifact.exported(folder / "there", folder / "stick" / "tiny.appliance")
     return folder / "stick"
-
-
-def export(root: Path, target: Path, revision: int = 1, name: str = "tiny") -> None:
-    """Makes a tiny model in `root`, promotes and exports it."""
-    plan = Plan(kind="gguf", name=name, inputs={"revision": revision}, config={"type": "F16"})
-    with artifacts.create(plan, root) as draft:
-        tiny_gguf.write(draft.path / "tiny.gguf")
-    model = artifacts.load(plan.location(root))
-    plan = Plan(kind="report", name="tiny-verify", inputs={"what": "verify"}, parents=[model.id])
-    with artifacts.create(plan, root):
-        pass
-    promotion.promote(model, artifacts.load(plan.location(root)), {}, root)
-    bundles.export(model, root, target)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from appliance import promotion
-from tests import tiny_recipe
-from tests.images.conftest import REPOSITORY, export
+from tests import tiny_artifact, tiny_recipe
+from tests.images.conftest import REPOSITORY
 from tests.images.image_engine import BASE, CERTIFICATES, ImageEngine
 
 pytestmark = pytest.mark.image
@@ -129,7 +129,7 @@ def test_a_pc_without_a_network_from_blank_to_answering(
         assert len(typed(key).strip()) > 20
         doctor, bring = after
         assert "memory" in typed(doctor)
-        export(tmp_path / "newer", media / "new.appliance", revision=2)
+        tiny_artifact.exported(tmp_path / "newer", media / "new.appliance", revision=2)
         assert "gguf/tiny" in typed(bring)
         assert typed("podman stop --time 45 appliance")
         state = json.loads(engine.run("podman", "container", "inspect", "appliance").stdout)[0]["State"]

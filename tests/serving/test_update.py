@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.images.conftest import export
+from tests import tiny_artifact
 from tests.running import Trained, call
 from tests.serving.serving_process import running_server, until
 
@@ -22,7 +22,7 @@ def test_running_server_takes_up_what_the_stick_brings_and_goes_back(
 ) -> None:
     small, large = (tmp_path / f"{name}.appliance" for name in ("small", "large"))
     for file in (small, large):
-        export(tmp_path / f"where-{file.stem}-was-made", file, name=file.stem)
+        tiny_artifact.exported(tmp_path / f"where-{file.stem}-was-made", file, name=file.stem)
     monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(root))
     assert call("models", "import", small, "--promote").exit_code == 0
     with running_server(root=root) as server:
