@@ -27,7 +27,7 @@ from pathlib import Path
 from appliance import gpu_access
 from appliance.config import cache_root
 from appliance.errors import ApplianceError, EnvironmentIncomplete, several
-from convert import llama_cpp_source
+from convert import llama_cpp_source, llama_cpp_wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("serve", "sign", "traces", "train", "convert", "onnx", "dev")
@@ -68,7 +68,7 @@ class Plan:
     @property
     def foundation(self) -> str:
         """What a `.venv` cannot change in place: a difference makes a new one."""
-        parts = [str(self.root), sys.version_info[:2], self.backend, self.torch_index, llama_cpp_source.wheel_key()]
+        parts = [str(self.root), sys.version_info[:2], self.backend, self.torch_index, llama_cpp_wheel.wheel_key()]
         return json.dumps(parts)
 
 
@@ -164,7 +164,7 @@ def set_up(plan: Plan) -> None:
         say("installing what training, conversion, serving and tests need")
         pip_install(plan, *plan.requirements)
         llama_cpp_source.ensure_converter(plan.python)
-        pip_install(plan, str(llama_cpp_source.ensure_wheel(plan.python)))
+        pip_install(plan, str(llama_cpp_wheel.ensure_wheel(plan.python)))
         # Without build isolation: setuptools is installed and pinned, and nothing is downloaded for it.
         pip_install(plan, "--no-deps", "--no-build-isolation", "--editable", str(plan.root))
         prove(plan)
@@ -186,7 +186,7 @@ def check_machine(plan: Plan, environment: Mapping[str, str]) -> None:
     """Raises one EnvironmentIncomplete that names everything the machine lacks."""
     missing = missing_python_parts()
     try:
-        llama_cpp_source.wheel_path()
+        llama_cpp_wheel.wheel_path()
     except EnvironmentIncomplete:
         missing += missing_build_tools(environment)
         needs_build = True

@@ -21,7 +21,7 @@ from appliance import artifacts, setup
 from appliance.config import cache_root, quiet_environment
 from appliance.console import Command
 from appliance.errors import EnvironmentIncomplete, several
-from convert import llama_cpp_source
+from convert import llama_cpp_source, llama_cpp_wheel
 
 PROGRAMS = ("llama-server", "llama-bench", "llama-batched-bench", "llama-imatrix")
 FLAGS = (
@@ -50,7 +50,7 @@ def binary(name: str) -> Path:
 def programs_folder() -> Path:
     """Where the programs for this version, these flags (also CMAKE_ARGS of the environment) and this CPU are or will be."""
     arguments = shlex.split(quiet_environment().get("CMAKE_ARGS", ""))
-    parts = [llama_cpp_source.SOURCE_SHA256, FLAGS, PROGRAMS, arguments, llama_cpp_source.cpu_identity()]
+    parts = [llama_cpp_source.SOURCE_SHA256, FLAGS, PROGRAMS, arguments, llama_cpp_wheel.cpu_identity()]
     key = f"{llama_cpp_source.VERSION}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
     return cache_root() / "peers" / key
 
@@ -78,7 +78,7 @@ def ensure_programs() -> Path:
 def compile_programs(source: Path, objects: Path, log: Path, lock: int) -> None:
     """Leaves the programs and their libraries in `objects`/bin; goes on where an interrupted run was."""
     environment = quiet_environment()
-    jobs = llama_cpp_source.compile_jobs()
+    jobs = llama_cpp_wheel.compile_jobs()
     configure = ["cmake", "-S", str(source), "-B", str(objects), *FLAGS, *shlex.split(environment.get("CMAKE_ARGS", ""))]
     builder = "ninja" if shutil.which("ninja") else "make"
     configure += ["-G", "Ninja" if builder == "ninja" else "Unix Makefiles"]
@@ -86,8 +86,8 @@ def compile_programs(source: Path, objects: Path, log: Path, lock: int) -> None:
     compile_all = [builder, "-C", str(objects), "-j", str(jobs), *PROGRAMS]
     llama_cpp_source.say(f"compiling {', '.join(PROGRAMS)}, {jobs} at a time; once, some minutes; log: {log}")
     for command, file in ((configure, log.with_suffix(".cmake.log")), (compile_all, log)):
-        if code := llama_cpp_source.run_compiler(command, environment, file, lock):
-            raise llama_cpp_source.compile_failed(code, file, objects)
+        if code := llama_cpp_wheel.run_compiler(command, environment, file, lock):
+            raise llama_cpp_wheel.compile_failed(code, file, objects)
 
 
 def install(built: Path, folder: Path) -> None:

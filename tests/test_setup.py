@@ -14,23 +14,15 @@ import pytest
 
 from appliance import setup
 from convert import llama_cpp_source as source
+from convert import llama_cpp_wheel
+from tests.setup_machine import alone, script
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("APPLIANCE_CACHE", str(folder))
-    for name in ("CMAKE_ARGS", "TORCH_INDEX", "BACKEND"):
-        monkeypatch.delenv(name, raising=False)
-    return folder
-
-
-def script(path: Path, text: str) -> str:
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return str(path)
+    return alone(tmp_path, monkeypatch)
 
 
 def canonical(name: str) -> str:
@@ -94,7 +86,7 @@ class TestCheck:
         assert "cmake is 3.18, 3.21 or newer is needed" in found.stderr
 
     def test_no_compiler_is_needed_when_the_wheel_is_cached(self, cache: Path, tmp_path: Path) -> None:
-        folder = cache / "wheels" / source.wheel_key()
+        folder = cache / "wheels" / llama_cpp_wheel.wheel_key()
         folder.mkdir(parents=True)
         (folder / "one.whl").touch()
         assert "compiler" not in check(str(tmp_path)).stderr
@@ -259,7 +251,7 @@ class TestMakefile:
     TARGETS = (
         *("help", "setup", "demo", "train", "serve", "chat", "test", "full", "check", "lint", "type", "onnx-env"),
         *("bench-peers", "bench-serve", "bench-train", "image-cpu", "image-cuda", "image-rocm", "image-test"),
-        *("image-test-arm64", "clean"),
+        *("image-test-arm64", "image-test-cuda", "clean"),
     )
 
     def test_has_the_agreed_targets_with_help_and_short_recipes(self) -> None:

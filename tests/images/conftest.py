@@ -33,9 +33,9 @@ def engine() -> ImageEngine:
     return engine
 
 
-def portable_flags() -> str:
-    """CMake's, of the CPU image; with them the other two are built here as well."""
-    found = re.search(r'^ARG CMAKE_ARGS="(.*)"$', (REPOSITORY / "Dockerfile.cpu").read_text(), re.MULTILINE)
+def cmake_flags(backend: str = "cpu") -> str:
+    """Of this image; with those of the CPU's the other two are built here as well."""
+    found = re.search(r'^ARG CMAKE_ARGS="(.*)"$', (REPOSITORY / f"Dockerfile.{backend}").read_text(), re.MULTILINE)
     assert found is not None
     return found[1]
 
@@ -43,9 +43,9 @@ def portable_flags() -> str:
 @pytest.fixture(scope="session")
 def wheels() -> Path:
     """The folder of wheels, with the portable one that all three builds install: compiled once, and kept."""
-    environ = {**os.environ, "CMAKE_ARGS": portable_flags()}
+    environ = {**os.environ, "CMAKE_ARGS": cmake_flags()}
     environ.pop("APPLIANCE_ARTIFACTS", None)
-    subprocess.run([sys.executable, "-m", "convert.llama_cpp_source"], cwd=REPOSITORY, env=environ, check=True)
+    subprocess.run([sys.executable, "-m", "convert.llama_cpp_wheel"], cwd=REPOSITORY, env=environ, check=True)
     return cache_root() / "wheels"
 
 
@@ -53,7 +53,7 @@ def wheels() -> Path:
 def options(engine: ImageEngine, wheels: Path) -> list[str]:
     """Of a build here: on a base that was made here, with llama.cpp compiled before."""
     mounts = {wheels: "/opt/cache/wheels", cache_root() / "downloads": "/opt/cache/downloads"}
-    return engine.build_options({"CMAKE_ARGS": portable_flags()}, mounts)
+    return engine.build_options({"CMAKE_ARGS": cmake_flags()}, mounts)
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ import pytest
 
 from appliance.config import cache_root
 from appliance.errors import ApplianceError
-from convert import llama_cpp_source
+from convert import llama_cpp_wheel
 from tests import tiny_gguf
-from tests.images.conftest import REPOSITORY, portable_flags
+from tests.images.conftest import REPOSITORY, cmake_flags
 from tests.images.image_engine import ImageEngine
 from tests.images.image_run import COMPUTE, CONFINED
 
@@ -41,12 +41,12 @@ def wheels() -> Path:
     if missing := [name for name in COMPILERS if shutil.which(name) is None]:
         pytest.skip(f"no {', '.join(missing)} (Debian: g++-aarch64-linux-gnu)")
     cross = "-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64"
-    flags = f"{portable_flags()} {cross} -DCMAKE_C_COMPILER={COMPILERS[0]} -DCMAKE_CXX_COMPILER={COMPILERS[1]}"
+    flags = f"{cmake_flags()} {cross} -DCMAKE_C_COMPILER={COMPILERS[0]} -DCMAKE_CXX_COMPILER={COMPILERS[1]}"
     environ = {**os.environ, "CMAKE_ARGS": flags, "_PYTHON_HOST_PLATFORM": "linux-aarch64"}
-    subprocess.run([sys.executable, "-m", "convert.llama_cpp_source"], cwd=REPOSITORY, env=environ, check=True)
-    (wheel,) = (cache_root() / "wheels" / llama_cpp_source.wheel_key(flags)).glob("*_aarch64.whl")
+    subprocess.run([sys.executable, "-m", "convert.llama_cpp_wheel"], cwd=REPOSITORY, env=environ, check=True)
+    (wheel,) = (cache_root() / "wheels" / llama_cpp_wheel.wheel_key(flags)).glob("*_aarch64.whl")
     folder = cache_root() / "wheels-arm64"
-    place = folder / llama_cpp_source.wheel_key(portable_flags(), "aarch64")
+    place = folder / llama_cpp_wheel.wheel_key(cmake_flags(), "aarch64")
     place.mkdir(parents=True, exist_ok=True)
     shutil.copy(wheel, place)
     return folder
@@ -67,7 +67,7 @@ def engine() -> ImageEngine:
 @pytest.fixture(scope="module")
 def image(engine: ImageEngine, wheels: Path) -> str:
     mounts = {wheels: "/opt/cache/wheels", cache_root() / "downloads": "/opt/cache/downloads"}
-    options = engine.build_options({"CMAKE_ARGS": portable_flags()}, mounts, "arm64")
+    options = engine.build_options({"CMAKE_ARGS": cmake_flags()}, mounts, "arm64")
     seconds = engine.build("cpu", "serve", options, IMAGE)
     layers, _ = engine.layers(IMAGE)
     print(f"\n{IMAGE}: built in {seconds:.0f} s, {sum(layer.size_bytes for layer in layers) / 1e6:.0f} MB compressed")
