@@ -74,14 +74,18 @@ class LayerStream:
         compute = layer.compute
 
         def forward(hidden: Tensor, *arguments: Any, **named: Any) -> Tensor:
+            trained = [parameter for parameter in layer.adapters if parameter.requires_grad]
+            is_recomputed = torch.is_grad_enabled() and (bool(trained) or hidden.requires_grad)
+            if is_recomputed and named.get("past_key_values") is not None:
+                named = {**named, "past_key_values": None}  # computed again, a layer would find its own keys there
+
             def run(states: Tensor) -> Tensor:
                 output = compute(states, *arguments, **named)
                 if not isinstance(output, Tensor):
                     raise ModelFileError(f"A decoder layer of {type(layer.module).__name__} returns more than its states.")
                 return output
 
-            trained = [parameter for parameter in layer.adapters if parameter.requires_grad]
-            if torch.is_grad_enabled() and (trained or hidden.requires_grad):
+            if is_recomputed:
                 output: Tensor = _Recomputed.apply(self, index, run, hidden, *trained)
                 return output
             with self.on_device(index, index + 1):
@@ -265,7 +269,9 @@ class _FrozenLayer:
             each(block)
 
 
-def _set_plain(module: nn.Module, name: str, parameter: Tensor, keep: Callable[[Tensor], _Piece]) -> Callable[[Tensor], None]:
+def _set_plain(
+    module: nn.Module, name: str, parameter: Tensor, keep: Callable[[Tensor], _Piece]
+) -> Callable[[Tensor], None]:
     piece = keep(parameter)
 
     def place(block: Tensor) -> None:
@@ -287,7 +293,10 @@ def _set_nf4(
         if nested is not None:
             offset = nested[0].of(block)
             second = QuantState(
-                absmax=nested[2].of(block), blocksize=state.state2.blocksize, code=nested[1].of(block), dtype=state.state2.dtype
+                absmax=nested[2].of(block),
+                blocksize=state.state2.blocksize,
+                code=nested[1].of(block),
+                dtype=state.state2.dtype,
             )
         placed = QuantState(
             **{"absmax": absmax.of(block), "code": code.of(block), "offset": offset, "state2": second},
