@@ -225,6 +225,9 @@ class _Piece:
         return block[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
+Place = Callable[[Tensor], None]  # makes a weight the part of this block that holds it
+
+
 class _FrozenLayer:
     """The frozen tensors of one decoder layer as one block of memory, so that one copy moves them all."""
 
@@ -235,7 +238,7 @@ class _FrozenLayer:
         resident = {id(parameter) for parameter in self.adapters}
         tensors: list[tuple[int, Tensor]] = []
         self.size_bytes = 0
-        self._set: list[Callable[[Tensor], None]] = []
+        self._set: list[Place] = []
 
         def keep(tensor: Tensor) -> _Piece:
             piece = _Piece(self.size_bytes, tensor.shape, tensor.dtype)
@@ -269,9 +272,7 @@ class _FrozenLayer:
             each(block)
 
 
-def _set_plain(
-    module: nn.Module, name: str, parameter: Tensor, keep: Callable[[Tensor], _Piece]
-) -> Callable[[Tensor], None]:
+def _set_plain(module: nn.Module, name: str, parameter: Tensor, keep: Callable[[Tensor], _Piece]) -> Place:
     piece = keep(parameter)
 
     def place(block: Tensor) -> None:
@@ -280,32 +281,25 @@ def _set_plain(
     return place
 
 
-def _set_nf4(
-    module: nn.Module, name: str, parameter: Params4bit, keep: Callable[[Tensor], _Piece]
-) -> Callable[[Tensor], None]:
+def _set_nf4(module: nn.Module, name: str, parameter: Params4bit, keep: Callable[[Tensor], _Piece]) -> Place:
     """A bitsandbytes weight with its state, which it keeps as scales, or (`state2`) as scales of scales."""
     state = parameter.quant_state
-    data, code, absmax = keep(parameter.data), keep(state.code), keep(state.absmax)
+    piece, code, absmax = keep(parameter.data), keep(state.code), keep(state.absmax)
     nested = (keep(state.offset), keep(state.state2.code), keep(state.state2.absmax)) if state.nested else None
 
+    kept = {each: getattr(parameter, each) for each in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+
     def place(block: Tensor) -> None:
-        offset, second = None, None
+        placed = QuantState(absmax=absmax.of(block), code=code.of(block), shape=state.shape, dtype=state.dtype)
+        placed.blocksize, placed.quant_type, placed.nested = state.blocksize, state.quant_type, state.nested
         if nested is not None:
-            offset = nested[0].of(block)
-            second = QuantState(
-                absmax=nested[2].of(block),
-                blocksize=state.state2.blocksize,
-                code=nested[1].of(block),
-                dtype=state.state2.dtype,
-            )
-        placed = QuantState(
-            **{"absmax": absmax.of(block), "code": code.of(block), "offset": offset, "state2": second},
-            **{name: getattr(state, name) for name in ("shape", "blocksize", "quant_type", "dtype")},
-        )
+            offset, second_code, second_absmax = (piece.of(block) for piece in nested)
+            second = state.state2
+            placed.offset = offset
+            placed.state2 = QuantState(second_absmax, code=second_code, blocksize=second.blocksize, dtype=second.dtype)
         module._parameters[name] = Params4bit(
-            data.of(block), requires_grad=False, quant_state=placed, bnb_quantized=True, module=module,
-            **{name: getattr(parameter, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")},
-        )  # fmt: skip
+            piece.of(block), requires_grad=False, quant_state=placed, bnb_quantized=True, module=module, **kept
+        )
 
     return place
 
@@ -326,7 +320,7 @@ def _keep_off_device(model: Any, device: torch.device) -> None:
     for layer in decoder_layers(model):
         off -= {id(parameter) for parameter in _adapters(layer)}
     for module in model.modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and id(tensor) not in off:
                 tensor.data = tensor.data.to(device)
     look_up = embedding.forward
