@@ -4,7 +4,7 @@ RECIPE ?= recipes/shelter/recipe.toml
 BIN := .venv/bin
 
 .PHONY: help setup demo train serve chat test full check lint type onnx-env bench-peers bench-serve bench-train \
-	image-cpu image-cuda image-rocm image-test image-test-arm64 image-test-cuda clean
+	image-cpu image-cuda image-rocm image-test image-test-arm64 clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /  \1\t/' | expand -t 20
@@ -67,9 +67,6 @@ image-test: setup ## build the images on a minimal Debian and probe them (needs 
 
 image-test-arm64: setup ## the CPU image for ARM, built and probed under emulation (also needs g++-aarch64-linux-gnu, qemu-user-static)
 	$(BIN)/pytest -m image_arm64 -s -rs tests/images $(ARGS)
-
-image-test-cuda: setup ## llama.cpp compiled for an RTX 3050 by NVIDIA's compiler, from NVIDIA's wheels (1.5 GB), and started without a card
-	$(BIN)/pytest -m image_cuda -s -rs tests/images $(ARGS)
 
 clean: ## remove the caches of tools and interrupted steps (which then start over); trained models stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -251,7 +251,7 @@ class TestMakefile:
     TARGETS = (
         *("help", "setup", "demo", "train", "serve", "chat", "test", "full", "check", "lint", "type", "onnx-env"),
         *("bench-peers", "bench-serve", "bench-train", "image-cpu", "image-cuda", "image-rocm", "image-test"),
-        *("image-test-arm64", "image-test-cuda", "clean"),
+        *("image-test-arm64", "clean"),
     )
 
     def test_has_the_agreed_targets_with_help_and_short_recipes(self) -> None:
