@@ -277,6 +277,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append(f"quantize.serve: {recipe.quantize.serve!r} is not made; quantize.types has {made}.")
     if not recipe.phases or recipe.phases[0] != "sft":
         problems.append("phases: the first phase must be 'sft'; the others continue its adapter.")
+    for field in dataclasses.fields(Columns):
+        if getattr(recipe.data.columns, field.name) is not None and getattr(recipe.data, field.name) is None:
+            problems.append(f"data.columns.{field.name}: there is no data.{field.name} whose columns it could name.")
     if "dpo" in recipe.phases and recipe.data.dpo is None:
         problems.append("data.dpo: missing, and phases names 'dpo'; give a file, or set phases = [\"sft\"].")
     if recipe.starter.heads % recipe.starter.kv_heads:

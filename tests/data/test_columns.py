@@ -124,7 +124,7 @@ def test_csv_without_a_map_is_told_by_its_head(tmp_path: Path) -> None:
 
 def test_map_in_the_recipe(tmp_path: Path) -> None:
     path = tiny_recipe.write(tmp_path / "recipe")
-    recipe = recipes.load(path, ["data.columns.sft.completion=human", "data.columns.grpo.prompt={a} {b}"])
+    recipe = recipes.load(path, ["data.columns.sft.completion=human", "data.grpo=x.csv", "data.columns.grpo.prompt={a} {b}"])
     assert recipe.data.columns.sft == recipes.PairColumns(prompt="prompt", completion="human")
     assert recipe.data.columns.grpo == recipes.ReferenceColumns(prompt="{a} {b}", reference="reference")
     assert recipe.data.columns.dpo is None

@@ -186,14 +186,10 @@ def test_false_end_of_a_cut_answer_is_found() -> None:
         labels.verify_labels(TOKENIZER, [row(other)], [cut])
 
 
-def starter_base(folder: Path) -> models.Base:
-    """A base of which only the tokenizer is there."""
-    TOKENIZER.save_pretrained(folder)
-    (folder / models.TRAINING_TEMPLATE).write_text(starter.MARKED_TEMPLATE)
-    return models.Base(folder, "base")
-
-
-def test_truncation_is_told_and_rows_without_an_answer_are_left_out(tmp_path: Path, capsys: Any) -> None:
+def test_truncation_is_told_and_rows_without_an_answer_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_tokenizer", lambda _: TOKENIZER)
     recipe_path = tiny_recipe.write(tmp_path / "recipe")
     sets = ['phases=["sft"]', "sft.max_tokens=40", "sft.truncate=true"]
     recipe = recipes.load(recipe_path, sets)
@@ -204,7 +200,7 @@ def test_truncation_is_told_and_rows_without_an_answer_are_left_out(tmp_path: Pa
     ]
     dataset = tmp_path / "dataset"
     dataset.mkdir()
-    base = starter_base(tmp_path / "base")
+    base = models.Base(tmp_path, "base")  # of which only the tokenizer is asked for
     tiny_recipe.write_lines(dataset / "sft.jsonl", [row(each, line) for line, each in enumerate(long, 1)])
     rows, _, labelled, left_out = sft._label(recipe, dataset, base, tmp_path)
     assert [each["line"] for each in rows] == [each.line for each in labelled] == [1, 3]
