@@ -120,6 +120,7 @@ def _label_lines(path: Path) -> Iterator[Record]:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
+            line = line.rstrip(b"\r\n")
             yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
 
 

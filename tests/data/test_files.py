@@ -126,6 +126,12 @@ def test_large_file_needs_little_memory(tmp_path: Path, kind: str, monkeypatch: 
     assert peak < 1_000_000  # of five million characters
 
 
+def test_column_of_a_mistake_in_a_line(tmp_path: Path) -> None:
+    found = records(tmp_path, '{"a": 1}\r\n{"a": \r\n')
+    assert values(found) == [(1, {"a": 1})]
+    assert defects(found) == [(2, "invalid JSON (Expecting value: line 1 column 7 (char 6))")]
+
+
 def test_csv_rows_begin_on_their_physical_lines(tmp_path: Path) -> None:
     content = b'\xef\xbb\xbfa,b\r\n"eerste\nregel","zegt ""hoi"""\r\n\r\nc,d\r\n'
     found = records(tmp_path, content, "rows.csv")
