@@ -176,7 +176,7 @@ def test_cut_answer_teaches_no_end(messages: Any, data: st.DataObject) -> None:
 
 def test_false_end_of_a_cut_answer_is_found() -> None:
     messages = tiny_recipe.messages(("Waar is de balie?", "De balie is aan de Lindekade 3, naast de brug."))
-    (cut,) = labels.truncate([label(messages, None)], 20)
+    (cut,) = labels.truncate([label(messages, None)], 30)
     labels.verify_labels(TOKENIZER, [row(messages)], [cut])
     false_end = LabelledRow(1, [*cut.input_ids[:-1], TOKENIZER.eos_token_id], [*cut.labels[:-1], TOKENIZER.eos_token_id], 9)
     with pytest.raises(VerificationFailed, match="line 1: labelled text differs from the assistant's message"):
