@@ -24,11 +24,46 @@ Quantization = Literal[
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PairColumns:
+    """Each a column's name, or a text with columns in braces: `"{query}. {keyphrase}"`. So in the next two."""
+
+    prompt: str = setting("prompt")
+    completion: str = setting("completion")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TripletColumns:
+    prompt: str = setting("prompt")
+    chosen: str = setting("chosen")
+    rejected: str = setting("rejected")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceColumns:
+    prompt: str = setting("prompt")
+    reference: str = setting("reference", about="rewards are also given all other columns")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Which columns of a file are what, where their names do not say it."""
+
+    sft: PairColumns | None = setting(None)
+    heldout: PairColumns | None = setting(None)
+    dpo: TripletColumns | None = setting(None)
+    grpo: ReferenceColumns | None = setting(None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    sft: Path = setting(about="conversations, JSON lines: {messages: [{role, content}, ...]}")
-    dpo: Path | None = setting(None, about="preference triplets, JSON lines: {prompt, chosen, rejected}")
+    """JSON lines, JSON lists or CSV; docs/data.md has the shapes of rows."""
+
+    sft: Path = setting(about="conversations")
+    dpo: Path | None = setting(None, about="preference triplets: prompt, chosen and rejected answer")
+    grpo: Path | None = setting(None, about="prompts with a reference that rewards compare answers with")
     heldout: Path | None = setting(None, about="conversations that are not trained on, to measure on")
-    faq: Path | None = setting(None, about="questions and answers, a JSON list: {vraag, antwoord, metadata}")
+    faq: Path | None = setting(None, about="questions and answers")
+    columns: Columns = Columns()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +99,8 @@ class Sft:
     learning_rate: float = setting(2e-4, minimum=0.0)
     batch_rows: int = setting(2, minimum=1)
     accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
-    max_tokens: int = setting(1024, minimum=16, about="a longer conversation is an error, never cut")
+    max_tokens: int = setting(1024, minimum=16, about="a longer conversation is an error, unless `truncate`")
+    truncate: bool = setting(False, about="cut what is longer than max_tokens; a cut answer teaches no end")
     warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
     checkpoint_steps: int = setting(50, minimum=1)
 
@@ -241,6 +277,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append(f"quantize.serve: {recipe.quantize.serve!r} is not made; quantize.types has {made}.")
     if not recipe.phases or recipe.phases[0] != "sft":
         problems.append("phases: the first phase must be 'sft'; the others continue its adapter.")
+    for field in dataclasses.fields(Columns):
+        if getattr(recipe.data.columns, field.name) is not None and getattr(recipe.data, field.name) is None:
+            problems.append(f"data.columns.{field.name}: there is no data.{field.name} whose columns it could name.")
     if "dpo" in recipe.phases and recipe.data.dpo is None:
         problems.append("data.dpo: missing, and phases names 'dpo'; give a file, or set phases = [\"sft\"].")
     if recipe.starter.heads % recipe.starter.kv_heads:

@@ -9,6 +9,8 @@ from appliance import recipe as recipes
 from appliance.commands.options import dry_run_option, recipe_argument, set_option, strict_option
 from appliance.console import Command, emit, json_option, note
 
+MOST_SHOWN = 100  # defects; a large file may have one in every row
+
 
 @click.command(cls=Command)
 @recipe_argument
@@ -28,8 +30,12 @@ def check(recipe: Path, sets: tuple[str, ...], strict: bool, dry_run: bool, as_j
     if not dry_run:
         dataset = checking.check(loaded, root, strict=strict)
         defects = checking.read_defects(dataset)
-        for defect in defects:
+        for each in dataset.results["formats"].values():
+            note(each["text"])
+        for defect in defects[:MOST_SHOWN]:
             note(f"  {defect}")
+        if len(defects) > MOST_SHOWN:
+            note(f"  and {len(defects) - MOST_SHOWN} more, all in {dataset.path / 'defects.jsonl'}")
         rows = ", ".join(f"{count} {name}" for name, count in dataset.results["rows"].items())
         aside, fixed = dataset.results["set_aside"], dataset.results["fixed"]
         note(f"data: {rows} rows usable; {len(defects)} defects, {fixed} fixed, {aside} rows set aside")

@@ -1,31 +1,29 @@
 """Checks every row of a recipe's files and writes the dataset that all later steps read.
 
-The dataset artifact holds `sft.jsonl`, `heldout.jsonl`, `dpo.jsonl`, `faq.jsonl` in one normal form, and `defects.jsonl`.
+The dataset artifact holds `sft.jsonl`, `heldout.jsonl`, `dpo.jsonl`, `grpo.jsonl`, `faq.jsonl`, each in its normal form
+(`shapes.py`), and `defects.jsonl`. Rows are read and written one by one, so that a large file needs little memory.
 """
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from appliance import artifacts
 from appliance.artifacts import Artifact, Plan
+from appliance.config import plain
 from appliance.data import formats
-from appliance.data.formats import Defect, Row
+from appliance.data.columns import Map
+from appliance.data.formats import Defect, Reading, Row
 from appliance.errors import ApplianceError, DataError, several
 from appliance.recipe import Recipe
 from appliance.text import languages
 
-REVISION = 1  # raised when the same files would give another dataset
-READERS = {
-    "sft": formats.read_conversations,
-    "heldout": formats.read_conversations,
-    "dpo": formats.read_preferences,
-    "faq": formats.read_faq,
-}
-MOST_SHOWN = 5
+REVISION = 2  # raised when the same files would give another dataset
+MOST_SHOWN = 5  # of the defects of a file that cannot be used
+MOST_REFUSED = 100
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -39,7 +37,8 @@ def plan(recipe: Recipe) -> Plan:
     if missing:
         raise DataError(several(missing, "Training data is missing"))
     digests = {name: artifacts.digest_file(path) for name, path in files.items()}
-    inputs = {"revision": REVISION, "files": digests, "languages": list(recipe.languages)}
+    maps = {name: columns for name in files if (columns := _columns(recipe, name))}
+    inputs = {"revision": REVISION, "files": digests, "languages": list(recipe.languages), "columns": maps}
     return Plan(kind="dataset", name=recipe.name, inputs=inputs)
 
 
@@ -50,17 +49,14 @@ def check(recipe: Recipe, root: Path, *, strict: bool) -> Artifact:
     """
     identity = plan(recipe)
     artifact = identity.existing(root)
-    defects: list[Defect] = []
     if artifact is None:
         languages.require_known(recipe.languages)
-        rows = _read_all(recipe, defects)
-        if strict:
-            _refuse(defects)
         with artifacts.create(identity, root) as draft:
-            for name, each in rows.items():
-                _write_lines(draft.path / f"{name}.jsonl", each)
-            _write_lines(draft.path / "defects.jsonl", [asdict(defect) for defect in defects])
-            draft.results.update(_statistics(rows, defects, recipe.languages))
+            defects: list[Defect] = []
+            draft.results.update(_write(recipe, draft.path, defects))
+            if strict:
+                _refuse(defects)
+            _write_lines(draft.path / "defects.jsonl", map(asdict, defects))
         artifact = artifacts.load(identity.location(root))
     elif strict:
         _refuse(read_defects(artifact))
@@ -72,63 +68,109 @@ def read_defects(dataset: Artifact) -> list[Defect]:
 
 
 def read_rows(dataset: Path, name: str) -> list[Row]:
-    """The rows of one file of a dataset artifact; none when the recipe has no such file.
+    """The rows of one file of a dataset artifact; none when the recipe has no such file."""
+    return list(each_row(dataset, name))
+
+
+def each_row(dataset: Path, name: str) -> Iterator[Row]:
+    """The same, one by one.
 
     Not by `splitlines`, which would also cut at characters that JSON leaves inside a text, such as U+2028.
     """
     path = dataset / f"{name}.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    if path.exists():
+        with path.open("rb") as stream:
+            yield from map(json.loads, stream)
 
 
 def _files(recipe: Recipe) -> dict[str, Path]:
     dpo = recipe.data.dpo if "dpo" in recipe.phases else None
-    files = {"sft": recipe.data.sft, "heldout": recipe.data.heldout, "dpo": dpo, "faq": recipe.data.faq}
+    data = recipe.data
+    files = {"sft": data.sft, "heldout": data.heldout, "dpo": dpo, "grpo": data.grpo, "faq": data.faq}
     return {name: path for name, path in files.items() if path is not None}
 
 
-def _read_all(recipe: Recipe, defects: list[Defect]) -> dict[str, list[Row]]:
-    rows, problems = {}, []
+def _columns(recipe: Recipe, name: str) -> Map | None:
+    columns: Map | None = plain(recipe.data.columns).get(name)
+    return columns
+
+
+def _write(recipe: Recipe, folder: Path, defects: list[Defect]) -> dict[str, Any]:
+    """Writes every file's rows; returns what they are. Raises `DataError` with all that is wrong with all files."""
+    tally = _Tally(recipe.languages)
+    problems: list[str] = []
     for name, path in _files(recipe).items():
-        found: list[Defect] = []
+        before = len(defects)
         try:
-            rows[name] = READERS[name](path, found)
+            reading = formats.examine(path, name, _columns(recipe, name))
+            rows = tally.counted(name, reading, reading.rows(defects))
+            _write_lines(folder / f"{name}.jsonl", rows)
         except ApplianceError as error:
             problems.append(str(error))
             continue
-        defects += found
-        if not rows[name]:
+        if not tally.rows[name]:
+            found = defects[before:]
             shown = "; ".join(f"line {defect.line}: {defect.what}" for defect in found[:MOST_SHOWN])
             problems.append(f"{path}: no usable row (data.{name}). {len(found)} defects, first: {shown}")
-    trained = {json.dumps(row["messages"]) for row in rows.get("sft", [])}
-    if shared := sum(json.dumps(row["messages"]) in trained for row in rows.get("heldout", [])):
+    if tally.shared:
         problems.append(
-            f"{recipe.data.heldout}: {shared} conversations are in {recipe.data.sft} too; held out is what is not."
+            f"{recipe.data.heldout}: {tally.shared} conversations are in {recipe.data.sft} too; held out is what is not."
         )
     if problems:
         raise DataError(several(problems, "Training data cannot be used"))
-    return rows
+    return tally.results(defects)
+
+
+class _Tally:
+    """What passes by on its way into the dataset."""
+
+    def __init__(self, candidates: Sequence[str]) -> None:
+        self.rows: Counter[str] = Counter()
+        self.shared = 0  # conversations that are both trained on and held out
+        self._formats: dict[str, Mapping[str, Any]] = {}
+        self._languages: Counter[str] = Counter()
+        self._candidates = candidates
+        self._trained: set[bytes] = set()
+
+    def counted(self, name: str, reading: Reading, rows: Iterator[Row]) -> Iterator[Row]:
+        self.rows[name] = 0
+        self._formats[name] = {
+            "file": reading.source.path.name,
+            "shape": reading.shape.name,
+            "kind": reading.source.kind,
+            "columns": reading.columns,
+            "unused": list(reading.unused),
+            "text": str(reading),
+        }
+        for row in rows:
+            self.rows[name] += 1
+            if name == "sft":
+                answer = row["messages"][-1]["content"]
+                self._languages[languages.detect(answer, self._candidates) or "unknown"] += 1
+                self._trained.add(formats.digest(row["messages"]))
+            elif name == "heldout":
+                self.shared += formats.digest(row["messages"]) in self._trained
+            yield row
+
+    def results(self, defects: Sequence[Defect]) -> dict[str, Any]:
+        actions = Counter(defect.action for defect in defects)
+        return {
+            "rows": dict(self.rows),
+            "formats": self._formats,
+            "languages": dict(sorted(self._languages.items())),
+            "fixed": actions["fixed"],
+            "set_aside": actions["set aside"],
+        }
 
 
 def _refuse(defects: Sequence[Defect]) -> None:
     if defects:
-        raise DataError(several([str(defect) for defect in defects], "--strict, and the data has defects"))
+        more = [f"and {len(defects) - MOST_REFUSED} more"] if len(defects) > MOST_REFUSED else []
+        listed = [*map(str, defects[:MOST_REFUSED]), *more]
+        raise DataError(several(listed, "--strict, and the data has defects"))
 
 
-def _statistics(rows: dict[str, list[Row]], defects: list[Defect], candidates: Sequence[str]) -> dict[str, Any]:
-    spoken = Counter(
-        languages.detect(row["messages"][-1]["content"], candidates) or "unknown" for row in rows.get("sft", [])
-    )
-    actions = Counter(defect.action for defect in defects)
-    return {
-        "rows": {name: len(each) for name, each in rows.items()},
-        "languages": dict(sorted(spoken.items())),
-        "fixed": actions["fixed"],
-        "set_aside": actions["set aside"],
-    }
-
-
-def _write_lines(path: Path, rows: Sequence[Row]) -> None:
-    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def _write_lines(path: Path, rows: Iterator[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,249 +1,189 @@
-"""Reads training files row by row and says of every defect where it is, what is wrong and what was done.
+"""Reads training files: detects the shape of their rows, says of every defect where it is, and yields the normal form.
 
-A row is either repaired (`fixed`) or left out (`set aside`); nothing is dropped in silence. Formats: conversations
-`{"messages": [{"role", "content"}]}`, preference triplets `{"prompt", "chosen", "rejected"}` (strings, or a list of
-messages as prompt), and FAQ lists `[{"vraag", "antwoord", "metadata"}]` (or `question`, `answer`). Knows nothing of tokens.
+Main entry: `examine`, which looks at the first rows, then `Reading.rows`. Shapes and normal forms are in `shapes.py`, how a
+file is written in `files.py`. Knows nothing of tokens.
 """
 
+import hashlib
+import itertools
 import json
-import re
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from appliance.data import columns as column_maps
+from appliance.data import files
+from appliance.data.columns import Map
+from appliance.data.defects import Action, Defect, Report, Row, SetAside, require_whole_characters, shown, shown_keys
+from appliance.data.files import Record, Source
+from appliance.data.messages import CONTROL_TOKEN, report_stray_keys
+from appliance.data.shapes import BY_PURPOSE, SHAPES, Purpose, Shape
 from appliance.errors import DataError
 
-Row = dict[str, Any]
-Report = Callable[[str, Literal["fixed", "set aside"]], None]
+__all__ = ["CONTROL_TOKEN", "Defect", "Reading", "Row", "digest", "examine"]
 
-ROLES = ("system", "user", "assistant")
-# A control token inside a text would be read as the end of a turn: a mistake, or an attack on the template.
-CONTROL_TOKEN = re.compile(r"<\|[A-Za-z_]+\|>")
-SHOWN_CHARACTERS = 40
+SAMPLE_ROWS = 20
+PURPOSES: Mapping[str, Purpose] = {
+    "sft": "conversations",
+    "heldout": "conversations",
+    "dpo": "preferences",
+    "grpo": "references",
+    "faq": "questions",
+}
+# Lines with labels are asked for by their labels and answered by their text.
+LABEL_MAPS: Mapping[Purpose, Map] = {
+    "conversations": {"prompt": "labels", "completion": "text"},
+    "references": {"prompt": "labels", "reference": "text"},
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Defect:
-    """One thing wrong in one row. `line` is 1-based."""
+class Reading:
+    """A file whose rows are understood: how it is written, their shape, and the keys that all have and none needs."""
 
-    file: str
-    line: int
-    what: str
-    action: Literal["fixed", "set aside"]
+    source: Source
+    shape: Shape
+    columns: Map | None = None
+    unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.what}; {self.action}."
+        """`sft.csv: prompt and completion from columns (CSV); prompt = LLM, completion = human; not used: language`."""
+        by_columns = " from columns" if self.columns else ""
+        parts = [f"{self.source.path.name}: {self.shape.name}{by_columns} ({self.source.kind})"]
+        if self.columns:
+            parts.append(", ".join(f"{key} = {text}" for key, text in self.columns.items()))
+        if self.unused:
+            parts.append(f"not used: {shown_keys(list(self.unused))}")
+        return "; ".join(parts)
 
+    def rows(self, defects: list[Defect]) -> Iterator[Row]:
+        """Rows in normal form with their `line`, without exact copies; what is wrong is appended to `defects`."""
+        first_line: dict[bytes, int] = {}
+        for record in self.source.records():
+            report = self._reporter(record.line, defects)
+            row = self._row(record, report)
+            if row is None:
+                continue
+            if (content := digest(row)) in first_line:
+                report(f"an exact copy of line {first_line[content]}", "set aside")
+            else:
+                first_line[content] = record.line
+                yield {**row, "line": record.line}
 
-class _SetAside(Exception):
-    """This row cannot be used; the text says why."""
+    def _reporter(self, line: int, defects: list[Defect]) -> Report:
+        def report(what: str, action: Action) -> None:
+            defects.append(Defect(self.source.path.name, line, what, action))
 
+        return report
 
-def read_conversations(path: Path, defects: list[Defect]) -> list[Row]:
-    """Rows `{"messages": [...]}` with the roles and contents that training expects."""
-    return _read_rows(path, defects, _conversation)
-
-
-def read_preferences(path: Path, defects: list[Defect]) -> list[Row]:
-    """Rows `{"prompt": [messages], "chosen": str, "rejected": str}`; a string prompt becomes one user message."""
-    return _read_rows(path, defects, _preference)
-
-
-def read_faq(path: Path, defects: list[Defect]) -> list[Row]:
-    """Rows `{"question", "answer", "metadata"}`."""
-    rows: list[Row] = []
-    text = _decode(_read_bytes(path), path)
-    for line, item in _list_items(text, path):
-        _take(item, path, line, defects, _faq_item, rows)
-    return _without_copies(rows, path, defects)
-
-
-def _read_rows(path: Path, defects: list[Defect], parse: Callable[[Row, Report], Row]) -> list[Row]:
-    rows: list[Row] = []
-    lines = _read_bytes(path).split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            if number < len(lines):
-                defects.append(Defect(path.name, number, "the line is empty", "fixed"))
-            continue
+    def _row(self, record: Record, report: Report) -> Row | None:
+        if record.defect:
+            report(*record.defect)
+            return None
         try:
-            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            defects.append(Defect(path.name, number, f"not UTF-8 at byte {error.start} of the line", "set aside"))
-        except (ValueError, RecursionError) as error:
-            defects.append(Defect(path.name, number, f"invalid JSON ({error})", "set aside"))
-        else:
-            _take(value, path, number, defects, parse, rows)
-    return _without_copies(rows, path, defects)
+            row = record.value
+            if not isinstance(row, dict):
+                raise SetAside(f"expected an object, found {shown(row)}")
+            require_whole_characters(row)
+            if self.columns:
+                row = column_maps.apply(self.columns, row, report, keeps_others=self.shape.keeps_others)
+            elif not self.shape.keeps_others:
+                report_stray_keys(row, self.shape.known.union(self.unused), report)
+            return self.shape.parse(row, report)
+        except SetAside as reason:
+            report(str(reason), "set aside")
+            return None
 
 
-def _take(
-    value: Any, path: Path, line: int, defects: list[Defect], parse: Callable[[Row, Report], Row], rows: list[Row]
-) -> None:
-    def report(what: str, action: Literal["fixed", "set aside"]) -> None:
-        defects.append(Defect(path.name, line, what, action))
+def examine(path: Path, name: str, columns: Map | None = None) -> Reading:
+    """What the file is, by its first rows; `name` is its key in the recipe's `[data]`, `columns` a map from there.
 
-    try:
-        if not isinstance(value, dict):
-            raise _SetAside(f"expected an object, found {_shown(value)}")
-        _require_whole_characters(value)
-        rows.append({**parse(value, report), "line": line})
-    except _SetAside as reason:
-        report(str(reason), "set aside")
+    Raises `DataError` for a shape that is unknown or ambiguous, with the keys found and the shapes known, and for columns
+    that the file does not have.
+    """
+    purpose = PURPOSES[name]
+    source = files.find(path)
+    sample = list(itertools.islice(_objects(source), SAMPLE_ROWS))
+    if source.kind == "fastText labels" and columns is None:
+        if purpose not in LABEL_MAPS:
+            raise DataError(f"{path}: lines with labels cannot be read as data.{name}; they can as data.sft or data.grpo.")
+        columns = LABEL_MAPS[purpose]
+    if columns is not None:
+        return _by_columns(source, sample, purpose, columns, f"data.columns.{name}")
+    if not sample:  # nothing to go by: reading will say of each row what is wrong with it
+        return Reading(source, next(shape for shape in SHAPES if shape.purpose == purpose))
+    shape = _detect(path, sample, purpose, name)
+    unused = () if shape.keeps_others or len(sample) < 2 else _in_all(sample, shape)
+    return Reading(source, shape, unused=unused)
 
 
-def _require_whole_characters(value: Row) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = str(error.object)[error.start]
-        raise _SetAside(f"holds {half!a}, half of a character: a text was cut inside an emoji") from None
+def digest(value: Any) -> bytes:
+    """Of a row's content, to tell copies apart without holding the rows."""
+    content = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
-def _without_copies(rows: list[Row], path: Path, defects: list[Defect]) -> list[Row]:
+def _objects(source: Source) -> Iterator[tuple[int, Row]]:
+    return ((record.line, record.value) for record in source.records() if isinstance(record.value, dict))
+
+
+def _by_columns(source: Source, sample: list[tuple[int, Row]], purpose: Purpose, columns: Map, where: str) -> Reading:
+    known = source.columns or tuple(dict.fromkeys(key for _, row in sample for key in row))
+    if known:
+        column_maps.require_columns(columns, known, source.path, where)
+    shape = BY_PURPOSE[purpose]
+    used = {name for text in columns.values() for name in column_maps.named(text)}
+    unused = () if shape.keeps_others else tuple(name for name in known if name not in used)
+    return Reading(source, shape, columns, unused)
+
+
+def _detect(path: Path, sample: list[tuple[int, Row]], purpose: Purpose, name: str) -> Shape:
     first_line: dict[str, int] = {}
-    kept = []
-    for row in rows:
-        content = json.dumps({key: value for key, value in row.items() if key != "line"}, sort_keys=True)
-        if content in first_line:
-            what = f"an exact copy of line {first_line[content]}"
-            defects.append(Defect(path.name, row["line"], what, "set aside"))
-        else:
-            first_line[content] = row["line"]
-            kept.append(row)
-    return kept
+    found: dict[str, Shape] = {}
+    for line, row in sample:
+        matching = [shape for shape in _shapes_of(row) if shape.purpose == purpose]
+        if len(matching) > 1:
+            shapes = " and as ".join(map(str, matching))
+            raise DataError(f"{path}:{line}: can be read as {shapes}; {_remedy(name, 'leave one of them out')}")
+        for shape in matching:
+            first_line.setdefault(shape.name, line)
+            found[shape.name] = shape
+    if not found:
+        raise DataError(_unknown(path, sample, purpose, name))
+    if len(found) > 1:
+        lines = "; ".join(f"line {line}: {shape}" for shape, line in first_line.items())
+        raise DataError(f"{path} has rows of several shapes ({lines}); give each shape a file of its own.")
+    (shape,) = found.values()
+    return shape
 
 
-def _conversation(row: Row, report: Report) -> Row:
-    _report_stray_keys(row, {"messages"}, report)
-    messages = _messages(row.get("messages"), "messages", report)
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise _SetAside(f"no assistant turn among {len(roles)} messages, so there is nothing to learn")
-    if roles[-1] != "assistant":
-        raise _SetAside(f"the last message is from {roles[-1]!r}; a conversation ends with the assistant's answer")
-    return {"messages": messages}
+def _shapes_of(row: Row) -> list[Shape]:
+    """Shapes whose keys the row has, but for those that ask for less than another one."""
+    found = {shape.name: (shape, set(keys)) for shape in SHAPES if (keys := shape.found_in(row))}
+    return [shape for shape, keys in found.values() if not any(keys < others for _, others in found.values())]
 
 
-def _preference(row: Row, report: Report) -> Row:
-    _report_stray_keys(row, {"prompt", "chosen", "rejected"}, report)
-    prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    messages = _messages(prompt, "prompt", report)
-    if messages[-1]["role"] != "user":
-        raise _SetAside(f"the prompt ends with {messages[-1]['role']!r}; it must end with the user's question")
-    chosen, rejected = (_text(row.get(key), key, report) for key in ("chosen", "rejected"))
-    if chosen == rejected:
-        raise _SetAside("chosen and rejected are the same text")
-    return {"prompt": messages, "chosen": chosen, "rejected": rejected}
+def _unknown(path: Path, sample: list[tuple[int, Row]], purpose: Purpose, name: str) -> str:
+    line, row = sample[0]
+    others = {f"{shape}: that is read as data.{other}" for shape in _shapes_of(row) for other in _names(shape.purpose)}
+    seems = f" They are those of {min(others)}." if others else ""
+    known = "; ".join(str(shape) for shape in SHAPES if shape.purpose == purpose)
+    found = f"{path}:{line}: no known shape of row; keys found: {shown_keys(list(row))}.{seems}"
+    return f"{found} Known for data.{name}: {known}; {_remedy(name, 'or rename the keys')}"
 
 
-def _faq_item(item: Row, report: Report) -> Row:
-    question, answer = ("vraag", "antwoord") if "vraag" in item else ("question", "answer")
-    _report_stray_keys(item, {question, answer, "metadata"}, report)
-    texts = {key: _text(item.get(name), name, report) for key, name in (("question", question), ("answer", answer))}
-    metadata = item.get("metadata", {})
-    if not isinstance(metadata, dict):
-        raise _SetAside(f"metadata: expected an object, found {_shown(metadata)}")
-    return {**texts, "metadata": metadata}
+def _remedy(name: str, otherwise: str) -> str:
+    if PURPOSES[name] not in BY_PURPOSE:
+        return f"{otherwise}."
+    return f"name the columns in [data.columns.{name}], {otherwise}."
 
 
-def _messages(value: Any, where: str, report: Report) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise _SetAside(f"{where}: expected a list of messages, found {_shown(value)}")
-    messages = []
-    for position, message in enumerate(value):
-        place = f"{where}[{position}]"
-        if not isinstance(message, dict):
-            raise _SetAside(f"{place}: expected an object with role and content, found {_shown(message)}")
-        _report_stray_keys(message, {"role", "content"}, report, f"{place}: ")
-        role = _role(message.get("role"), place, report)
-        messages.append({"role": role, "content": _text(message.get("content"), f"{place}.content", report)})
-    turns = [message["role"] for message in messages]
-    if turns[0] == "system":
-        turns = turns[1:]
-    if not turns or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
-        order = ", ".join(message["role"] for message in messages)
-        raise _SetAside(f"{where}: turns must alternate user, assistant after at most one system turn; found {order}")
-    return messages
+def _names(purpose: Purpose) -> list[str]:
+    return [name for name, each in PURPOSES.items() if each == purpose and name != "heldout"]
 
 
-def _role(value: Any, place: str, report: Report) -> str:
-    if isinstance(value, str) and (role := value.strip().lower()) in ROLES:
-        if role != value:
-            report(f"{place}.role is {value!r}, read as {role!r}", "fixed")
-        return role
-    raise _SetAside(f"{place}.role is {_shown(value)}; known roles: {', '.join(ROLES)}")
-
-
-def _text(value: Any, where: str, report: Report) -> str:
-    if not isinstance(value, str):
-        raise _SetAside(f"{where}: expected text, found {_shown(value)}")
-    text = value.strip()
-    if not text:
-        raise _SetAside(f"{where} is empty")
-    if text != value:
-        report(f"{where} has white space around it, removed", "fixed")
-    if (normal := unicodedata.normalize("NFC", text)) != text:
-        report(f"{where} is not in Unicode normal form C, normalized", "fixed")
-    if token := CONTROL_TOKEN.search(normal):
-        raise _SetAside(f"{where} holds the control token {token.group()!r}, which would break the chat template")
-    return normal
-
-
-def _report_stray_keys(row: Mapping[str, Any], known: set[str], report: Report, place: str = "") -> None:
-    for key in row:
-        if key not in known:
-            report(f"{place}stray key {key!r} ignored", "fixed")
-
-
-def _list_items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """The items of a JSON list with the line each begins on; the standard parser alone keeps no positions."""
-    blank = re.compile(r"[\s,]*")
-    decoder = json.JSONDecoder()
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(whole, list):
-        raise DataError(f"{path}: expected a JSON list of questions and answers, found {_shown(whole)}.")
-    position = text.index("[") + 1
-    for _ in whole:
-        position = _end(blank, text, position)
-        item, end = decoder.raw_decode(text, position)
-        yield text.count("\n", 0, position) + 1, item
-        position = end
-
-
-def _end(pattern: re.Pattern[str], text: str, position: int) -> int:
-    match = pattern.match(text, position)
-    return match.end() if match else position
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; correct the path in the recipe's [data] table.") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    if not content.strip():
-        raise DataError(f"{path} is empty; it must hold at least one row.")
-    return content
-
-
-def _decode(content: bytes, path: Path) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8.") from error
-
-
-def _shown(value: Any) -> str:
-    """A value for an error message; long ones are cut, since rows may hold personal data."""
-    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+def _in_all(sample: list[tuple[int, Row]], shape: Shape) -> tuple[str, ...]:
+    """Keys without a use that every row has: said once of the file, not of each row."""
+    (_, first), *rest = sample
+    return tuple(key for key in first if key not in shape.known and all(key in row for _, row in rest))

@@ -6,13 +6,14 @@ holds them against the messages on token ids before the first step.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from appliance.errors import DataError, VerificationFailed, several
 
 IGNORED = -100
 MOST_SHOWN = 20
+HALF_CHARACTER = "\ufffd"  # what a decoder makes of the bytes that a cut left of a character
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,11 @@ class LabelledRow:
     line: int
     input_ids: list[int]
     labels: list[int]
+    cut_tokens: int = 0  # left off at its end
+
+    @property
+    def learned_tokens(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
 
 
 def label_conversations(tokenizer: Any, rows: Sequence[dict[str, Any]], marked_template: str | None) -> list[LabelledRow]:
@@ -49,24 +55,45 @@ def render_ids(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_genera
     return list(rendered["input_ids"])
 
 
+def truncate(labelled: Sequence[LabelledRow], limit_tokens: int) -> list[LabelledRow]:
+    """Each row without what exceeds the limit at its end; of a long prompt nothing to learn may be left.
+
+    The end-of-turn token goes with the rest of an answer: where an answer is cut, no end is learned.
+    """
+    return [
+        replace(
+            row,
+            input_ids=row.input_ids[:limit_tokens],
+            labels=row.labels[:limit_tokens],
+            cut_tokens=max(0, len(row.input_ids) - limit_tokens),
+        )
+        for row in labelled
+    ]
+
+
 def verify_labels(tokenizer: Any, rows: Sequence[dict[str, Any]], labelled: Sequence[LabelledRow]) -> None:
     """Decodes what is labelled and compares it with the assistant's messages, turn by turn.
 
     Raises `VerificationFailed` when a user, system or padding token has a label, an assistant token has none, or the
-    end-of-turn token is not learned.
+    end-of-turn token is not learned. Where a row was cut, the answer at its end must be the beginning of the message.
     """
     problems = []
     for row, result in zip(rows, labelled, strict=True):
-        answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        answers = [message["content"].strip() for message in row["messages"] if message["role"] == "assistant"]
         spans = _labelled_spans(result.labels)
-        if len(spans) != len(answers):
+        if result.cut_tokens:
+            answers = answers[: len(spans)]
+        if len(spans) != len(answers) or not spans:
             problems.append(f"line {row['line']}: {len(answers)} assistant turns, {len(spans)} labelled spans")
             continue
+        if result.cut_tokens and result.labels[-1] != IGNORED and spans[-1][-1] != tokenizer.eos_token_id:
+            begin = _decode(tokenizer, spans.pop()).strip().rstrip(HALF_CHARACTER)
+            if not answers.pop().startswith(begin):
+                problems.append(f"line {row['line']}: labelled text differs from the beginning of the cut message")
         for answer, span in zip(answers, spans, strict=True):
-            text = tokenizer.decode(span[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             if span[-1] != tokenizer.eos_token_id:
                 problems.append(f"line {row['line']}: the end-of-turn token {tokenizer.eos_token!r} is not learned")
-            elif text.strip() != answer.strip():
+            elif _decode(tokenizer, span[:-1]).strip() != answer:
                 problems.append(f"line {row['line']}: labelled text differs from the assistant's message")
     if problems:
         shown = [*problems[:MOST_SHOWN], *([f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else [])]
@@ -81,12 +108,14 @@ def require_plain_text(tokenizer: Any, texts: Sequence[tuple[int, Sequence[str]]
         raise DataError(several(found[:MOST_SHOWN], "Text that this base model would read as a control token; take it out"))
 
 
-def require_lengths(lengths: Sequence[tuple[int, int]], limit_tokens: int, setting: str, file: str) -> None:
-    """Raises `DataError` naming every row longer than the limit; `lengths` holds (line, tokens). Nothing is ever cut."""
+def require_lengths(
+    lengths: Sequence[tuple[int, int]], limit_tokens: int, setting: str, file: str, otherwise: str = ""
+) -> None:
+    """Raises `DataError` naming every row longer than the limit; `lengths` holds (line, tokens)."""
     long = [f"{file} line {line}: {tokens} tokens" for line, tokens in lengths if tokens > limit_tokens]
     if long:
         shown = [*long[:MOST_SHOWN], *([f"and {len(long) - MOST_SHOWN} more"] if len(long) > MOST_SHOWN else [])]
-        heading = f"Longer than {setting} = {limit_tokens} (shorten the row, or raise {setting})"
+        heading = f"Longer than {setting} = {limit_tokens} (shorten the row, or raise {setting}{otherwise})"
         raise DataError(several(shown, heading))
 
 
@@ -120,6 +149,11 @@ def _mask_by_difference(tokenizer: Any, messages: Sequence[dict[str, str]], inpu
         end = start + with_answer[start:].index(tokenizer.eos_token_id) + 1
         mask[start:end] = [True] * (end - start)
     return mask
+
+
+def _decode(tokenizer: Any, span: Sequence[int]) -> str:
+    text: str = tokenizer.decode(span, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _labelled_spans(labels: Sequence[int]) -> list[list[int]]:

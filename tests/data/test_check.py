@@ -25,6 +25,10 @@ def dataset(root: Path) -> artifacts.Artifact:
     return artifacts.load(folder)
 
 
+def assert_nothing_made(root: Path) -> None:
+    assert [path.suffix for path in root.glob("dataset/*")] == [".lock"]
+
+
 def test_dataset_in_normal_form(recipe: Path) -> None:
     result = call("data", "check", recipe, "--json")
     assert result.exit_code == 0, result.stderr
@@ -69,7 +73,7 @@ def test_strict_makes_any_defect_fatal(recipe: Path, root: Path) -> None:
     assert strict.exit_code == 1
     assert "sft.jsonl:2: the line is empty" in strict.stderr
     assert "sft.jsonl:3: an exact copy of line 1" in strict.stderr
-    assert not (root / "dataset").exists()
+    assert_nothing_made(root)
     assert call("data", "check", recipe).exit_code == 0
     assert call("data", "check", recipe, "--strict").exit_code == 1
 
@@ -85,10 +89,10 @@ def test_all_unusable_files_are_reported_together(recipe: Path, root: Path) -> N
         "sft.jsonl: no usable row (data.sft). 2 defects, first: line 1: invalid JSON",
         "line 2: invalid JSON",
         "dpo.jsonl is empty",
-        "faq.json: expected a JSON list",
+        "faq.json:1: no known shape of row; keys found: none.",
     ):
         assert said in result.stderr
-    assert not root.exists()
+    assert_nothing_made(root)
 
 
 def test_all_missing_files_are_reported_together(recipe: Path, root: Path) -> None:
@@ -140,6 +144,78 @@ def test_change_of_data_is_another_dataset(recipe: Path) -> None:
     before = json.loads(call("data", "check", recipe, "--json").stdout)["artifact"]
     tiny_recipe.write_lines(recipe.parent / "sft.jsonl", [FINE])
     assert json.loads(call("data", "check", recipe, "--json").stdout)["artifact"] != before
+
+
+def test_each_file_is_shown_with_its_format(recipe: Path) -> None:
+    turns = [{"from": "human", "value": "Hoe laat is het?"}, {"from": "gpt", "value": "Het is nu vijf uur in de middag."}]
+    (recipe.parent / "sft.jsonl").write_text(
+        json.dumps([{"conversations": turns, "id": 1}, {"conversations": turns, "id": 2}])
+    )
+    result = call("data", "check", recipe, "--json")
+    assert "sft.jsonl: ShareGPT conversations (a JSON list); not used: id\n" in result.stderr
+    assert "dpo.jsonl: preference triplets (JSON lines)\n" in result.stderr
+    shown = json.loads(result.stdout)["results"]["formats"]
+    assert shown["sft"] == {
+        "file": "sft.jsonl",
+        "shape": "ShareGPT conversations",
+        "kind": "a JSON list",
+        "columns": None,
+        "unused": ["id"],
+        "text": "sft.jsonl: ShareGPT conversations (a JSON list); not used: id",
+    }
+    assert shown["faq"]["shape"] == "questions and answers"
+
+
+def test_columns_of_the_recipe_are_part_of_the_dataset(recipe: Path) -> None:
+    (recipe.parent / "pairs.csv").write_text("q,k,a\nOpvang,Rotterdam,Het antwoord op deze vraag.\n")
+    table = '[data.columns.sft]\nprompt = "{q}. {k}"\ncompletion = "a"\n'
+    text = tiny_recipe.RECIPE.replace('"sft.jsonl"', '"pairs.csv"').replace("[starter]", f"{table}\n[starter]", 1)
+    recipe.write_text(text)
+    output = json.loads(call("data", "check", recipe, "--json").stdout)
+    (row,) = check.read_rows(Path(output["artifact"]), "sft")
+    assert row["messages"] == tiny_recipe.messages(("Opvang. Rotterdam", "Het antwoord op deze vraag."))
+    other = json.loads(call("data", "check", recipe, "--set", "data.columns.sft.prompt=k", "--json").stdout)
+    assert other["artifact"] != output["artifact"]
+    wrong = call("data", "check", recipe, "--set", "data.columns.sft.completion=answer")
+    assert wrong.exit_code == 1
+    assert "data.columns.sft.completion: no column 'answer'; columns: q, k, a" in wrong.stderr
+
+
+def test_references_for_rewards(recipe: Path, root: Path) -> None:
+    rows = [{"prompt": "Schrijf iets.", "reference": "Iets.", "tone": "kind", "stars": 4}]
+    tiny_recipe.write_lines(recipe.parent / "grpo.jsonl", rows)
+    assert call("data", "check", recipe, "--set", f"data.grpo={recipe.parent / 'grpo.jsonl'}").exit_code == 0
+    assert check.read_rows(dataset(root).path, "grpo") == [
+        {
+            "prompt": [{"role": "user", "content": "Schrijf iets."}],
+            "reference": "Iets.",
+            "columns": {"tone": "kind", "stars": 4},
+            "line": 1,
+        }
+    ]
+
+
+def test_held_out_conversations_must_not_be_trained_on(recipe: Path, root: Path) -> None:
+    tiny_recipe.write_lines(
+        recipe.parent / "heldout.jsonl", [FINE, {"messages": tiny_recipe.messages(tiny_recipe.CONVERSATIONS[0])}]
+    )
+    result = call("data", "check", recipe, "--set", f"data.heldout={recipe.parent / 'heldout.jsonl'}")
+    assert result.exit_code == 1
+    assert f"heldout.jsonl: 1 conversations are in {recipe.parent / 'sft.jsonl'} too" in result.stderr
+    assert_nothing_made(root)
+
+
+def test_many_defects_are_counted_and_kept_but_not_all_shown(recipe: Path, root: Path) -> None:
+    rows = [{"messages": tiny_recipe.messages((f"Vraag {number}?", " Antwoord."))} for number in range(120)]
+    tiny_recipe.write_lines(recipe.parent / "sft.jsonl", rows)
+    result = call("data", "check", recipe)
+    assert "sft.jsonl:100: " in result.stderr
+    assert "sft.jsonl:101: " not in result.stderr
+    assert f"and 20 more, all in {dataset(root).path / 'defects.jsonl'}" in result.stderr
+    assert len(check.read_defects(dataset(root))) == 120
+    strict = call("data", "check", recipe, "--strict")
+    assert "sft.jsonl:100: " in strict.stderr
+    assert "and 20 more" in strict.stderr
 
 
 def test_questions_have_one_answer_each() -> None:

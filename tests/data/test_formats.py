@@ -24,11 +24,11 @@ def line(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
-def read(tmp_path: Path, content: bytes, reader: Any = formats.read_conversations) -> tuple[list[formats.Row], list[Defect]]:
+def read(tmp_path: Path, content: bytes, name: str = "sft") -> tuple[list[formats.Row], list[Defect]]:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     defects: list[Defect] = []
-    return reader(path, defects), defects
+    return list(formats.examine(path, name).rows(defects)), defects
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,11 @@ def test_unreadable_line_is_set_aside(tmp_path: Path, content: bytes, what: str)
             conversation(("user", "é"), ("assistant", "dag")),
         ),
         (
+            conversation(("user", "a\r\nb\rc"), ("assistant", "dag")),
+            "messages[0].content has line ends of Windows",
+            conversation(("user", "a\nb\nc"), ("assistant", "dag")),
+        ),
+        (
             {"messages": [{"role": "user", "content": "hoi", "name": "x"}, {"role": "assistant", "content": "dag"}]},
             "messages[0]: stray key 'name' ignored",
             GOOD,
@@ -121,7 +126,7 @@ def test_exact_copy_is_set_aside(tmp_path: Path) -> None:
 
 def test_preferences(tmp_path: Path) -> None:
     several = {**TRIPLET, "prompt": [*GOOD["messages"], {"role": "user", "content": "en?"}]}
-    rows, defects = read(tmp_path, line(TRIPLET) + line(several), formats.read_preferences)
+    rows, defects = read(tmp_path, line(TRIPLET) + line(several), "dpo")
     assert rows[0] == {"prompt": [{"role": "user", "content": "hoi"}], "chosen": "dag", "rejected": "weg", "line": 1}
     assert len(rows[1]["prompt"]) == 3
     assert defects == []
@@ -139,7 +144,7 @@ def test_preferences(tmp_path: Path) -> None:
     ],
 )
 def test_unusable_preference_is_set_aside(tmp_path: Path, change: dict[str, Any], what: str) -> None:
-    rows, defects = read(tmp_path, line({**TRIPLET, **change}), formats.read_preferences)
+    rows, defects = read(tmp_path, line({**TRIPLET, **change}), "dpo")
     assert rows == []
     assert what in defects[0].what
 
@@ -147,7 +152,7 @@ def test_unusable_preference_is_set_aside(tmp_path: Path, change: dict[str, Any]
 def test_faq_in_both_languages_with_lines(tmp_path: Path) -> None:
     items = b'[\n {"vraag": "v", "antwoord": "a",\n  "metadata": {"x": 1}},\n\n {"question": "q", "answer": "b"},\n 3,'
     items += b' {"vraag": "v"}, {"vraag": "w", "antwoord": "a", "metadata": 3}]'
-    rows, defects = read(tmp_path, items, formats.read_faq)
+    rows, defects = read(tmp_path, items, "faq")
     assert rows == [
         {"question": "v", "answer": "a", "metadata": {"x": 1}, "line": 2},
         {"question": "q", "answer": "b", "metadata": {}, "line": 5},
@@ -162,7 +167,13 @@ def test_faq_in_both_languages_with_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"{}", "expected a JSON list"),
+        (b"{}", "no known shape of row; keys found: none"),
+        (b"[]", "is an empty list"),
+        (b'[{"question": "q", "answer": "a"}\n{}]', ":2: is not valid JSON: expected ','"),
+        (b'[{"question": "q",\n"answer": "a"}]\n]', ":3: is not valid JSON: there is more after the end"),
+        (b'[{"question": "q",\n"answer": "a]', ":2: is not valid JSON: Unterminated string"),
+        (b'[{"question": "q",\n"answer": "a\n"}]', ":2: is not valid JSON: Invalid control character"),
+        (b"[" * 100_000, ":1: is not valid JSON"),
         (b"[1, ", "is not valid JSON"),
         (b'[\n"\xff"]', ":2: not UTF-8"),
         (b" \n", "is empty"),
@@ -170,16 +181,16 @@ def test_faq_in_both_languages_with_lines(tmp_path: Path) -> None:
 )
 def test_unusable_faq(tmp_path: Path, content: bytes, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        read(tmp_path, content, formats.read_faq)
+        read(tmp_path, content, "faq")
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist; correct the path"):
-        formats.read_conversations(tmp_path / "no.jsonl", [])
+        formats.examine(tmp_path / "no.jsonl", "sft")
     with pytest.raises(DataError, match="is empty; it must hold at least one row"):
         read(tmp_path, b"\n\n")
     with pytest.raises(DataError, match="cannot be read"):
-        formats.read_conversations(tmp_path, [])
+        formats.examine(tmp_path, "sft")
 
 
 JSON = st.recursive(
@@ -192,11 +203,9 @@ JSON = st.recursive(
 @given(st.lists(JSON | st.binary(max_size=20), min_size=1, max_size=4))
 def test_every_line_is_either_kept_or_reported(tmp_path_factory: pytest.TempPathFactory, values: list[Any]) -> None:
     content = b"".join(each.replace(b"\n", b"") + b"\n" if isinstance(each, bytes) else line(each) for each in values)
-    if not content.strip():
-        return
-    rows, defects = read(tmp_path_factory.mktemp("rows"), content)
+    rows, defects = read(tmp_path_factory.mktemp("rows"), line(GOOD) + content)
     accounted = {each["line"] for each in rows} | {each.line for each in defects}
-    assert accounted == set(range(1, len(values) + 1))
+    assert accounted == set(range(1, len(values) + 2))
     for row in rows:
         roles = [message["role"] for message in row["messages"]]
         assert roles[-1] == "assistant"

@@ -1,6 +1,11 @@
 """Only the assistant's words and the token that ends its turn are learned, on real token ids, by both ways of labelling."""
 
+import csv
+import io
+import json
 import re
+import unicodedata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from appliance import recipe as recipes
+from appliance.data import formats
 from appliance.data.formats import CONTROL_TOKEN
 from appliance.errors import DataError, VerificationFailed
-from appliance.training import labels, loop, sft, starter
+from appliance.training import labels, loop, preferences, sft, starter
 from appliance.training import model as models
 from appliance.training.labels import IGNORED, LabelledRow
 from tests import tiny_recipe
@@ -64,6 +70,153 @@ def test_assistant_turns_and_their_end_are_learned_and_nothing_else(messages: An
     assert labelled.labels == expected_labels(messages, labelled.input_ids)
     assert labelled.labels.count(TOKENIZER.eos_token_id) == sum(each["role"] == "assistant" for each in messages)
     labels.verify_labels(TOKENIZER, [row(messages)], [labelled])
+
+
+PAIRS = TURNS.map(lambda turns: tiny_recipe.messages(turns[0]))  # one question, one answer
+SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+
+
+def sharegpt(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"from": SPEAKERS[each["role"]], "value": each["content"]} for each in messages]
+
+
+def csv_text(*rows: tuple[str, ...]) -> str:
+    stream = io.StringIO(newline="")
+    csv.writer(stream, quoting=csv.QUOTE_ALL).writerows(rows)
+    return stream.getvalue()
+
+
+def texts(messages: list[dict[str, str]]) -> tuple[str, ...]:
+    return tuple(each["content"] for each in messages)
+
+
+ANY, PAIR, KEYPHRASE = "a conversation", "a pair", "a pair with a keyphrase"
+COLUMNS = {"prompt": "q", "completion": "a"}
+# By its name: what it can hold, the file's ending, its text, and the recipe's map of columns.
+FORMATS: dict[str, tuple[str, str, Any, dict[str, str] | None]] = {
+    "chat messages": (ANY, "jsonl", lambda m: json.dumps({"messages": m}), None),
+    "chat messages in a list": (ANY, "json", lambda m: json.dumps([{"messages": m}], indent=1), None),
+    "ShareGPT": (ANY, "jsonl", lambda m: json.dumps({"conversations": sharegpt(m)}), None),
+    "ShareGPT in a list": (ANY, "json", lambda m: json.dumps([{"conversations": sharegpt(m)}]), None),
+    "Alpaca": (PAIR, "json", lambda m: json.dumps([{"instruction": texts(m)[0], "input": "", "output": texts(m)[1]}]), None),
+    "prompt and completion": (PAIR, "jsonl", lambda m: json.dumps(dict(zip(COLUMNS, texts(m), strict=True))), None),
+    "messages and completion": (ANY, "jsonl", lambda m: json.dumps({"prompt": m[:-1], "completion": m[-1:]}), None),
+    "CSV with known names": (PAIR, "csv", lambda m: csv_text(("instruction", "output"), texts(m)), None),
+    "CSV with a map": (PAIR, "csv", lambda m: csv_text(("q", "a"), texts(m)), COLUMNS),
+    "JSON lines with a map": (PAIR, "jsonl", lambda m: json.dumps(dict(zip("qa", texts(m), strict=True))), COLUMNS),
+    "keyphrase pairs": (
+        KEYPHRASE,
+        "csv",
+        lambda m: csv_text(("q", "k", "a"), (texts(m)[0], "een woord", texts(m)[1])),
+        {"prompt": "{q}. {k}", "completion": "a"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(data=st.data())
+def test_in_every_format_the_assistant_and_its_end_are_learned(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    holds, ending, write, columns = FORMATS[name]
+    original = data.draw(CONVERSATIONS if holds == ANY else PAIRS)
+    path = tmp_path_factory.mktemp("rows") / f"rows.{ending}"
+    path.write_bytes(write(original).encode())
+    (read,) = formats.examine(path, "sft", columns).rows([])
+    messages = [{**each, "content": unicodedata.normalize("NFC", each["content"])} for each in original]
+    for each in messages:
+        each["content"] = each["content"].replace("\r\n", "\n").replace("\r", "\n")
+    if holds == KEYPHRASE:
+        messages[0]["content"] += ". een woord"
+    assert read["messages"] == messages
+    (labelled,) = labels.label_conversations(TOKENIZER, [read], starter.MARKED_TEMPLATE)
+    assert labelled.labels == expected_labels(messages, labelled.input_ids)
+    assert labelled.labels.count(TOKENIZER.eos_token_id) == sum(each["role"] == "assistant" for each in messages)
+    labels.verify_labels(TOKENIZER, [read], [labelled])
+
+
+@given(messages=CONVERSATIONS)
+def test_in_every_format_of_preferences_both_answers_end(
+    tmp_path_factory: pytest.TempPathFactory, messages: list[dict[str, str]]
+) -> None:
+    *prompt, chosen = messages
+    rejected = {**chosen, "content": "Nee!"}
+    assume(chosen != rejected)
+    written = [
+        {"prompt": prompt, "chosen": chosen["content"], "rejected": "Nee!"},
+        {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]},
+        {"chosen": messages, "rejected": [*prompt, rejected]},
+        {"conversations": sharegpt(prompt), "chosen": sharegpt([chosen])[0], "rejected": sharegpt([rejected])[0]},
+    ]
+    rows = []
+    for each in written:
+        path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+        path.write_text(json.dumps(each), encoding="utf-8")
+        rows += formats.examine(path, "dpo").rows([])
+    first, *others = preferences.tokenize(TOKENIZER, rows)
+    assert others == [first] * 3
+    whole = label([*rows[0]["prompt"], {"role": "assistant", "content": rows[0]["chosen"]}], None)
+    assert first.prompt + first.chosen == whole.input_ids
+    for answer in (first.chosen, first.rejected):
+        assert answer.count(TOKENIZER.eos_token_id) == 1
+
+
+@given(messages=CONVERSATIONS, data=st.data())
+def test_cut_answer_teaches_no_end(messages: Any, data: st.DataObject) -> None:
+    labelled = label(messages, starter.MARKED_TEMPLATE)
+    limit = data.draw(st.integers(1, len(labelled.labels) + 1))
+    (cut,) = labels.truncate([labelled], limit)
+    assert (cut.input_ids, cut.labels) == (labelled.input_ids[:limit], labelled.labels[:limit])
+    assert len(cut.input_ids) + cut.cut_tokens == len(labelled.input_ids)
+    whole = sum(label == TOKENIZER.eos_token_id for label in labelled.labels[:limit])
+    assert cut.labels.count(TOKENIZER.eos_token_id) == whole
+    if cut.learned_tokens:
+        labels.verify_labels(TOKENIZER, [row(messages)], [cut])
+
+
+def test_false_end_of_a_cut_answer_is_found() -> None:
+    messages = tiny_recipe.messages(("Waar is de balie?", "De balie is aan de Lindekade 3, naast de brug."))
+    (cut,) = labels.truncate([label(messages, None)], 30)
+    labels.verify_labels(TOKENIZER, [row(messages)], [cut])
+    false_end = LabelledRow(1, [*cut.input_ids[:-1], TOKENIZER.eos_token_id], [*cut.labels[:-1], TOKENIZER.eos_token_id], 9)
+    with pytest.raises(VerificationFailed, match="line 1: labelled text differs from the assistant's message"):
+        labels.verify_labels(TOKENIZER, [row(messages)], [false_end])
+    other = tiny_recipe.messages(("Waar is de balie?", "Die balie is aan de Lindekade 3, naast de brug."))
+    with pytest.raises(VerificationFailed, match="line 1: labelled text differs from the beginning of the cut message"):
+        labels.verify_labels(TOKENIZER, [row(other)], [cut])
+
+
+def test_truncation_is_told_and_rows_without_an_answer_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_tokenizer", lambda _: TOKENIZER)
+    recipe_path = tiny_recipe.write(tmp_path / "recipe")
+    sets = ['phases=["sft"]', "sft.max_tokens=40", "sft.truncate=true"]
+    recipe = recipes.load(recipe_path, sets)
+    long = [
+        tiny_recipe.messages(("Waar is de balie?", "De balie is aan de Lindekade 3. " * 9)),
+        tiny_recipe.messages(("Waar is de balie? " * 20, "De balie is aan de Lindekade 3.")),
+        tiny_recipe.messages(("Mag dat?", "Ja.")),
+    ]
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    base = models.Base(tmp_path, "base")  # of which only the tokenizer is asked for
+    tiny_recipe.write_lines(dataset / "sft.jsonl", [row(each, line) for line, each in enumerate(long, 1)])
+    rows, _, labelled, left_out = sft._label(recipe, dataset, base, tmp_path)
+    assert [each["line"] for each in rows] == [each.line for each in labelled] == [1, 3]
+    assert left_out == 1
+    assert [each.cut_tokens > 0 for each in labelled] == [True, False]
+    assert [each.labels.count(TOKENIZER.eos_token_id) for each in labelled] == [0, 1]
+    said = capsys.readouterr().err
+    assert re.search(r"sft: 1 of 3 conversations cut at sft.max_tokens = 40, \d+ tokens less\n", said)
+    assert "sft: 1 conversations left out, since no answer begins within it: sft.jsonl lines 2\n" in said
+
+    with pytest.raises(DataError, match=r"sft.jsonl line 1: \d+ tokens") as caught:
+        sft._label(recipes.load(recipe_path, sets[:2]), dataset, base, tmp_path)
+    assert "or set sft.truncate = true to have it cut" in str(caught.value)
+    tiny_recipe.write_lines(dataset / "sft.jsonl", [row(long[1])])
+    with pytest.raises(DataError, match=r"every answer begins after sft\.max_tokens = 40 tokens; raise it"):
+        sft._label(recipe, dataset, base, tmp_path)
 
 
 @given(messages=CONVERSATIONS)
@@ -147,4 +300,5 @@ def test_too_long_is_reported_with_its_length_before_weights_load(
     result = call("train", trained.recipe, "--phase", phase, "--set", limit)
     assert result.exit_code == 1
     assert f"Longer than {limit.replace('=', ' = ')} (shorten the row, or raise" in result.stderr
+    assert ("or set sft.truncate = true" in result.stderr) == (phase == "sft")
     assert re.search(rf"{phase}\.jsonl line {5 if phase == 'sft' else 4}: \d+ tokens", result.stderr)
