@@ -106,16 +106,18 @@ def split(
 
     loaded = recipes.load(recipe, sets)
     files = splitting.plan_files(loaded, recipe.parent)
+    if dry_run:
+        state = "there" if all(path.exists() for path in files.values()) else "to make"
+        emit({"state": state, "files": files}, as_json, "\n".join(f"{path} ({state})" for path in files.values()))
+        return
     dataset = checking.check(loaded, config.artifacts_root(), strict=False)
     rows = {kind: checking.read_rows(dataset.path, kind) for kind in ("sft", "dpo")}
-    parts = splitting.divide(
-        splitting.read(loaded, rows), loaded.languages, validation, loaded.seed if seed is None else seed
-    )
-    state = "to make" if dry_run else splitting.write(loaded, rows, parts, files, force=force)
+    chosen_seed = loaded.seed if seed is None else seed
+    parts = splitting.divide(splitting.read(loaded, rows), loaded.languages, validation, chosen_seed)
+    state = splitting.write(loaded, rows, parts, files, force=force)
     for part in parts:
         note(splitting.in_words(part))
     if aside := dataset.results["set_aside"]:
-        note(f"{aside} rows that cannot be used are in neither file; `appliance data check {recipe}` names them.")
+        note(f"in neither file: {aside:,} that `appliance data check {recipe}` sets aside, each with its reason")
     figures = {part.kind: splitting.as_data(part) for part in parts}
-    result = {"state": state, "files": files, "figures": figures}
-    emit(result, as_json, splitting.next_step(recipe, files, state))
+    emit({"state": state, "files": files, "figures": figures}, as_json, splitting.next_step(recipe, files, state))

@@ -14,6 +14,7 @@ from typing import Any
 
 from appliance import artifacts
 from appliance.artifacts import Artifact, Plan
+from appliance.console import note
 from appliance.data import (
     check,
     contradictions,
@@ -38,6 +39,7 @@ from appliance.text.words import telling
 REVISION = 1  # raised when the same dataset would give another report
 FREQUENT_WORDS = 20
 SAMPLE_ROWS = 20_000
+MANY_ROWS = 20_000  # take more than half a minute
 SCHEMA = 1
 
 
@@ -79,6 +81,8 @@ def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
         if own:
             fields += lengths.measure(kind, file, own, meter)
             rows += texts.read(kind, file, own)
+    if len(rows) > MANY_ROWS:
+        note(f"audit: {len(rows):,} rows; this takes some minutes")
     heard = spoken.listen(rows, recipe.languages)
     readings, hard = spoken.read(rows, heard.of_row)
     compared = leaks.find(rows, recipe.seed)
@@ -150,8 +154,13 @@ def _too_long(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> list[Fin
 
 
 def _suggested(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> dict[str, int]:
+    """Limits that hold every row, by the recipe's keys: for training, and for the longest answer when serving."""
     wholes = _wholes(recipe, fields, meter)
-    return {f"{kind}.max_tokens": lengths.suggested(field) for kind, (field, _) in wholes.items()}
+    limits = {f"{kind}.max_tokens": lengths.suggested(field) for kind, (field, _) in wholes.items()}
+    answers = [field for field in fields if field.name in ("assistant", "chosen")]
+    if wholes and answers:
+        limits["serve.max_tokens"] = max(lengths.suggested(field) for field in answers)
+    return limits
 
 
 def _frequent(rows: Sequence[Text], of_row: Sequence[str]) -> dict[str, list[tuple[str, int]]]:

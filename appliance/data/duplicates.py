@@ -138,8 +138,9 @@ def _connected(count: int, edges: "Sequence[Array]") -> "Array":
 
     ends = numpy.concatenate(edges)
     graph = coo_array((numpy.ones(len(ends), dtype=numpy.int8), (ends[:, 0], ends[:, 1])), shape=(count, count))
+    labels: Array
     _, labels = connected_components(graph, directed=False)
-    return labels  # type: ignore[no-any-return]
+    return labels
 
 
 def _seen(alike: Alike, is_heldout: "Array", *, near: bool) -> "Array":
@@ -153,7 +154,8 @@ def _seen(alike: Alike, is_heldout: "Array", *, near: bool) -> "Array":
         ones, others = alike.pairs.T
         seen[ones[trained[others]]] = True
         seen[others[trained[ones]]] = True
-    return seen[alike.codes]  # type: ignore[no-any-return]
+    of_rows: Array = seen[alike.codes]
+    return of_rows
 
 
 def _near_pairs(forms: Sequence[str]) -> "Array":
@@ -175,7 +177,8 @@ def _near_pairs(forms: Sequence[str]) -> "Array":
 
 
 def _similarity(signatures: "Array", ones: "Array", others: "Array") -> "Array":
-    return (signatures[ones] == signatures[others]).mean(axis=1)  # type: ignore[no-any-return]
+    shares: Array = (signatures[ones] == signatures[others]).mean(axis=1)
+    return shares
 
 
 def _candidates(band: "Array") -> "Array":
@@ -226,7 +229,8 @@ def _shingles(form: str) -> list[int]:
         hashes = hashes * numpy.uint64(MULTIPLIER) + points[offset : offset + len(hashes)]
     hashes ^= hashes >> numpy.uint64(31)
     hashes *= numpy.uint64(MULTIPLIER)
-    return numpy.unique(hashes >> numpy.uint64(32)).tolist()  # type: ignore[no-any-return]
+    distinct: list[int] = numpy.unique(hashes >> numpy.uint64(32)).tolist()
+    return distinct
 
 
 def _as_it_is(value: int) -> int:

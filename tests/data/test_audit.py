@@ -116,7 +116,7 @@ def test_lengths_in_tokens_of_the_base(tmp_path: Path, root: Path, base: Path) -
     rows.answer(3, "woord " * 400)
     made = examine(rows.write(tmp_path / "recipe"), root, base, "sft.max_tokens=256")
     assert made.unit == "tokens of the base"
-    assert made.suggested_max_tokens == {"sft.max_tokens": 448, "dpo.max_tokens": 64}
+    assert made.suggested_max_tokens == {"sft.max_tokens": 448, "dpo.max_tokens": 64, "serve.max_tokens": 448}
     (finding,) = [each for each in made.findings if each.kind == "too_long"]
     assert "the longest row has 420 tokens, sft.max_tokens is 256" in finding.what  # 14 + 400, and 3 of the template a turn
     assert "Set sft.max_tokens = 448" in finding.remedy

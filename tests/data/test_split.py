@@ -117,7 +117,7 @@ def test_rows_are_written_as_they_were_read(tmp_path: Path) -> None:
         expected = source.decode().splitlines() if kind == "sft" else (tmp_path / "dpo.jsonl").read_text().splitlines()
         assert Counter(written[0] + written[1]) == Counter(expected)
         assert written[0] == [line for line in expected if line in set(written[0])]  # in their order
-    assert "1 rows that cannot be used are in neither file" in result.stderr
+    assert "in neither file: 1 that" in result.stderr
 
 
 def test_what_it_says_to_type_next_can_be_typed(tmp_path: Path) -> None:
@@ -133,10 +133,11 @@ def test_what_it_says_to_type_next_can_be_typed(tmp_path: Path) -> None:
     assert "heldout_leaks" not in {finding["kind"] for finding in audited["findings"]}
 
 
-def test_nothing_is_overwritten_in_silence(tmp_path: Path) -> None:
+def test_nothing_is_overwritten_in_silence(tmp_path: Path, root: Path) -> None:
     path = planted.clean().write(tmp_path)
     assert json.loads(call("data", "split", path, "--dry-run", "--json").stdout)["state"] == "to make"
     assert not (tmp_path / "sft.train.jsonl").exists()
+    assert not root.exists()
     assert json.loads(call("data", "split", path, "--json").stdout)["state"] == "made"
     assert json.loads(call("data", "split", path, "--json").stdout)["state"] == "unchanged"
     before = (tmp_path / "sft.train.jsonl").read_bytes()
