@@ -103,7 +103,7 @@ def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
         unit=meter.about,
         fields=fields,
         suggested_max_tokens=_suggested(recipe, fields, meter),
-        languages={file: dict(counts.most_common()) for file, counts in heard.counts.items()},
+        languages={file: dict(Counter(counts).most_common()) for file, counts in heard.counts.items()},
         topics=subjects.topics,
         frequent=_frequent(rows, heard.of_row),
         blank_lines=_blank_lines(rows),

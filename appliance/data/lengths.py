@@ -41,7 +41,8 @@ class Meter:
     """Counts the length of texts, and of conversations as training renders them."""
 
     def __init__(self, base: Path | None) -> None:
-        self._tokenizer, self._template = _load(base) if base else (None, None)
+        loaded: tuple[Any, ChatTemplate | None] = _load(base) if base else (None, None)
+        self._tokenizer, self._template = loaded
 
     @property
     def unit(self) -> str:

@@ -57,7 +57,9 @@ def _findings(audit: Audit) -> list[Part]:
 
 def _lengths(audit: Audit) -> list[Part]:
     columns = ["file", "field", *(f"{percent} %" for percent in PERCENTILES), "longest"]
-    rows = [[field.file, field.name, *field.percentiles, field.longest] for field in audit.fields]
+    rows: list[list[str | int | float]] = [
+        [field.file, field.name, *field.percentiles, field.longest] for field in audit.fields
+    ]
     parts: list[Part] = [f"In {audit.unit}."]
     if audit.suggested_max_tokens:
         parts.append(

@@ -11,9 +11,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Endings of street names. The weak ones also end common words, so that the name must begin with a capital.
-STRONG = ("straat", "weg", "laan", "plein", "kade", "singel", "gracht", "dijk", "steeg", "dreef", "strasse", "str.", "platz")
+STRONG: tuple[str, ...] = (
+    "straat",
+    "weg",
+    "laan",
+    "plein",
+    "kade",
+    "singel",
+    "gracht",
+    "dijk",
+    "steeg",
+    "dreef",
+    "strasse",
+    "str.",
+    "platz",
+)
 STRONG += ("allee", "gasse", "ufer", "chaussee")
-WEAK = (
+WEAK: tuple[str, ...] = (
     "wal",
     "hof",
     "pad",
