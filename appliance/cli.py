@@ -18,8 +18,8 @@ COMMANDS: Mapping[str, str | Mapping[str, str]] = {
     "pull": "appliance.commands.pull:pull",
     "data": {
         "check": "appliance.commands.data:check",
-        "audit": f"{PLANNED} Lengths, languages, duplicates, personal data and shortcuts in the data.",
-        "split": f"{PLANNED} Train and validation rows, near-duplicates kept together.",
+        "audit": "appliance.commands.data:audit",
+        "split": "appliance.commands.data:split",
         "generate": f"{PLANNED} More examples, written by a model.",
     },
     "plan": f"{PLANNED} Will it fit, and how long, before anything loads.",

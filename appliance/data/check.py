@@ -37,7 +37,7 @@ def plan(recipe: Recipe) -> Plan:
     if missing:
         raise DataError(several(missing, "Training data is missing"))
     digests = {name: artifacts.digest_file(path) for name, path in files.items()}
-    maps = {name: columns for name in files if (columns := _columns(recipe, name))}
+    maps = {name: found for name in files if (found := columns(recipe, name))}
     inputs = {"revision": REVISION, "files": digests, "languages": list(recipe.languages), "columns": maps}
     return Plan(kind="dataset", name=recipe.name, inputs=inputs)
 
@@ -90,9 +90,13 @@ def _files(recipe: Recipe) -> dict[str, Path]:
     return {name: path for name, path in files.items() if path is not None}
 
 
-def _columns(recipe: Recipe, name: str) -> Map | None:
-    columns: Map | None = plain(recipe.data.columns).get(name)
-    return columns
+def columns(recipe: Recipe, name: str) -> Map | None:
+    """The map of columns that a recipe has for a file; held-out rows may be a part of those trained on, and have its map."""
+    maps: Mapping[str, Map | None] = plain(recipe.data.columns)
+    if name == "heldout" and maps.get(name) is None and recipe.data.heldout is not None:
+        shared = maps.get("sft")
+        return shared if shared and formats.fits(recipe.data.heldout, shared) else None
+    return maps.get(name)
 
 
 def _write(recipe: Recipe, folder: Path, defects: list[Defect]) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def _write(recipe: Recipe, folder: Path, defects: list[Defect]) -> dict[str, Any
     for name, path in _files(recipe).items():
         before = len(defects)
         try:
-            reading = formats.examine(path, name, _columns(recipe, name))
+            reading = formats.examine(path, name, columns(recipe, name))
             rows = tally.counted(name, reading, reading.rows(defects))
             _write_lines(folder / f"{name}.jsonl", rows)
         except ApplianceError as error:

@@ -59,6 +59,10 @@ class Reading:
 
     def rows(self, defects: list[Defect]) -> Iterator[Row]:
         """Rows in normal form with their `line`, without exact copies; what is wrong is appended to `defects`."""
+        return ({**row, "line": record.line} for record, row in self.usable(defects))
+
+    def usable(self, defects: list[Defect]) -> Iterator[tuple[Record, Row]]:
+        """The same, each row in normal form beside the record that it was made of."""
         first_line: dict[bytes, int] = {}
         for record in self.source.records():
             report = self._reporter(record.line, defects)
@@ -69,7 +73,7 @@ class Reading:
                 report(f"an exact copy of line {first_line[content]}", "set aside")
             else:
                 first_line[content] = record.line
-                yield {**row, "line": record.line}
+                yield record, row
 
     def _reporter(self, line: int, defects: list[Defect]) -> Report:
         def report(what: str, action: Action) -> None:
@@ -116,6 +120,13 @@ def examine(path: Path, name: str, columns: Map | None = None) -> Reading:
     shape = _detect(path, sample, purpose, name)
     unused = () if shape.keeps_others or len(sample) < 2 else _in_all(sample, shape)
     return Reading(source, shape, unused=unused)
+
+
+def fits(path: Path, columns: Map) -> bool:
+    """Whether the first row of a file has all columns of a map."""
+    source = files.find(path)
+    known = source.columns or next((tuple(row) for _, row in _objects(source)), ())
+    return all(name in known for text in columns.values() for name in column_maps.named(text))
 
 
 def digest(value: Any) -> bytes:

@@ -17,6 +17,14 @@ def detect(text: str, candidates: Sequence[str]) -> str | None:
     return language
 
 
+def identify(text: str, candidates: Sequence[str]) -> tuple[str, float] | None:
+    """The likeliest of `candidates` and its probability among them; None for a text too short to tell."""
+    if len(text.strip()) < MINIMUM_CHARACTERS:
+        return None
+    language, probability = _identifier(tuple(sorted(candidates))).classify(text)
+    return language, float(probability)
+
+
 def require_known(codes: Sequence[str]) -> None:
     """Raises `RecipeError` for codes that py3langid does not tell apart."""
     if unknown := sorted(set(codes) - set(_load().labels)):

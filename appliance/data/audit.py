@@ -1,0 +1,212 @@
+"""Looks at all rows of a recipe together: what is in them, what a model would learn that nobody meant, and what to do.
+
+The report artifact holds `audit.html` for people and `audit.json` for programs; both name places as `file:line` and show no
+personal data. Main entry: `audit`.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from appliance import artifacts
+from appliance.artifacts import Artifact, Plan
+from appliance.console import note
+from appliance.data import (
+    check,
+    contradictions,
+    examples,
+    leaks,
+    lengths,
+    personal,
+    report,
+    shortcuts,
+    spoken,
+    texts,
+    topics,
+)
+from appliance.data.formats import Defect
+from appliance.data.lengths import Field, Meter
+from appliance.data.report import Audit
+from appliance.data.texts import Text
+from appliance.findings import Finding
+from appliance.recipe import Recipe
+from appliance.text.words import telling
+
+REVISION = 1  # raised when the same dataset would give another report
+FREQUENT_WORDS = 20
+SAMPLE_ROWS = 20_000
+MANY_ROWS = 20_000  # take more than half a minute
+SCHEMA = 1
+
+
+def plan(recipe: Recipe, dataset: str, base: Path | None) -> Plan:
+    """The report's identity; `dataset` is the dataset's id, `base` the folder whose tokenizer is counted with."""
+    tokenizer = artifacts.identity(base) if base else None
+    inputs = {"revision": REVISION, "tokenizer": tokenizer, "files": _names(recipe)}
+    limits = {"sft": recipe.sft.max_tokens, "dpo": recipe.dpo.max_tokens}
+    settings = {"languages": list(recipe.languages), "seed": recipe.seed, "max_tokens": limits}
+    return Plan(kind="report", name=f"{recipe.name}-audit", inputs=inputs, parents=[dataset], config=settings)
+
+
+def audit(recipe: Recipe, dataset: Artifact, base: Path | None, root: Path) -> Artifact:
+    """The report on a dataset: made, or found made already."""
+    identity = plan(recipe, dataset.id, base)
+    if (existing := identity.existing(root)) is not None:
+        return existing
+    with artifacts.create(identity, root) as draft:
+        made = examine(recipe, dataset, Meter(base))
+        (draft.path / "audit.json").write_text(_json(made), encoding="utf-8")
+        (draft.path / "audit.html").write_text(report.html(recipe.name, made), encoding="utf-8")
+        levels = Counter(finding.level for finding in made.findings)
+        draft.results.update({"problems": levels["problem"], "notices": levels["notice"], "rows": made.rows})
+    return artifacts.load(identity.location(root))
+
+
+def read_findings(made: Artifact) -> list[Finding]:
+    """What an audit found."""
+    found = json.loads((made.path / "audit.json").read_text(encoding="utf-8"))["findings"]
+    return [Finding(**each) for each in found]
+
+
+def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
+    """Everything that the report says."""
+    rows: list[Text] = []
+    fields: list[Field] = []
+    for kind, file in _names(recipe).items():
+        own = check.read_rows(dataset.path, kind)
+        if own:
+            fields += lengths.measure(kind, file, own, meter)
+            rows += texts.read(kind, file, own)
+    if len(rows) > MANY_ROWS:
+        note(f"audit: {len(rows):,} rows; this takes some minutes")
+    heard = spoken.listen(rows, recipe.languages)
+    readings, hard = spoken.read(rows, heard.of_row)
+    compared = leaks.find(rows, recipe.seed)
+    subjects = topics.find([row.asked for row in rows], heard.of_row, recipe.seed)
+    findings = [
+        *_defects(check.read_defects(dataset)),
+        *_too_long(recipe, fields, meter),
+        *personal.find(rows, recipe.languages),
+        *contradictions.find(rows, personal.regions_of(recipe.languages)),
+        *shortcuts.find(rows),
+        *heard.findings,
+        *compared.findings,
+        *hard,
+    ]
+    return Audit(
+        rows=dict(Counter(row.file for row in rows)),
+        findings=sorted(findings, key=lambda each: each.level != "problem"),
+        unit=meter.about,
+        fields=fields,
+        suggested_max_tokens=_suggested(recipe, fields, meter),
+        languages={file: dict(Counter(counts).most_common()) for file, counts in heard.counts.items()},
+        topics=subjects.topics,
+        frequent=_frequent(rows, heard.of_row),
+        blank_lines=_blank_lines(rows),
+        readings=readings,
+        random_leaks=compared.random_leaks,
+        sampled=_sampled(len(rows), meter),
+    )
+
+
+def _names(recipe: Recipe) -> dict[str, str]:
+    """The names of the recipe's files, by kind of row."""
+    dpo = recipe.data.dpo if "dpo" in recipe.phases else None
+    files = {"sft": recipe.data.sft, "heldout": recipe.data.heldout, "dpo": dpo, "faq": recipe.data.faq}
+    return {kind: path.name for kind, path in files.items() if path is not None}
+
+
+def _defects(defects: Sequence[Defect]) -> list[Finding]:
+    """What `data check` found, alike defects together."""
+    kinds: dict[tuple[str, str, str], list[Defect]] = {}
+    for defect in defects:
+        alike = re.sub(r"\[\d+\]", "[…]", re.sub(r"\bline \d+", "another line", defect.what))
+        kinds.setdefault((defect.file, alike, defect.action), []).append(defect)
+    return [
+        Finding(
+            kind="defect",
+            level="problem" if action == "set aside" else "notice",
+            what=f"{file}: {what} ({examples.rows(len(each))}, {'left out' if action == 'set aside' else 'repaired'})",
+            remedy="Correct the file; `appliance data check` lists each line.",
+            count=len(each),
+            examples=examples.first(f"{defect.file}:{defect.line}" for defect in each),
+        )
+        for (file, what, action), each in kinds.items()
+    ]
+
+
+def _wholes(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> Mapping[str, tuple[Field, int]]:
+    """The whole rows of what is trained on, with the recipe's limit; nothing where tokens cannot be counted."""
+    if meter.unit != "tokens":
+        return {}
+    names, limits = _names(recipe), {"sft": recipe.sft.max_tokens, "dpo": recipe.dpo.max_tokens}
+    by_file = {field.file: field for field in fields if field.name == "whole row"}
+    return {kind: (by_file[names[kind]], limit) for kind, limit in limits.items() if names.get(kind) in by_file}
+
+
+def _too_long(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> list[Finding]:
+    wholes = _wholes(recipe, fields, meter)
+    return [finding for kind, (field, limit) in wholes.items() for finding in lengths.check_limit(kind, field, limit)]
+
+
+def _suggested(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> dict[str, int]:
+    """Limits that hold every row, by the recipe's keys: for training, and for the longest answer when serving."""
+    wholes = _wholes(recipe, fields, meter)
+    limits = {f"{kind}.max_tokens": lengths.suggested(field) for kind, (field, _) in wholes.items()}
+    answers = [field for field in fields if field.name in ("assistant", "chosen")]
+    if wholes and answers:
+        limits["serve.max_tokens"] = max(lengths.suggested(field) for field in answers)
+    return limits
+
+
+def _frequent(rows: Sequence[Text], of_row: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
+    """The words that most answers of a language hold, without those that say nothing."""
+    counts: dict[str, Counter[str]] = {}
+    step = -(-len(rows) // SAMPLE_ROWS)
+    for row, language in zip(rows[::step], of_row[::step], strict=True):
+        counts.setdefault(language, Counter()).update(set(telling(row.answer)))
+    return {language: each.most_common(FREQUENT_WORDS) for language, each in sorted(counts.items())}
+
+
+def _blank_lines(rows: Sequence[Text]) -> dict[str, dict[str, float]]:
+    """Shares of answers with a blank line, by file: a form that a model copies."""
+    shares: dict[str, dict[str, float]] = {}
+    for file in dict.fromkeys(row.file for row in rows):
+        own = [row for row in rows if row.file == file]
+        shares[file] = {"answer": sum("\n\n" in row.answer for row in own) / len(own)}
+        if own[0].kind == "dpo":
+            shares[file]["rejected"] = sum("\n\n" in row.rejected for row in own) / len(own)
+    return shares
+
+
+def _sampled(rows: int, meter: Meter) -> list[str]:
+    """What was not counted over all rows."""
+    limits = [
+        (lengths.SAMPLE_ROWS, f"lengths in tokens (the {lengths.LONGEST_ROWS:,} longest rows are measured too)"),
+        (topics.SAMPLE_ROWS, "the words and clusters of topics"),
+        (SAMPLE_ROWS, "frequent words"),
+        (shortcuts.SAMPLE_ROWS, "words that dominate few rows"),
+        (spoken.SAMPLE_ROWS, "readability, of each language"),
+    ]
+    if meter.unit != "tokens":
+        limits = limits[1:]
+    return [f"{what}: at most {limit:,} rows" for limit, what in limits if rows > limit]
+
+
+def _json(made: Audit) -> str:
+    fields = [
+        {
+            "file": field.file,
+            "field": field.name,
+            "rows": len(field.values),
+            "percentiles": dict(zip(map(str, lengths.PERCENTILES), field.percentiles, strict=True)),
+            "longest": field.longest,
+        }
+        for field in made.fields
+    ]
+    value: dict[str, Any] = {"schema": SCHEMA, **asdict(replace(made, fields=[])), "fields": fields}
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,166 @@
+"""Facts on which rows disagree, true facts that preferences push down, and facts that most answers end in.
+
+An address of the FAQ is true. Where the FAQ is silent, what `USUAL_ROWS` answers say, and few contradict, counts as true.
+"""
+
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from appliance.data import examples
+from appliance.data.texts import Text
+from appliance.findings import Finding
+from appliance.text import facts
+from appliance.text.facts import Address
+
+USUAL_ROWS = 3
+FEW = 0.25  # of those who say otherwise
+MANY_ANSWERS = 0.1
+MINIMUM_ANSWERS = 20
+
+POSTCODE = " postcode"  # ends the subject that an address's postcode is
+
+Values = dict[str, dict[str, list[Text]]]  # subject -> value -> rows that state it
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What answers and the FAQ state: house numbers by street, postcodes by address."""
+
+    answers: Values = field(default_factory=dict)
+    faq: Values = field(default_factory=dict)
+
+    def wrong(self) -> Iterable[tuple[str, str, list[Text], str]]:
+        """Subject, value, the rows that state it, and what contradicts it."""
+        for subject, values in self.answers.items():
+            right, source = self.right(subject)
+            for value, rows in values.items():
+                if right and not any(facts.agree(value, each) for each in right):
+                    yield subject, value, rows, source
+
+    def right(self, subject: str) -> tuple[set[str], str]:
+        """The true values of a subject, and who says so; none where it is not known."""
+        if known := self.faq.get(subject):
+            return set(known), f"the FAQ says {' or '.join(sorted(known))}"
+        values = {value: len(rows) for value, rows in self.answers.get(subject, {}).items()}
+        most = max(values.values(), default=0)
+        usual = {value for value, count in values.items() if count >= USUAL_ROWS and count > FEW * most}
+        said = ", ".join(f"{values[value]:,} say {value}" for value in sorted(usual))
+        return usual, said
+
+    def is_true(self, address: Address) -> bool:
+        return any(facts.agree(address.number, each) for each in self.right(address.street)[0])
+
+
+def find(rows: Sequence[Text], regions: Sequence[str]) -> list[Finding]:
+    """All findings about facts."""
+    addresses = {id(row): facts.addresses(row.answer) for row in rows}
+    stated = _collect(rows, addresses)
+    return [*_contradicting(stated), *_pushed_down(rows, stated), *_everywhere(rows, addresses, regions)]
+
+
+def _collect(rows: Sequence[Text], addresses: Mapping[int, Sequence[Address]]) -> Stated:
+    stated = Stated()
+    for row in rows:
+        values = stated.faq if row.kind == "faq" else stated.answers
+        for address in addresses[id(row)]:
+            _note(values, address.street, address.number, row)
+            if postcode := facts.postcode_of(address, row.answer):
+                _note(values, f"{address}{POSTCODE}", postcode, row)
+    return stated
+
+
+def _note(values: Values, subject: str, value: str, row: Text) -> None:
+    rows = values.setdefault(subject, {}).setdefault(value, [])
+    if not rows or rows[-1] is not row:
+        rows.append(row)
+
+
+def _contradicting(stated: Stated) -> list[Finding]:
+    wrong = sorted(stated.wrong(), key=lambda each: -len(each[2]))
+    if not wrong:
+        return []
+    parts = [_said(subject, value, rows, source) for subject, value, rows, source in wrong]
+    count = len({row.where for _, _, rows, _ in wrong for row in rows})
+    return [
+        Finding(
+            kind="contradicting_facts",
+            level="problem",
+            what=f"Answers contradict the FAQ or each other: {examples.listed(parts)}",
+            remedy="Find out which is true and correct the rows; a model learns whichever it reads, and mixes them.",
+            count=count,
+            examples=examples.of(row for _, _, rows, _ in wrong for row in rows),
+            figures={"contradictions": len(wrong)},
+        )
+    ]
+
+
+def _said(subject: str, value: str, rows: Sequence[Text], source: str) -> str:
+    street = subject.removesuffix(POSTCODE)
+    name = f"postcode {value} of {street}" if subject != street else f"{string.capwords(street)} {value}"
+    return f"{name} in {examples.rows(len(rows))} ({_lines(rows)}), {source}"
+
+
+def _lines(rows: Sequence[Text]) -> str:
+    return ", ".join(examples.of(rows)[:3]) + (" …" if len(rows) > 3 else "")
+
+
+def _pushed_down(rows: Sequence[Text], stated: Stated) -> list[Finding]:
+    told: dict[str, int] = {}
+    found, alone = [], 0
+    for row in rows:
+        true = [each for each in facts.addresses(row.rejected) if stated.is_true(each)] if row.rejected else []
+        if not true:
+            continue
+        found.append(row)
+        chosen = {each.street for each in facts.addresses(row.answer)}
+        alone += any(each.street not in chosen for each in true)
+        for name in {str(each) for each in true}:
+            told[name] = told.get(name, 0) + 1
+    if not found:
+        return []
+    named = [f"{name} in {count:,}" for name, count in sorted(told.items(), key=lambda item: (-item[1], item[0]))]
+    return [
+        Finding(
+            kind="true_facts_rejected",
+            level="problem",
+            what=f"{examples.rows(len(found))} have a correct address in the rejected answer: {examples.listed(named)}."
+            f" In {alone:,} of them the chosen answer does not give it",
+            remedy="Preferences push down what is rejected, true or not: leave the address out of the rejected answer, or"
+            " make it the wrong one.",
+            count=len(found),
+            examples=examples.of(found),
+            figures={"not_in_chosen": alone},
+        )
+    ]
+
+
+def _everywhere(rows: Sequence[Text], addresses: Mapping[int, Sequence[Address]], regions: Sequence[str]) -> list[Finding]:
+    """An address or telephone number that a great part of all answers gives, whatever was asked."""
+    answers = [row for row in rows if row.kind != "faq"]
+    if len(answers) < MINIMUM_ANSWERS:
+        return []
+    givers: dict[str, list[Text]] = {}
+    for row in answers:
+        given = {str(each) for each in addresses[id(row)]}
+        for name in given | {phone.number for phone in facts.phones(row.answer, regions)}:
+            givers.setdefault(name, []).append(row)
+    many = sorted(
+        ((name, each) for name, each in givers.items() if len(each) >= MANY_ANSWERS * len(answers)),
+        key=lambda item: -len(item[1]),
+    )
+    if not many:
+        return []
+    parts = [f"{name} in {len(each):,} of {len(answers):,} answers" for name, each in many]
+    return [
+        Finding(
+            kind="fact_in_many_answers",
+            level="notice",
+            what=f"The same fact ends many answers: {examples.listed(parts)}",
+            remedy="A model that has seen it so often says it of other places too: add rows with other answers, and let the"
+            " knowledge base supply addresses.",
+            count=len(many[0][1]),
+            examples=examples.of(many[0][1]),
+            figures={"share": len(many[0][1]) / len(answers)},
+        )
+    ]

@@ -1,0 +1,142 @@
+"""`appliance data audit`: finds each planted defect, names its place, and finds nothing where nothing is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from appliance import recipe as recipes
+from appliance.data import audit, check
+from appliance.data.lengths import Meter
+from appliance.data.report import Audit
+from tests import tiny_recipe
+from tests.data import planted
+from tests.running import call
+
+
+def examine(path: Path, root: Path, base: Path | None = None, *sets: str) -> Audit:
+    recipe = recipes.load(path, sets)
+    return audit.examine(recipe, check.check(recipe, root, strict=False), Meter(base))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_clean_rows_have_no_finding(tmp_path: Path, root: Path, seed: int) -> None:
+    made = examine(planted.clean(seed).write(tmp_path), root)
+    assert [str(finding) for finding in made.findings] == []
+    assert made.rows == {"sft.jsonl": 80, "dpo.jsonl": 40, "faq.json": 1}
+    assert made.languages["sft.jsonl"] == {"nl": 40, "en": 40}
+
+
+@pytest.mark.parametrize("defect", planted.DEFECTS, ids=lambda defect: f"{defect.kind} {defect.plant.__name__}")
+def test_planted_defect_is_found(tmp_path: Path, root: Path, defect: planted.Defect) -> None:
+    rows = planted.clean()
+    defect.plant(rows)
+    findings = [each for each in examine(rows.write(tmp_path), root).findings if each.kind == defect.kind]
+    assert findings, f"no {defect.kind}"
+    assert defect.said in findings[0].what
+    assert any(place.startswith(defect.where) for place in findings[0].examples), findings[0].examples
+    assert findings[0].count > 0
+    assert findings[0].remedy
+
+
+def test_page_and_json(tmp_path: Path) -> None:
+    rows = planted.clean()
+    rows.answer(
+        5, "Bel <script>alert(1)</script> op 06-12345678, BSN 111222333, of mail jan.jansen@voorbeeld.nl alsjeblieft."
+    )
+    path = rows.write(tmp_path / "recipe")
+    result = call("data", "audit", path, "--json")
+    output = json.loads(result.stdout)
+    assert output["state"] == "made"
+    assert {finding["kind"] for finding in output["findings"]} >= {"personal_bsn", "personal_phone", "personal_email"}
+    folder = Path(output["artifact"])
+    page = (folder / "audit.html").read_text(encoding="utf-8")
+    data = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+    assert "<script" not in page
+    assert data["schema"] == 1
+    assert data["findings"] == output["findings"]
+    for shown in (
+        "Findings",
+        "Lengths",
+        "Languages",
+        "Topics",
+        "Frequent words",
+        "Flesch-Douma",
+        "Nothing was sampled",
+        "sft.jsonl:6",
+    ):
+        assert shown in page
+    for private in ("06-12345678", "+31612345678", "111222333", "jan.jansen"):
+        assert private not in page + json.dumps(data) + result.stderr
+    whole = next(field for field in data["fields"] if field["file"] == "sft.jsonl" and field["field"] == "whole row")
+    assert whole["rows"] == 80
+    assert whole["percentiles"]["50"] <= whole["percentiles"]["99"] <= whole["longest"]
+
+
+def test_unchanged_data_is_not_audited_again(tmp_path: Path, root: Path) -> None:
+    path = planted.clean().write(tmp_path / "recipe")
+    assert json.loads(call("data", "audit", path, "--dry-run", "--json").stdout)["state"] == "to make"
+    assert not root.exists()
+    first = json.loads(call("data", "audit", path, "--json").stdout)
+    page = Path(first["page"]).stat().st_mtime_ns
+    again = json.loads(call("data", "audit", path, "--json").stdout)
+    assert again == {**first, "state": "unchanged"}
+    assert Path(again["page"]).stat().st_mtime_ns == page
+    (path.parent / "dpo.jsonl").write_text((path.parent / "sft.jsonl").read_text().replace("messages", "prompt"))
+    other = json.loads(call("data", "audit", path, "--set", 'phases=["sft"]', "--json").stdout)
+    assert other["artifact"] != first["artifact"]
+
+
+def test_same_data_gives_the_same_page(tmp_path: Path) -> None:
+    path = planted.clean().write(tmp_path / "recipe")
+    folder = Path(json.loads(call("data", "audit", path, "--json").stdout)["artifact"])
+    before = {name: (folder / name).read_bytes() for name in ("audit.html", "audit.json")}
+    (folder / "manifest.json").unlink()
+    call("data", "audit", path)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A model folder as far as lengths need one: a tokenizer of words, and a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path / "base"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message.role }} : {{ message.content }} end {% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+def test_lengths_in_tokens_of_the_base(tmp_path: Path, root: Path, base: Path) -> None:
+    rows = planted.clean()
+    rows.answer(3, "woord " * 400)
+    made = examine(rows.write(tmp_path / "recipe"), root, base, "sft.max_tokens=256")
+    assert made.unit == "tokens of the base"
+    assert made.suggested_max_tokens == {"sft.max_tokens": 448, "dpo.max_tokens": 64, "serve.max_tokens": 448}
+    (finding,) = [each for each in made.findings if each.kind == "too_long"]
+    assert "the longest row has 420 tokens, sft.max_tokens is 256" in finding.what  # 14 + 400, and 3 of the template a turn
+    assert "Set sft.max_tokens = 448" in finding.remedy
+    answers = next(field for field in made.fields if field.file == "sft.jsonl" and field.name == "assistant")
+    assert answers.longest == 400
+
+
+def test_lengths_of_a_sample_keep_the_longest(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from appliance.data import lengths
+
+    monkeypatch.setattr(lengths, "SAMPLE_ROWS", 10)
+    monkeypatch.setattr(lengths, "LONGEST_ROWS", 2)
+    turns = [("vraag", f"{'woord ' * (300 if number == 41 else 5)}") for number in range(100)]
+    rows = [{"messages": tiny_recipe.messages(each), "line": number} for number, each in enumerate(turns, 1)]
+    (*_, whole) = lengths.measure("sft", "sft.jsonl", rows, Meter(base))
+    assert len(whole.values) == 10
+    assert whole.longest == 307
+
+
+def test_without_a_tokenizer_lengths_say_that_they_are_characters(tmp_path: Path, root: Path) -> None:
+    made = examine(planted.clean().write(tmp_path), root)
+    assert made.unit.startswith("characters: the base's tokenizer is not here")
+    assert made.suggested_max_tokens == {}
