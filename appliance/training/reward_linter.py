@@ -67,19 +67,19 @@ def lint(
 
 
 def _refuse(rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> list[Finding]:
-    """Each prompt with its own reference and with its neighbour's, all in one call and then each alone."""
+    """Each prompt with its own reference and with its neighbour's, all in one call."""
     neighbours = [*prompts[1:], prompts[0]]
     answers = [
         Answer(prompt, text.reference) for pair in (prompts, neighbours) for prompt, text in zip(prompts, pair, strict=True)
     ]
-    refused, findings = [], []
+    refused: list[str] = []
+    findings: list[Finding] = []
     for each in rewards:
         reason = _malformed(each, answers) or _malformed(each, answers[:1])
         if reason is None:
             together = _scores(each, answers)
-            alone = [_scores(each, [answer])[0] for answer in answers]
-            reason = _borrowed(each, answers, together, alone)
-            findings += [] if reason else _unsteady(each, answers, together, alone)
+            reason = _borrowed(each, answers, together)
+            findings += [] if reason else _unsteady(each, answers, together)
         if reason:
             refused.append(f"{each.name}: {reason}.")
     if refused:
@@ -95,27 +95,34 @@ def _malformed(reward: Reward, answers: Sequence[Answer]) -> str | None:
     return rewarding.malformed(found, len(answers))
 
 
-def _borrowed(reward: Reward, answers: Sequence[Answer], together: Sequence[Value], alone: Sequence[Value]) -> str | None:
-    """Why a reward is refused that gives each answer what it would get as an answer to one certain row of the call."""
-    different = [i for i in range(len(answers)) if not _same(together[i], alone[i])]
-    if not different:
-        return None
+def _borrowed(reward: Reward, answers: Sequence[Answer], together: Sequence[Value]) -> str | None:
+    """Why a reward is refused whose values follow one certain row of the call, and not the answer's own.
+
+    Rows are exchanged and texts kept: first all rows but that one, which must move something, then that one alone, which
+    must not move the others. It holds also where the weights of words are fitted on each call.
+    """
+    exchanged = [Answer(answers[(i + 1) % len(answers)].prompt, answer.text) for i, answer in enumerate(answers)]
     for row, place in ((0, "first"), (-1, "last")):
-        as_one = [_scores(reward, [Answer(answers[row].prompt, answers[i].text)])[0] for i in different]
-        if all(_same(together[i], value) for i, value in zip(different, as_one, strict=True)):
+        that = row % len(answers)
+        others = [i for i in range(len(answers)) if i != that]
+        kept = _scores(reward, [answers[i] if i == that else exchanged[i] for i in range(len(answers))])
+        moved = _scores(reward, [exchanged[i] if i == that else answers[i] for i in range(len(answers))])
+        followed = [i for i in others if not _same(together[i], moved[i])]
+        if followed and all(_same(together[i], kept[i]) for i in others):
             return (
-                f"{len(different)} of {len(answers)} answers to different rows got what they would get for the {place} row"
-                f" of the call: it holds all of them against that row's reference, as `answer[{row}]` does. A call mixes"
-                " prompts; compare each answer with the reference at its own place in the list"
+                f"{len(followed)} of {len(answers)} answers got another value when only the {place} row of the call had"
+                f" another reference, and none when its own had: it holds all against that row, as `answer[{row}]` does. A"
+                " call mixes prompts; compare each answer with the reference at its own place in the list"
             )
     return None
 
 
-def _unsteady(reward: Reward, answers: Sequence[Answer], together: Sequence[Value], alone: Sequence[Value]) -> list[Finding]:
+def _unsteady(reward: Reward, answers: Sequence[Answer], together: Sequence[Value]) -> list[Finding]:
     again = _scores(reward, answers)
     if not all(map(_same, together, again)):
         what = f"{reward.name} gives the same answers other values when it is asked again."
         return [Finding("not_repeatable", "problem", what, "Take chance out of it, or a resumed run will differ.")]
+    alone = [_scores(reward, [answer])[0] for answer in answers]
     moved = [i for i in range(len(answers)) if not _same(together[i], alone[i])]
     if not moved:
         return []

@@ -19,9 +19,8 @@ from tests import tiny_recipe
 from tests.running import call
 
 RECIPE = (
-    tiny_recipe.RECIPE.replace('dpo = "dpo.jsonl"\n', 'grpo = "grpo.jsonl"\n').replace(
-        'languages = ["nl", "en"]', 'languages = ["nl", "en"]\nphases = ["sft", "grpo"]'
-    )
+    tiny_recipe.RECIPE.replace('dpo = "dpo.jsonl"\n', 'grpo = "grpo.jsonl"\n')
+    .replace('languages = ["nl", "en"]', 'languages = ["nl", "en"]\nphases = ["sft", "grpo"]')
     # What is learned by heart is answered in one way, and a group of equal answers has no spread.
     .replace("[sft]\nepochs = 10", "[sft]\nepochs = 3")
     + """

@@ -42,10 +42,11 @@ def owned(name: str) -> Reward:
     return Reward(name, 1.0, own.make(function, ROWS, ["de"]))
 
 
-def test_first_row_for_all_is_refused() -> None:
-    said = refused(owned("first_reference"))
-    assert "first_reference: " in said
-    assert "got what they would get for the first row of the call" in said
+@pytest.mark.parametrize("name", ["first_reference", "first_reference_fitted"])
+def test_first_row_for_all_is_refused(name: str) -> None:
+    said = refused(owned(name))
+    assert f"{name}: " in said
+    assert "when only the first row of the call had another reference, and none when its own had" in said
     assert "as `answer[0]` does" in said
 
 
@@ -78,7 +79,7 @@ def test_last_row_for_all_is_refused() -> None:
         expected = set(each[-1].prompt.reference.split())
         return [len(expected & set(answer.text.split())) / len(expected) for answer in each]
 
-    assert "got what they would get for the last row" in refused(Reward("last", 1.0, last))
+    assert "when only the last row of the call had another reference" in refused(Reward("last", 1.0, last))
 
 
 def test_dependence_on_the_call_is_reported() -> None:

@@ -50,10 +50,10 @@ def _load(path: Path) -> Callable[..., Any]:
         raise RecipeError(f"grpo.rewards.own: {path.name!r} names no function; write it as module:function.")
     file = _file(path)
     module = _from_file(file) if file.is_file() else _installed(module_name, file)
-    function = getattr(module, name, None)
-    if not callable(function):
+    if not callable(found := getattr(module, name, None)):
         raise RecipeError(f"grpo.rewards.own: {module_name} has no function {name!r}.")
-    return function  # type: ignore[no-any-return]
+    function: Callable[..., Any] = found
+    return function
 
 
 def _from_file(file: Path) -> ModuleType:
