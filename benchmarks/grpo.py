@@ -158,7 +158,7 @@ def balanced(reviews: Sequence[Review], rows: int) -> list[Review]:
     """So many of them, as many of each polarity as there are: or the commonest would always be right."""
     shuffled = random.Random(11).sample(list(reviews), len(reviews))
     quota = {name: min(count, rows // 3 + 1) for name, count in Counter(each.polarity for each in reviews).items()}
-    kept = []
+    kept: list[Review] = []
     for each in shuffled:
         if quota[each.polarity] and len(kept) < rows:
             quota[each.polarity] -= 1

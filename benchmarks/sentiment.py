@@ -31,7 +31,7 @@ def train(folder: Path, rows: Sequence[tuple[str, str]], seed: int = 1) -> float
     weights = [len(learned) / count for _, count in sorted(Counter(label for _, label in learned).items())]
     _fit(model, tokenizer, learned, labels, weights, seed)
     model.eval()
-    right = sum(labels[_logits(model, tokenizer, [text])[0].argmax()] == label for text, label in held)
+    right: int = sum(labels[_logits(model, tokenizer, [text])[0].argmax()] == label for text, label in held)
     _save(folder, model, tokenizer)
     return right / len(held)
 

@@ -149,8 +149,8 @@ def _train(
     base, adapter = processes.from_first(lambda: _inputs(phase, recipe, root, plans))
     if phase == "sft":
         return sft.train(recipe, dataset, base, root, resume=resume, restart=restart)
-    continuing = dpo if phase == "dpo" else grpo
-    return continuing.train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
+    train = dpo.train if phase == "dpo" else grpo.train
+    return train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
 
 
 def _inputs(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -> tuple["Base", Path]:
