@@ -149,8 +149,7 @@ def test_it_starts_from_the_adapter_of_sft(tuned: Tuned) -> None:
     from appliance.training import dpo
     from appliance.training.model import Base
 
-    (sft,) = tuned.root.glob("adapter/tiny-sft-*")
-    (base,) = tuned.root.glob("base/*")
+    sft, base = (next(path for path in tuned.root.glob(each) if path.is_dir()) for each in ("adapter/tiny-sft-*", "base/*"))
     model = dpo.continue_adapter(Base(base, ""), sft)
     loaded = {
         key.replace(".default.", "."): digest_of(value.detach().tolist())
