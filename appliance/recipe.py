@@ -7,6 +7,7 @@ one.
 import dataclasses
 import json
 import tomllib
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from appliance import config
 from appliance.config import setting
 from appliance.errors import RecipeError, several
+from appliance.reward_settings import Rewards
 
 STARTER = "starter"
 Quantization = Literal[
@@ -119,6 +121,24 @@ class Dpo:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Grpo:
+    epochs: int = setting(1, minimum=1)
+    learning_rate: float = setting(1e-5, minimum=0.0)
+    batch_rows: int = setting(8, minimum=1, about="answers computed at the same time")
+    accumulate: int = setting(1, minimum=1, about="micro-batches per optimizer step")
+    answers: int = setting(8, minimum=2, about="to each prompt, which are compared with each other: a group")
+    answer_tokens: int = setting(256, minimum=1, about="an answer is cut there")
+    max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; a longer prompt is an error, never cut")
+    temperature: float = setting(1.0, minimum=0.01, maximum=10.0)
+    beta: float = setting(0.04, minimum=0.0, about="how strongly the adapter is held near the one it continues")
+    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
+    checkpoint_steps: int = setting(50, minimum=1)
+    adapter: Path | None = setting(None, about="of an earlier round, to continue instead of the phase before")
+    lint_prompts: int = setting(6, minimum=2, about="whose answers are sampled beforehand to try the rewards on")
+    rewards: Rewards = Rewards()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Quantize:
     types: tuple[Quantization, ...] = setting(("Q8_0", "Q4_K_M"))
     serve: Quantization = setting("Q4_K_M", about="the file that is promoted")
@@ -190,11 +210,12 @@ class Recipe:
     base: str = setting(STARTER, about="'starter', a Hugging Face id that was pulled, or a local folder")
     languages: tuple[str, ...] = setting(("en",), about="ISO 639-1 codes of the answers")
     seed: int = setting(3407, minimum=0, maximum=2**32 - 1)
-    phases: tuple[Literal["sft", "dpo"], ...] = setting(("sft", "dpo"))
+    phases: tuple[Literal["sft", "dpo", "grpo"], ...] = setting(("sft", "dpo"))
     starter: Starter = Starter()
     lora: Lora = Lora()
     sft: Sft = Sft()
     dpo: Dpo = Dpo()
+    grpo: Grpo = Grpo()
     quantize: Quantize = Quantize()
     verify: Verify = Verify()
     machine: Machine = Machine()
@@ -258,12 +279,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not valid TOML: {error}.") from error
 
 
-def _absolute(table: dict[str, Any], folder: Path) -> dict[str, Any]:
-    data = table.get("data")
-    if not isinstance(data, dict):
-        return table
-    paths = {key: str((folder / value).resolve()) if isinstance(value, str) else value for key, value in data.items()}
-    return {**table, "data": paths}
+def _absolute(table: Mapping[str, Any], folder: Path, kind: type = Recipe) -> dict[str, Any]:
+    """The table with every path in it made absolute; the settings of `kind` say which values are paths."""
+    hints = typing.get_type_hints(kind)
+    return {key: _absolute_value(hints.get(key), value, folder) for key, value in table.items()}
+
+
+def _absolute_value(hint: Any, value: Any, folder: Path) -> Any:
+    kinds = [each for each in (hint, *typing.get_args(hint)) if isinstance(each, type)]
+    if isinstance(value, str) and Path in kinds:
+        return str((folder / value).resolve())
+    section = next((each for each in kinds if dataclasses.is_dataclass(each)), None)
+    if section is not None and isinstance(value, Mapping):
+        return _absolute(value, folder, section)
+    if section is not None and isinstance(value, list):
+        return [_absolute(each, folder, section) if isinstance(each, Mapping) else each for each in value]
+    return value
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
@@ -282,6 +313,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
             problems.append(f"data.columns.{field.name}: there is no data.{field.name} whose columns it could name.")
     if "dpo" in recipe.phases and recipe.data.dpo is None:
         problems.append("data.dpo: missing, and phases names 'dpo'; give a file, or set phases = [\"sft\"].")
+    problems += _grpo_contradictions(recipe) if "grpo" in recipe.phases else []
+    order = tuple(phase for phase in ("sft", "dpo", "grpo") if phase in recipe.phases)
+    if set(order) == set(recipe.phases) and recipe.phases != order and recipe.phases[0] == "sft":
+        problems.append(f"phases: they run in the order {', '.join(order)}, each continuing the adapter of the one before.")
     if recipe.starter.heads % recipe.starter.kv_heads:
         problems.append(f"starter.kv_heads: {recipe.starter.kv_heads} does not divide starter.heads {recipe.starter.heads}.")
     if recipe.starter.head_width % 2:
@@ -289,8 +324,32 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if not recipe.name.replace("-", "").replace("_", "").isalnum() or not recipe.name.isascii():
         problems.append(f"name: {recipe.name!r} may have only ASCII letters, digits, '-' and '_'; it names files.")
     if recipe.base == STARTER:
-        for phase, tokens in (("sft", recipe.sft.max_tokens), ("dpo", recipe.dpo.max_tokens)):
+        limits = {
+            phase: getattr(recipe, phase).max_tokens
+            for phase in ("sft", "dpo", *(["grpo"] if "grpo" in recipe.phases else []))
+        }
+        for phase, tokens in limits.items():
             if tokens > recipe.starter.context_tokens:
                 limit = recipe.starter.context_tokens
                 problems.append(f"{phase}.max_tokens: {tokens} exceeds starter.context_tokens {limit}.")
+    return problems
+
+
+def _grpo_contradictions(recipe: Recipe) -> list[str]:
+    grpo, rewards = recipe.grpo, recipe.grpo.rewards
+    problems = []
+    if recipe.data.grpo is None:
+        problems.append("data.grpo: missing, and phases names 'grpo'; give a file of prompts with references.")
+    if not any(each.weight > 0 for each in rewards.named().values()):
+        problems.append("grpo.rewards: names none with a weight; add a table such as [grpo.rewards.tfidf_similarity].")
+    if (grpo.batch_rows * grpo.accumulate) % grpo.answers:
+        step = f"a step of grpo.batch_rows = {grpo.batch_rows} times grpo.accumulate = {grpo.accumulate}"
+        problems.append(f"grpo.answers: {step} answers holds no whole groups of {grpo.answers}.")
+    if len({each.function for each in rewards.own}) < len(rewards.own):
+        problems.append("grpo.rewards.own: names a function twice; give it once, with the sum of the weights.")
+    if grpo.answer_tokens >= grpo.max_tokens:
+        problems.append(f"grpo.answer_tokens: {grpo.answer_tokens} leaves no room for a prompt in grpo.max_tokens.")
+    if rewards.length is not None and rewards.length.least_words > rewards.length.most_words:
+        least, most = rewards.length.least_words, rewards.length.most_words
+        problems.append(f"grpo.rewards.length.least_words: {least} exceeds most_words = {most}.")
     return problems

@@ -1,4 +1,4 @@
-"""`appliance train`: the starter base, SFT and DPO; each phase continues the one before."""
+"""`appliance train`: the starter base, SFT, DPO and GRPO; each phase continues the one before."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ def train(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train the phases of a recipe: base (the starter only), sft, dpo. Under `accelerate launch`, on several cards."""
+    """Train the phases of a recipe: base (the starter only), sft, dpo, grpo. Under `accelerate launch`, on several cards."""
     if not dry_run or processes.count() > 1:
         config.apply_quiet_environment()
     with processes.together():
@@ -62,14 +62,14 @@ def train(
 
 def _asked(path: Path, sets: tuple[str, ...], phase: str | None) -> tuple[Recipe, list[str]]:
     """The recipe, and which of its phases are to be run."""
-    if phase in ("grpo", "passages"):
+    if phase == "passages":
         raise NotAvailableYet(f"`appliance train --phase {phase}` is not built yet.")
     recipe = recipes.load(path, sets)
     if phase == "base" and recipe.base != STARTER:
         raise RecipeError(f"--phase base makes the starter only; this recipe's base is {recipe.base!r}.")
     if phase not in (None, "base", *recipe.phases):
         raise RecipeError(f"--phase {phase}: the recipe's phases are {', '.join(recipe.phases)}.")
-    for section, settings in (("sft", recipe.sft), ("dpo", recipe.dpo)):
+    for section, settings in (("sft", recipe.sft), ("dpo", recipe.dpo), ("grpo", recipe.grpo)):
         if section == phase or (phase is None and section in recipe.phases):
             processes.share(settings.batch_rows, settings.accumulate, section)
     return recipe, [phase] if phase else [*(["base"] if recipe.base == STARTER else []), *recipe.phases]
@@ -100,7 +100,7 @@ def _found(phase: str, recipe: Recipe, root: Path) -> tuple[dict[str, Plan], art
 def _plans(recipe: Recipe, root: Path) -> dict[str, Plan]:
     """What each phase will make; nothing is loaded for it."""
     from appliance.data import check
-    from appliance.training import dpo, model, sft, starter
+    from appliance.training import dpo, grpo, model, sft, starter
 
     plans = {"data": check.plan(recipe)}
     dataset = artifacts.identity(plans["data"].location(root))
@@ -111,7 +111,18 @@ def _plans(recipe: Recipe, root: Path) -> dict[str, Plan]:
         base = model.locate(recipe.base, root).identity
     plans["sft"] = sft.plan(recipe, dataset, base)
     plans["dpo"] = dpo.plan(recipe, dataset, base, artifacts.identity(plans["sft"].location(root)))
+    if "grpo" in recipe.phases:
+        continued = _continued("grpo", recipe, root, plans)
+        plans["grpo"] = grpo.plan(recipe, dataset, base, artifacts.identity(continued))
     return plans
+
+
+def _continued(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -> Path:
+    """Where the adapter lies, or will lie, that a phase after SFT continues."""
+    if phase == "grpo" and recipe.grpo.adapter is not None:
+        return recipe.grpo.adapter
+    before = "dpo" if phase == "grpo" and "dpo" in recipe.phases else "sft"
+    return plans[before].location(root)
 
 
 def _make(
@@ -129,7 +140,7 @@ def _train(
     phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan], *, resume: bool, restart: bool
 ) -> artifacts.Artifact:
     from appliance.data import check
-    from appliance.training import dpo, sft, starter
+    from appliance.training import dpo, grpo, sft, starter
 
     dataset = processes.from_first(lambda: check.check(recipe, root, strict=False).path)
     if phase == "base":
@@ -138,18 +149,24 @@ def _train(
     base, adapter = processes.from_first(lambda: _inputs(phase, recipe, root, plans))
     if phase == "sft":
         return sft.train(recipe, dataset, base, root, resume=resume, restart=restart)
-    return dpo.train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
+    train = dpo.train if phase == "dpo" else grpo.train
+    return train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
 
 
 def _inputs(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -> tuple["Base", Path]:
-    """The base, and the adapter that DPO continues (SFT starts from the base alone), both as they were made."""
+    """The base, and the adapter that DPO or GRPO continues (SFT starts from the base alone), both as they were made."""
     from appliance.training import model
 
     base = model.locate(str(_whole(plans["base"], root, "base")) if recipe.base == STARTER else recipe.base, root)
     artifacts.check_input(base.path)
     if phase == "sft":
         return base, base.path
-    adapter = _whole(plans["sft"], root, "sft")
+    adapter = _continued(phase, recipe, root, plans)
+    for before in ("sft", "dpo"):
+        if adapter == plans[before].location(root):
+            _whole(plans[before], root, before)
+    if not (adapter / "adapter_config.json").is_file():
+        raise ArtifactError(f"{adapter} is no adapter: it has no adapter_config.json (grpo.adapter).")
     artifacts.check_input(adapter)
     return base, adapter
 

@@ -84,9 +84,10 @@ def each_row(dataset: Path, name: str) -> Iterator[Row]:
 
 
 def _files(recipe: Recipe) -> dict[str, Path]:
-    dpo = recipe.data.dpo if "dpo" in recipe.phases else None
     data = recipe.data
-    files = {"sft": data.sft, "heldout": data.heldout, "dpo": dpo, "grpo": data.grpo, "faq": data.faq}
+    dpo = data.dpo if "dpo" in recipe.phases else None
+    grpo = data.grpo if "grpo" in recipe.phases else None
+    files = {"sft": data.sft, "heldout": data.heldout, "dpo": dpo, "grpo": grpo, "faq": data.faq}
     return {name: path for name, path in files.items() if path is not None}
 
 

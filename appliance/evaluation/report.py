@@ -55,7 +55,9 @@ def _data(dataset: Artifact) -> list[str]:
 
 def _training(made: Mapping[str, Artifact]) -> list[str]:
     lines = ["| phase | steps | loss, first step | loss, last twentieth | time |", "|---|---|---|---|---|"]
-    for phase in [name for name in ("base", "sft", "dpo") if "steps" in (made[name].results if name in made else {})]:
+    for phase in [
+        name for name in ("base", "sft", "dpo", "grpo") if "steps" in (made[name].results if name in made else {})
+    ]:
         results, seconds = made[phase].results, made[phase].manifest["seconds"]
         losses = f"{results['first_loss']:.3f} | {results['final_loss']:.3f}"
         lines.append(f"| {phase} | {results['steps']} | {losses} | {human_seconds(seconds)} |")
@@ -69,13 +71,21 @@ def _training(made: Mapping[str, Artifact]) -> list[str]:
             f" The chosen answer gained on the rejected one in {dpo['reward_accuracy']:.1%}."
             f" Length alone would decide {dpo['chosen_longer']:.1%}.",
         ]
+    if "grpo" in made:
+        grpo = made["grpo"].results
+        lines += [
+            "",
+            f"Mean reward of the model's own answers to {grpo['rows']} prompts: {grpo['reward_first']:.3f} in the first"
+            f" fifth of GRPO's steps, {grpo['reward_last']:.3f} in the last; {grpo['flat_groups']:.1%} of groups had no"
+            " spread to learn from.",
+        ]
     return lines + _samples(made)
 
 
 def _samples(made: Mapping[str, Artifact]) -> list[str]:
     import json
 
-    adapter = made["dpo"] if "dpo" in made else made["sft"]
+    adapter = next(made[phase] for phase in ("grpo", "dpo", "sft") if phase in made)
     lines = ["", "Base beside adapter, greedy, on a training question in each language:", ""]
     for sample in json.loads((adapter.path / "samples.json").read_text(encoding="utf-8")):
         lines += [f"- **{sample['language']}** {_line(sample['question'])}"]

@@ -65,7 +65,9 @@ _POSTCODES = re.compile(
     r"\b(?:[1-9]\d{3}\s?(?!S[ADS]\b)[A-Z]{2}|\d{2}-\d{3}|[A-Z]{1,2}\d[A-Z\d]?\s\d[A-Z]{2}|\d{5}(?=\s+[A-ZÄÖÜ]))\b"
 )
 _TIMES = re.compile(
-    r"\b(?:([01]?\d|2[0-4])[.:]([0-5]\d)(?!\d)|([01]?\d|2[0-4])(?=\s*(?:uur|uhr\b|h\b|[ap]\.?m\b)))", re.IGNORECASE
+    r"\b(?:([01]?\d|2[0-4])[.:h]([0-5]\d)(?!\d|[.,]\d)(?:\s?(?:uur|uhr|h)\b)?|([01]?\d|2[0-4])(?=\s?(?:uur|uhr|h|[ap]\.?m)\b))"
+    r"(?:\s?(?:uur|uhr|h)\b|\s?([ap])\.?m\b\.?)?",
+    re.IGNORECASE,
 )
 _DIGITS = re.compile(r"(?<![\w.])[+(]{0,2}\d[\d \t().\-/]{5,24}\d(?!\w)")
 POSTCODE_REACH = 12  # characters between an address and its postcode: a comma, a city
@@ -82,6 +84,18 @@ class Address:
 
     def __str__(self) -> str:
         return f"{string.capwords(self.street)} {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """`clock` is HH:MM of a day of 24 hours."""
+
+    clock: str
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return self.clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +173,14 @@ def postcode_of(address: Address, text: str) -> str | None:
     return re.sub(r"\s", "", near.group()) if near and near.start() - address.end <= POSTCODE_REACH else None
 
 
-def times(text: str) -> list[str]:
-    """Times of day as HH:MM, in the order of the text."""
+def times(text: str) -> list[Time]:
+    """Times of day, in the order of the text."""
     found = []
-    for hour, minute, bare in _TIMES.findall(text):
-        found.append(f"{int(hour or bare):02}:{minute or '00'}")
+    for match in _TIMES.finditer(text):
+        hour, minute, whole, half = match.groups()
+        hours = int(hour or whole)
+        hours += 12 if half in ("p", "P") and hours < 12 else 0
+        found.append(Time(f"{hours:02}:{minute or '00'}", match.start(), match.end()))
     return found
 
 

@@ -25,6 +25,14 @@ def identify(text: str, candidates: Sequence[str]) -> tuple[str, float] | None:
     return language, float(probability)
 
 
+def probability(text: str, language: str, candidates: Sequence[str]) -> float | None:
+    """How likely a text is in `language` rather than in another of the `candidates`; None for one too short to tell."""
+    if len(text.strip()) < MINIMUM_CHARACTERS:
+        return None
+    ranks = dict(_identifier(tuple(sorted({*candidates, language}))).rank(text))
+    return float(ranks[language])
+
+
 def require_known(codes: Sequence[str]) -> None:
     """Raises `RecipeError` for codes that py3langid does not tell apart."""
     if unknown := sorted(set(codes) - set(_load().labels)):

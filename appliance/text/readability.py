@@ -1,6 +1,6 @@
 """How hard a text is to read, by a formula that was made for its language, where there is one.
 
-Dutch: Flesch-Douma (1960). English: Flesch (1948). German: Amstad (1978). Their scores fall from 100 (easy) to 0.
+Dutch: Flesch-Douma (1960). English: Flesch (1948). German: Amstad (1978). French: Kandel and Moles (1958). Their scores fall from 100 (easy) to 0.
 Polish: Pisarek (1969), checked with readers by Charzyńska and Dębowski (2015); it rises with the years of schooling.
 Arabic has none here: its formulas count syllables, which unvowelled script does not show. A score never proves a CEFR level.
 """
@@ -19,6 +19,7 @@ _VOWELS = {
     "en": re.compile(r"[aeiouy]+", re.IGNORECASE),
     "de": re.compile(r"ie|ei|ai|eu|äu|au|aa|ee|oo|[aeiouyäöü]", re.IGNORECASE),
     # "i" before another vowel only softens the consonant.
+    "fr": re.compile(r"eau|aie|oui|ou|ai|ei|oi|au|eu|œu|ie|ui|io|ia|[aeiouyàâæéèêëîïôœùûüÿ]", re.IGNORECASE),
     "pl": re.compile(r"i?(?:au|eu|[aąeęoóuy])|i", re.IGNORECASE),
 }
 NO_METHOD = "none: there is no formula for it here"
@@ -42,6 +43,9 @@ METHODS: Mapping[str, Method] = {
     "en": Method(
         "Flesch reading ease", lambda length, syllables, _: 206.835 - 1.015 * length - 84.6 * syllables, 50, "higher"
     ),
+    "fr": Method(
+        "Flesch, by Kandel and Moles", lambda length, syllables, _: 207 - 1.015 * length - 73.6 * syllables, 50, "higher"
+    ),
     "de": Method("Flesch, by Amstad", lambda length, syllables, _: 180 - length - 58.5 * syllables, 50, "higher"),
     "pl": Method("Pisarek, linear", lambda length, _, hard: length / 3 + 100 * hard / 3 + 1, 12, "lower"),
 }
@@ -55,8 +59,13 @@ def method_name(language: str) -> str:
 
 def score(text: str, language: str) -> float | None:
     """The score by the language's formula; None without a formula or for fewer than ten words."""
+    return score_any(text, language) if len(WORD.findall(text)) >= MINIMUM_WORDS else None
+
+
+def score_any(text: str, language: str) -> float | None:
+    """The same of any text that has words: of a few of them it says little, but an answer must not escape by being short."""
     words = WORD.findall(text)
-    if language not in METHODS or len(words) < MINIMUM_WORDS:
+    if language not in METHODS or not words:
         return None
     sentences = max(1, sum(bool(WORD.search(part)) for part in _SENTENCE_END.split(text)))
     counts = [syllables(word, language) for word in words]
@@ -65,8 +74,10 @@ def score(text: str, language: str) -> float | None:
 
 
 def syllables(word: str, language: str) -> int:
-    """Syllables by the spelling: groups of vowels, and in English no silent e."""
+    """Syllables by the spelling: groups of vowels, and no silent e in English and French."""
     count = len(_VOWELS[language].findall(word))
+    if language == "fr" and count > 1 and re.search(r"[^aeiouyéèêà]e(?:s|nt)?$", word, re.IGNORECASE):
+        count -= 1
     if language == "en" and count > 1 and re.search(r"[^aeiouyl]e$|[^aeiouytd]ed$", word, re.IGNORECASE):
         count -= 1
     return max(1, count)

@@ -110,7 +110,8 @@ def train(trainer: Any, folder: Path, label: str, checkpoint: Path | None) -> di
     processes.from_first(lambda: _clear_after(folder, first_step))
     if checkpoint:
         processes.note(f"{label}: continuing after step {first_step}")
-    repeated = processes.repeated_rows(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
+    rows = len(trainer.train_dataset) * getattr(trainer, "num_generations", 1)  # GRPO makes its own
+    repeated = processes.repeated_rows(rows, trainer.args.per_device_train_batch_size)
     if repeated:
         processes.note(f"{label}: {repeated} rows come twice in an epoch, so that every process has as many steps")
     processes.settle(trainer)
@@ -136,7 +137,7 @@ def _clear_after(folder: Path, last_step: int) -> None:
 
 def _outcome(folder: Path, label: str) -> dict[str, Any]:
     curve = [json.loads(line) for line in (folder / LOSS).read_text().splitlines()]
-    _plot(curve, folder / "loss.png", label)
+    plot(curve, folder / "loss.png", label, "loss")
     losses = [point["loss"] for point in curve]
     tail = losses[-max(1, len(losses) // 20) :]  # single steps are noisy: the last twentieth's mean
     return {"steps": len(losses), "first_loss": losses[0], "final_loss": sum(tail) / len(tail)}
@@ -180,6 +181,8 @@ def _callback(folder: Path, label: str, first_step: int) -> Any:
             if self.phase:
                 tokens = logs.get("num_tokens", logs.get("num_input_tokens_seen"))  # TRL's trainers say the first
                 self.phase.take(state.global_step, logs["loss"], logs.get("learning_rate"), tokens)
+                if "reward" in logs:
+                    self.phase.judge(logs["reward"], logs["reward_std"], logs["frac_reward_zero_std"])
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             if self.phase:
@@ -193,14 +196,16 @@ def _callback(folder: Path, label: str, first_step: int) -> Any:
     return Watch()
 
 
-def _plot(curve: list[dict[str, Any]], path: Path, label: str) -> None:
+def plot(curve: list[dict[str, Any]], path: Path, label: str, key: str) -> None:
+    """Draws what was logged under `key` at each step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot([point["step"] for point in curve], [point["loss"] for point in curve], linewidth=1)
-    axes.set(xlabel="step", ylabel="loss", title=label, ylim=(0, None))
+    values = [point[key] for point in curve]
+    axes.plot([point["step"] for point in curve], values, linewidth=1)
+    axes.set(xlabel="step", ylabel=key, title=label, ylim=(None if min(values) < 0 else 0, None))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

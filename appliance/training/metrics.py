@@ -33,6 +33,9 @@ class _Families:
         self.learning_rate = gauge("learning_rate", "Learning rate of the last step.")
         self.step_seconds = gauge("step_seconds", "Time of recent steps.")
         self.seconds_left = gauge("left_seconds", "Time until the phase ends, if steps take what recent ones took.")
+        self.reward = gauge("reward", "Mean reward of the last step's answers.")
+        self.reward_spread = gauge("reward_spread", "Standard deviation of the last step's rewards.")
+        self.flat_groups = gauge("flat_groups_ratio", "Groups of the last step whose answers all have the same reward.")
         self.last_step_at = gauge("last_step_timestamp_seconds", "When the last step ended, or the phase began.")
         about = "Tokens that were trained on, repetitions included."
         self.tokens = Counter("appliance_training_tokens", about, ["phase"], registry=registry)
@@ -69,6 +72,12 @@ class Phase:
         if tokens is not None:
             _FAMILIES.tokens.labels(name).inc(tokens - (self._tokens if self._tokens is not None else 0))
             self._tokens = tokens
+
+    def judge(self, reward: float, spread: float, flat_groups: float) -> None:
+        """How the answers of the step that has ended were judged."""
+        _FAMILIES.reward.labels(self._name).set(reward)
+        _FAMILIES.reward_spread.labels(self._name).set(spread)
+        _FAMILIES.flat_groups.labels(self._name).set(flat_groups)
 
     def end(self) -> None:
         _FAMILIES.active.labels(self._name).set(0)

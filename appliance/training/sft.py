@@ -10,9 +10,10 @@ from appliance.data.check import read_rows
 from appliance.data.formats import Row
 from appliance.errors import DataError
 from appliance.recipe import Recipe
-from appliance.training import labels, loop, preferences, processes, samples
+from appliance.training import labels, loop, preferences, processes, prompts, reward_linter, samples
 from appliance.training import model as models
 from appliance.training.model import Base
+from appliance.training.rewards import registry
 
 REVISION = 1  # raised when the same data and settings would give another adapter
 
@@ -65,6 +66,9 @@ def _label(recipe: Recipe, dataset: Path, base: Base, root: Path) -> tuple[list[
         rows, labelled = _cut(tokenizer, rows, labelled, recipe)
     if "dpo" in recipe.phases:  # a triplet that is too long is said now, not after hours of SFT
         preferences.tokenize_checked(tokenizer, dataset, recipe)
+    if "grpo" in recipe.phases:  # the same for prompts, and for rewards that cannot be trained with
+        asked = prompts.read_checked(tokenizer, dataset, recipe)
+        reward_linter.lint(registry.build(recipe, asked), asked, [], recipe.languages)
     return rows, tokenizer, labelled, before - len(rows)
 
 

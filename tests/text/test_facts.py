@@ -52,7 +52,9 @@ def test_postcode_belongs_to_the_address_before_it() -> None:
 
 
 def test_times() -> None:
-    assert facts.times("van 9.30 tot 17 uur, at 8 pm, um 7:05 Uhr, € 1.505, 12.345") == ["09:30", "17:00", "08:00", "07:05"]
+    text = "van 9.30 tot 17 uur, at 8 pm, 12 a.m., um 7:05 Uhr, € 1.505, 12.345, 3.30,50"
+    assert [str(each) for each in facts.times(text)] == ["09:30", "17:00", "20:00", "12:00", "07:05"]
+    assert [text[each.start : each.end] for each in facts.times(text)][1:3] == ["17 uur", "8 pm"]
 
 
 def test_phones() -> None:

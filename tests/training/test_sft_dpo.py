@@ -145,7 +145,8 @@ def test_learning_rate_that_diverges_is_an_error(trained: Trained, root: Path) -
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--phase", "grpo"), 3, "is not built yet"),
+        (("--phase", "passages"), 3, "is not built yet"),
+        (("--phase", "grpo"), 2, "--phase grpo: the recipe's phases are sft, dpo"),
         (("--phase", "base", "--set", "base=/somewhere"), 2, "--phase base makes the starter only"),
         (("--phase", "dpo", "--set", 'phases=["sft"]'), 2, "the recipe's phases are sft"),
         (("--phase", "sft"), 1, "is not made yet; run `appliance train RECIPE --phase base` first"),
