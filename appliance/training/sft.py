@@ -9,9 +9,11 @@ from appliance.config import plain
 from appliance.data.check import read_rows
 from appliance.data.formats import Row
 from appliance.recipe import Recipe
-from appliance.training import labels, loop, preferences, processes, samples
+from appliance.training import batches, labels, loop, preferences, processes, run_files, samples, validation
 from appliance.training import model as models
+from appliance.training.labels import LabelledRow
 from appliance.training.model import Base
+from appliance.training.validation import Validation
 
 REVISION = 1  # raised when the same data and settings would give another adapter
 
@@ -28,7 +30,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
 
     identity = plan(recipe, artifacts.identity(dataset), base.identity)
     checkpoint = processes.from_first(lambda: loop.resume_point(identity, root, resume=resume, restart=restart))
-    rows, tokenizer, labelled = processes.from_first(lambda: _label(recipe, dataset, base, root))
+    rows, tokenizer, labelled, heldout = processes.from_first(lambda: _label(recipe, dataset, base, root))
     learned = sum(label != labels.IGNORED for row in labelled for label in row.labels)
     total = sum(len(row.input_ids) for row in labelled)
     processes.note(
@@ -39,26 +41,50 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
         set_seed(recipe.seed)
         model = add_adapter(models.load_model(base.path), recipe)
         trainer = _trainer(model, tokenizer, labelled, recipe, draft.path)
-        outcome = loop.train(trainer, draft.path, "sft", checkpoint)
+        watched = _validation(recipe, dataset, heldout, total)
+        if watched:
+            watched.watch(trainer, draft.path / loop.CHECKPOINTS)
+        recorded = batches.record(trainer)
+        outcome = loop.train(trainer, draft.path, "sft", checkpoint, batches=recorded, validation=watched)
         models.save_adapter(model, draft.path)
         samples.write(model, tokenizer, rows, recipe, draft.path)
         draft.results.update(outcome, rows=len(rows), tokens=total, learned_tokens=learned)
+        run_files.write(draft, identity, recipe, "sft", dataset, base)
         loop.finish(draft.path)
     return processes.from_first(lambda: artifacts.load(identity.location(root)))
 
 
-def _label(recipe: Recipe, dataset: Path, base: Base, root: Path) -> tuple[list[Row], Any, list[labels.LabelledRow]]:
-    """The conversations, the tokenizer, and the conversations as checked tokens and labels."""
+def _label(
+    recipe: Recipe, dataset: Path, base: Base, root: Path
+) -> tuple[list[Row], Any, list[LabelledRow], list[LabelledRow]]:
+    """The conversations, the tokenizer, the conversations as checked tokens and labels, and held-out ones to validate on."""
     loop.require_space(base.path, root)
     rows = read_rows(dataset, "sft")
     tokenizer = models.load_tokenizer(base.path)
-    labelled = labels.label_conversations(tokenizer, rows, models.marked_template(base.path, tokenizer))
-    lengths = [(row.line, len(row.input_ids)) for row in labelled]
-    labels.require_lengths(lengths, recipe.sft.max_tokens, "sft.max_tokens", recipe.data.sft.name)
-    labels.verify_labels(tokenizer, rows, labelled)
+    template = models.marked_template(base.path, tokenizer)
+    labelled = _label_rows(tokenizer, rows, template, recipe, recipe.data.sft)
+    chosen = validation.choose(read_rows(dataset, "heldout"), recipe.sft.validation_rows)
+    heldout = _label_rows(tokenizer, chosen, template, recipe, recipe.data.heldout)
     if "dpo" in recipe.phases:  # a triplet that is too long is said now, not after hours of SFT
         preferences.tokenize_checked(tokenizer, dataset, recipe)
-    return rows, tokenizer, labelled
+    return rows, tokenizer, labelled, heldout
+
+
+def _label_rows(
+    tokenizer: Any, rows: list[Row], template: str | None, recipe: Recipe, file: Path | None
+) -> list[LabelledRow]:
+    labelled = labels.label_conversations(tokenizer, rows, template)
+    lengths = [(row.line, len(row.input_ids)) for row in labelled]
+    labels.require_lengths(lengths, recipe.sft.max_tokens, "sft.max_tokens", file.name if file else "")
+    labels.verify_labels(tokenizer, rows, labelled)
+    return labelled
+
+
+def _validation(recipe: Recipe, dataset: Path, heldout: list[LabelledRow], train_tokens: int) -> Validation | None:
+    """None where the recipe holds no rows out, or wants none measured."""
+    if not heldout:
+        return None
+    return Validation(heldout, len(read_rows(dataset, "heldout")), recipe.sft, train_tokens)
 
 
 def add_adapter(model: Any, recipe: Recipe) -> Any:
@@ -75,7 +101,7 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
     return get_peft_model(model, lora)
 
 
-def _trainer(model: Any, tokenizer: Any, labelled: list[labels.LabelledRow], recipe: Recipe, folder: Path) -> Any:
+def _trainer(model: Any, tokenizer: Any, labelled: list[LabelledRow], recipe: Recipe, folder: Path) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -84,6 +110,9 @@ def _trainer(model: Any, tokenizer: Any, labelled: list[labels.LabelledRow], rec
         gradient_checkpointing=models.has_gpu(),
         max_length=None,  # lengths were checked; the trainer must not cut
         dataset_kwargs={"skip_prepare_dataset": True},  # tokens and labels are ours, verified
+        remove_unused_columns=False,  # `batches` wants the line
     )
-    data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in labelled])
+    data = Dataset.from_list(
+        [{"input_ids": row.input_ids, "labels": row.labels, batches.LINE: row.line} for row in labelled]
+    )
     return SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
