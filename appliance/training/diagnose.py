@@ -29,8 +29,10 @@ FEWEST_VALIDATIONS = 4
 # In the first epoch no row was seen before, so that training and validation loss measure the same; by half as much again
 # they differ only where the rows do (a mean over 32 conversations varies by about a tenth).
 DIFFERENT_FACTOR = 1.5
-FLAT_SHARE = 0.03  # of the first loss: less is not learning; at most a tenth where the noise hides that much
+FLAT_SHARE = 0.03  # of the first loss: less is not learning; at most a tenth where the noise hides that much and more
 FLAT_MOST = 0.10
+FAST_SHARE = 0.2  # what is learned at once, in warm-up, shows in the first three steps alone
+SURE_TREND = -3.0
 KNOWN_LOSS = 0.1  # nats per token: who starts there knows the answers, and has nothing to learn
 # A curve that settles (exponentially, within a third of the run) makes 5 % of its way in the last quarter, a straight line
 # 25 %.
@@ -146,7 +148,7 @@ def _divergence(points: Sequence[Point], level: Sequence[float], began: int, wid
         kind="divergence",
         level="problem",
         what=f"Training diverged: the loss was {level[began]:.3f} around step {points[began].step} and rose to"
-        f" {level[-1]:.3f}{_norm(points, len(points) - 1, width)}; what was learned is lost",
+        f" {level[-1]:.3f}{_norm(points, len(points) - 1, width)}; what was learned is being lost",
         remedy="Lower learning_rate (to a third), lengthen warmup_ratio, and repeat with --restart.",
         count=points[-1].step - points[began].step,
         examples=[f"step {points[began].step}"],
@@ -238,7 +240,9 @@ def _no_learning(points: Sequence[Point]) -> list[Finding]:
     first, last = median(losses[:count]), median(losses[len(losses) // 2 :])
     unsure = 3 * DEVIATION_OF_MEDIAN * curve.noise(curve.logarithms(losses)) / math.sqrt(count)
     fell = 1 - last / first
-    if first < KNOWN_LOSS or fell > min(max(FLAT_SHARE, unsure), FLAT_MOST):
+    is_hidden = fell <= min(unsure, FLAT_MOST) and curve.trend(losses) > SURE_TREND
+    was_fast = 1 - last / median(losses[:3]) > FAST_SHARE
+    if first < KNOWN_LOSS or was_fast or not (fell <= FLAT_SHARE or is_hidden):
         return []
     norms = [point.gradient_norm for point in points if point.gradient_norm is not None]
     rates = [point.learning_rate for point in points if point.learning_rate is not None]

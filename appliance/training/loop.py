@@ -205,7 +205,7 @@ def _callback(
             if self.phase:
                 tokens = logs.get("num_tokens", logs.get("num_input_tokens_seen"))  # TRL's trainers say the first
                 self.phase.take(state.global_step, logs["loss"], logs.get("learning_rate"), tokens)
-            if measured and validation and validation.should_stop(folder):
+            if measured and validation and state.global_step < state.max_steps and validation.should_stop(folder):
                 control.should_training_stop = True
                 control.should_save = False  # a run resumed from this very step would make one more
                 if self.progress:

@@ -181,11 +181,11 @@ def test_running_run_is_told_of_what_is_sure(kind: str) -> None:
 
 @given(
     st.integers(0, 10_000),
-    st.floats(0.03, 0.2),
-    st.integers(60, 500),
-    st.floats(0.2, 5.0),
-    st.floats(0.2, 0.9),
-    st.floats(5.0, 30.0),
+    st.floats(0.03, 0.15),
+    st.integers(100, 400),
+    st.floats(0.3, 5.0),
+    st.floats(0.3, 0.9),
+    st.floats(5.0, 12.0),
 )
 def test_healthy_curve_yields_nothing(seed: int, noise: float, steps: int, first: float, fall: float, speed: float) -> None:
     def shape(part: float) -> float:
