@@ -59,7 +59,10 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
 
 def point(line: dict[str, Any]) -> Point:
     known = {FIELDS.get(key, key): value for key, value in line.items()}
-    return Point(**{key: tuple(known[key]) if key == "rows" else known[key] for key in Point.__slots__ if key in known})
+    values: dict[str, Any] = {key: known[key] for key in Point.__slots__ if key in known}
+    if "rows" in values:
+        values["rows"] = tuple(values["rows"])
+    return Point(**values)
 
 
 def noise(values: Sequence[float]) -> float:

@@ -35,7 +35,7 @@ class Recorder:
         now = time.monotonic()
         seconds, self._at = now - self._at, now
         numbers = {key: value for key, value in logs.items() if isinstance(value, int | float) and math.isfinite(value)}
-        line = {"step": step, **numbers, "seconds": round(seconds, 4), "memory_bytes": memory_bytes()}
+        line: dict[str, Any] = {"step": step, **numbers, "seconds": round(seconds, 4), "memory_bytes": memory_bytes()}
         tokens = logs.get("num_tokens")
         if tokens is not None and self._tokens is not None and seconds > 0:
             line["tokens_per_second"] = round((tokens - self._tokens) / seconds, 1)

@@ -44,7 +44,8 @@ def page(folder: Path, title: str, locked: Mapping[str, Any], results: Mapping[s
     """The report of one run as HTML."""
     points = curve.read(folder)
     findings = diagnose.diagnose(points)
-    words: list[Part] = [in_words(points), *([Found(each) for each in findings] or [NOTHING])]
+    said: list[Part] = [*map(Found, findings)] if findings else [NOTHING]
+    words: list[Part] = [in_words(points), *said]
     figures: list[Sequence[str | int | float]] = [
         (name, value if isinstance(value, int) else f"{value:.4g}") for name, value in results.items() if _is_number(value)
     ]

@@ -73,5 +73,6 @@ def test_named_tracker_is_added_to_the_trainer(monkeypatch: pytest.MonkeyPatch) 
         trackers.add(trainer)
     trackers.add(trainer)  # after the block there is none again
     assert added == [Tracker]
+    trainer = SimpleNamespace(add_callback=lambda kind: kind())  # as the trainer makes it
     with trackers.reported_to(["missing"]), pytest.raises(EnvironmentIncomplete, match="requires missing to be installed"):
         trackers.add(trainer)
