@@ -36,9 +36,9 @@ COMMANDS: Mapping[str, str | Mapping[str, str]] = {
     },
     "run": "appliance.commands.run:run",
     "runs": {
-        "list": f"{PLANNED} Past runs.",
-        "compare": f"{PLANNED} Runs side by side.",
-        "diagnose": f"{PLANNED} A loss curve in words.",
+        "list": "appliance.commands.runs:list_runs",
+        "compare": "appliance.commands.runs:compare",
+        "diagnose": "appliance.commands.runs:diagnose",
     },
     "models": {
         "list": "appliance.commands.models:list_models",

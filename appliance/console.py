@@ -111,6 +111,10 @@ class Progress:
         self._last_line = self._started
         self._is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
+    def say(self, message: str) -> None:
+        """A line that stays, in the place of the progress line, which is drawn anew below it."""
+        note(f"\r\x1b[K{message}" if self._is_terminal else message)
+
     def update(self, done: int, detail: str = "") -> None:
         now = time.monotonic()
         is_last = done >= self.total

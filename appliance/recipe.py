@@ -104,7 +104,11 @@ class Sft:
     max_tokens: int = setting(1024, minimum=16, about="a longer conversation is an error, unless `truncate`")
     truncate: bool = setting(False, about="cut what is longer than max_tokens; a cut answer teaches no end")
     warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
+    max_gradient_norm: float = setting(1.0, minimum=0.0, about="longer gradients are shortened to it; 0: none")
     checkpoint_steps: int = setting(50, minimum=1)
+    validation_rows: int = setting(32, minimum=0, about="of data.heldout, whose loss is measured while training; 0: none")
+    patience: int = setting(0, minimum=0, about="validations without a better one, after which training stops; 0: never")
+    keep: Literal["best", "last"] = setting("best", about="the adapter of the best validation, or of the last step")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +120,7 @@ class Dpo:
     max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; longer is an error, never cut")
     beta: float = setting(0.1, minimum=0.0)
     warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
+    max_gradient_norm: float = setting(1.0, minimum=0.0, about="longer gradients are shortened to it; 0: none")
     checkpoint_steps: int = setting(50, minimum=1)
     sft_weight: float = setting(0.0, minimum=0.0, about="weight of the likelihood of the chosen answer (RPO)")
 
@@ -236,13 +241,14 @@ def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: with_starter: expected a table, found {with_starter!r}.")
     if overrides.get("base", table.get("base", STARTER)) == STARTER:
         table = config.merge_tables(table, with_starter)
-    merged = config.merge_tables(_absolute(table, path.parent), overrides)
-    recipe = config.build(Recipe, merged, "", problems)
-    if recipe is not None:
-        problems += _contradictions(recipe)
-    if problems or recipe is None:
-        raise RecipeError(several(problems, str(path)))
-    return recipe
+    return _build(config.merge_tables(_absolute(table, path.parent), overrides), problems, str(path))
+
+
+def from_resolved(table: Mapping[str, Any], sets: Sequence[str], where: str) -> Recipe:
+    """A recipe from all its resolved values, as a lock file has them; the environment has no say. Raises as `load` does."""
+    problems: list[str] = []
+    flags = config.merge_tables(*(_absolute(config.parse_set(each, problems), Path.cwd()) for each in sets))
+    return _build(config.merge_tables(table, flags), problems, where)
 
 
 def build_serve(settings: Mapping[str, Any], where: str) -> Serve:
@@ -264,6 +270,15 @@ def parse_serve(text: str, where: str) -> dict[str, Any]:
         raise RecipeError(f"{where}: expected a JSON object, found {text!r}.")
     build_serve(settings, where)
     return settings
+
+
+def _build(table: Mapping[str, Any], problems: list[str], where: str) -> Recipe:
+    recipe = config.build(Recipe, table, "", problems)
+    if recipe is not None:
+        problems += _contradictions(recipe)
+    if problems or recipe is None:
+        raise RecipeError(several(problems, where))
+    return recipe
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,20 +8,21 @@ import click
 from appliance import artifacts, config
 from appliance import recipe as recipes
 from appliance.artifacts import Plan
-from appliance.commands.options import dry_run_option, recipe_argument, set_option
+from appliance.commands.options import dry_run_option, set_option
 from appliance.console import Command, emit, json_option
 from appliance.errors import ArtifactError, NotAvailableYet, RecipeError
 from appliance.recipe import STARTER, Recipe
 from appliance.training import processes
 
 if TYPE_CHECKING:
+    from appliance.training.lock import Lock
     from appliance.training.model import Base
 
 PHASES = ("base", "sft", "dpo", "grpo", "passages")
 
 
 @click.command(cls=Command)
-@recipe_argument
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @click.option("--phase", type=click.Choice(PHASES), help="Only this phase; by default all phases of the recipe.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run from its last checkpoint.")
 @click.option("--restart", is_flag=True, help="Discard what an interrupted run left.")
@@ -29,16 +30,31 @@ PHASES = ("base", "sft", "dpo", "grpo", "passages")
     "--metrics-port", type=click.IntRange(1, 65535), envvar="APPLIANCE_METRICS_PORT", help="Serve /metrics there meanwhile."
 )
 @click.option("--metrics-host", default="127.0.0.1", envvar="APPLIANCE_METRICS_HOST", show_default=True)
+@click.option(
+    "--from-lock",
+    type=click.Path(path_type=Path),
+    help="Repeat the run of this run.lock.json, instead of training a RECIPE.",
+)
+@click.option(
+    "--report-to",
+    multiple=True,
+    default=["none"],
+    show_default=True,
+    metavar="TRACKER",
+    help="Also report to this tracker, which may use the network: one that transformers knows; may be repeated.",
+)
 @set_option
 @dry_run_option
 @json_option
 def train(
-    recipe: Path,
+    recipe: Path | None,
     phase: str | None,
     resume: bool,
     restart: bool,
     metrics_port: int | None,
     metrics_host: str,
+    from_lock: Path | None,
+    report_to: tuple[str, ...],
     sets: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
@@ -47,21 +63,58 @@ def train(
     if not dry_run or processes.count() > 1:
         config.apply_quiet_environment()
     with processes.together():
-        loaded, steps = processes.from_first(lambda: _asked(recipe, sets, phase))
+        loaded, steps, locked = processes.from_first(lambda: _asked(recipe, sets, phase, from_lock))
         result: dict[str, Any] = {}
-        from appliance.training import metrics
+        from appliance.training import metrics, trackers
 
-        with metrics.exposed(metrics_host, metrics_port if processes.is_first() and not dry_run else None):
+        port = metrics_port if processes.is_first() and not dry_run else None
+        with metrics.exposed(metrics_host, port), trackers.reported_to(report_to):
             for step in steps:
                 result = _run_phase(step, loaded, resume=resume, restart=restart, dry_run=dry_run)
                 if phase is None and not as_json and processes.is_first():
                     click.echo(f"{step}: {result['artifact']} ({result['state']})")
+        if locked and not dry_run and processes.is_first():
+            result |= _compared(result["artifact"], locked)
         if (phase or as_json) and processes.is_first():
             emit(result, as_json, f"{result['artifact']} ({result['state']})")
 
 
-def _asked(path: Path, sets: tuple[str, ...], phase: str | None) -> tuple[Recipe, list[str]]:
-    """The recipe, and which of its phases are to be run."""
+def _asked(
+    path: Path | None, sets: tuple[str, ...], phase: str | None, from_lock: Path | None
+) -> tuple[Recipe, list[str], "Lock | None"]:
+    """The recipe, which of its phases are to be run, and the lock file that it came from, if it did."""
+    if from_lock is not None:
+        if path is not None or phase is not None:
+            raise RecipeError("--from-lock repeats one run: give neither a RECIPE nor a --phase.")
+        locked = _locked(from_lock, sets)
+        return locked.recipe, locked.phases, locked
+    if path is None:
+        raise click.UsageError("Missing argument 'RECIPE'.")
+    return *_asked_of_recipe(path, sets, phase), None
+
+
+def _locked(file: Path, sets: tuple[str, ...]) -> "Lock":
+    """A lock file whose data and base are here; says what else here differs from where it was written."""
+    from appliance.training import lock, model
+
+    locked = lock.read(file, sets)
+    name = locked.recipe.base
+    lock.require_inputs(locked, None if name == STARTER else model.locate(name, config.artifacts_root()).path)
+    for difference in lock.differences(locked):
+        processes.note(f"differs here: {difference}")
+    return locked
+
+
+def _compared(made: Path, locked: "Lock") -> dict[str, Any]:
+    """Whether the adapter has the weights of the one that was locked."""
+    from appliance.training.lock import WEIGHTS
+
+    is_same = artifacts.digest_file(made / WEIGHTS) == locked.written["weights_sha256"]
+    processes.note(f"{made / WEIGHTS} {'is the same, to the byte, as' if is_same else 'differs from'} what was locked")
+    return {"same_weights": is_same}
+
+
+def _asked_of_recipe(path: Path, sets: tuple[str, ...], phase: str | None) -> tuple[Recipe, list[str]]:
     if phase == "passages":
         raise NotAvailableYet(f"`appliance train --phase {phase}` is not built yet.")
     recipe = recipes.load(path, sets)

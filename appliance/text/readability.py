@@ -1,6 +1,7 @@
 """How hard a text is to read, by a formula that was made for its language, where there is one.
 
-Dutch: Flesch-Douma (1960). English: Flesch (1948). German: Amstad (1978). French: Kandel and Moles (1958). Their scores fall from 100 (easy) to 0.
+Dutch: Flesch-Douma (1960). English: Flesch (1948). German: Amstad (1978). French: Kandel and Moles (1958). Their scores fall
+from 100 (easy) to 0.
 Polish: Pisarek (1969), checked with readers by Charzyńska and Dębowski (2015); it rises with the years of schooling.
 Arabic has none here: its formulas count syllables, which unvowelled script does not show. A score never proves a CEFR level.
 """

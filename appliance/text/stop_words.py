@@ -1,4 +1,4 @@
-"""Words that a language uses in every text, whatever it is about: articles, prepositions, pronouns, question words, auxiliary verbs.
+"""Words that a language uses in every text, whatever it is about: articles, prepositions, pronouns, auxiliary verbs.
 
 Short lists of our own, for counting what a text is about. English has a longer one in scikit-learn.
 """

@@ -9,7 +9,7 @@ from appliance.artifacts import Artifact, Plan
 from appliance.config import plain
 from appliance.data.check import read_rows
 from appliance.recipe import Recipe
-from appliance.training import loop, preferences, processes, samples
+from appliance.training import batches, loop, preferences, processes, run_files, samples
 from appliance.training import model as models
 from appliance.training.model import Base
 from appliance.training.preferences import Pair, Score
@@ -37,12 +37,13 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
         set_seed(recipe.seed)
         model = continue_adapter(base, adapter)
         trainer = _trainer(model, tokenizer, rows, recipe, draft.path)
-        outcome = loop.train(trainer, draft.path, "dpo", checkpoint)
+        outcome = loop.train(trainer, draft.path, "dpo", checkpoint, batches=batches.record(trainer))
         models.save_adapter(model, draft.path)
         outcome |= preferences.compare(pairs, *_scores(model, pairs))
         _report(outcome, len(rows))
         samples.write(model, tokenizer, read_rows(dataset, "sft"), recipe, draft.path)
         draft.results.update(outcome, rows=len(rows))
+        run_files.write(draft, identity, recipe, "dpo", dataset, base)
         loop.finish(draft.path)
     return processes.from_first(lambda: artifacts.load(identity.location(root)))
 
@@ -89,6 +90,7 @@ def _trainer(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], recipe:
         beta=recipe.dpo.beta,
         loss_type=["sigmoid", "sft"] if weight else ["sigmoid"],
         loss_weights=[1.0, weight] if weight else None,
+        remove_unused_columns=False,  # `batches` wants the line
     )
-    data = Dataset.from_list([preferences.conversational(row) for row in rows])
+    data = Dataset.from_list([{**preferences.conversational(row), batches.LINE: row["line"]} for row in rows])
     return DPOTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)

@@ -17,7 +17,7 @@ from appliance.data.check import read_rows
 from appliance.errors import ApplianceError, ArtifactError, TrainingFailed
 from appliance.findings import Finding
 from appliance.recipe import Recipe
-from appliance.training import dpo, loop, processes, reward_linter, samples
+from appliance.training import dpo, loop, processes, reward_linter, run_files, samples
 from appliance.training import model as models
 from appliance.training import prompts as prompting
 from appliance.training.labels import render_ids
@@ -67,6 +67,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
         )
         samples.write(model, tokenizer, read_rows(dataset, "sft"), recipe, draft.path)
         draft.results.update(outcome, rows=len(prompts), findings=len(findings))
+        run_files.write(draft, identity, recipe, "grpo", dataset, base)
         loop.finish(draft.path)
     return processes.from_first(lambda: artifacts.load(identity.location(root)))
 

@@ -15,13 +15,16 @@ from appliance import artifacts, device
 from appliance.artifacts import Plan
 from appliance.console import Progress
 from appliance.errors import ArtifactError, TrainingFailed
+from appliance.training import curve, processes, trackers
 from appliance.training import model as models
-from appliance.training import processes
+from appliance.training.batches import Batches
+from appliance.training.curve import LOSS
 from appliance.training.metrics import Phase
+from appliance.training.recorder import Recorder
+from appliance.training.validation import Validation
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete"  # written into a checkpoint after everything else, so that a killed save is never resumed from
-LOSS = "loss.jsonl"
 SHARDS = "pytorch_model_fsdp*"  # accelerate's name for the weights in a checkpoint of a sharded model
 
 
@@ -43,13 +46,13 @@ def arguments(folder: Path, phase: Any, seed: int) -> dict[str, Any]:
         "learning_rate": phase.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": getattr(phase, "warmup_ratio", 0.03),
-        "max_grad_norm": 1.0,
+        "max_grad_norm": getattr(phase, "max_gradient_norm", 1.0),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # a diverged step must be seen, not logged as 0
         "save_strategy": "steps",
         "save_steps": phase.checkpoint_steps,
         "save_total_limit": 2,
-        "report_to": "none",
+        "report_to": "none",  # `trackers` adds those that a person names
         "disable_tqdm": True,
         "seed": seed,
         "data_seed": seed,
@@ -102,8 +105,19 @@ def resume_point(plan: Plan, root: Path, *, resume: bool, restart: bool) -> Path
     return newest
 
 
-def train(trainer: Any, folder: Path, label: str, checkpoint: Path | None) -> dict[str, Any]:
-    """Runs the trainer to its end; returns what the loss did. Leaves `loss.jsonl` and `loss.png` in `folder`."""
+def train(
+    trainer: Any,
+    folder: Path,
+    label: str,
+    checkpoint: Path | None,
+    *,
+    batches: Batches | None = None,
+    validation: Validation | None = None,
+) -> dict[str, Any]:
+    """Runs the trainer to its end; returns what the loss did. Leaves `loss.jsonl` and `loss.png` in `folder`.
+
+    `batches` says which rows a step had, `validation` measures held-out ones and takes the best adapter back at the end.
+    """
     from transformers import PrinterCallback
 
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -116,15 +130,18 @@ def train(trainer: Any, folder: Path, label: str, checkpoint: Path | None) -> di
         processes.note(f"{label}: {repeated} rows come twice in an epoch, so that every process has as many steps")
     processes.settle(trainer)
     trainer.remove_callback(PrinterCallback)  # our progress line says it, and the loss curve keeps it
-    trainer.add_callback(_callback(folder, label, first_step))
+    trainer.add_callback(_callback(folder, label, first_step, batches, validation))
+    trackers.add(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     how = {"processes": processes.count(), "repeated_rows": repeated} if processes.count() > 1 else {}
+    if validation:
+        how |= validation.finish(folder)
     return processes.from_first(lambda: _outcome(folder, label)) | how
 
 
 def finish(folder: Path) -> None:
     """Removes the checkpoints: last of all, since until then a killed run resumes from them."""
-    if processes.is_first():
+    if processes.is_first() and (folder / CHECKPOINTS).exists():  # a run that stopped early may have none
         shutil.rmtree(folder / CHECKPOINTS)
 
 
@@ -136,9 +153,9 @@ def _clear_after(folder: Path, last_step: int) -> None:
 
 
 def _outcome(folder: Path, label: str) -> dict[str, Any]:
-    curve = [json.loads(line) for line in (folder / LOSS).read_text().splitlines()]
-    plot(curve, folder / "loss.png", label, "loss")
-    losses = [point["loss"] for point in curve]
+    lines = curve.read_lines(folder)
+    plot(lines, folder / "loss.png", label, "loss")
+    losses = [line["loss"] for line in lines]
     tail = losses[-max(1, len(losses) // 20) :]  # single steps are noisy: the last twentieth's mean
     return {"steps": len(losses), "first_loss": losses[0], "final_loss": sum(tail) / len(tail)}
 
@@ -149,20 +166,26 @@ def _keep_steps(path: Path, last_step: int) -> None:
     path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step))
 
 
-def _callback(folder: Path, label: str, first_step: int) -> Any:
+def _callback(
+    folder: Path, label: str, first_step: int, batches: Batches | None = None, validation: Validation | None = None
+) -> Any:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        """Writes the loss curve, tells progress and metrics, marks complete checkpoints."""
+        """Writes the curve, tells progress and metrics, validates, marks complete checkpoints."""
 
         def __init__(self) -> None:
             self.progress: Progress | None = None
             self.phase: Phase | None = None
+            self.recorder: Recorder | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            if validation:
+                validation.begin(state.max_steps)
             if processes.is_first():
                 self.progress = Progress(label, state.max_steps, first_step)
                 self.phase = Phase(label, state.max_steps, first_step)
+                self.recorder = Recorder(folder, label, state.max_steps, self.progress.say)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
             if not logs or "loss" not in logs:
@@ -171,11 +194,13 @@ def _callback(folder: Path, label: str, first_step: int) -> Any:
                 at = f"at step {state.global_step}: loss {logs['loss']}"
                 error = TrainingFailed(f"{label} diverged {at}; lower its learning_rate and repeat with --restart.")
                 processes.fail(error)  # the loss is the mean over all processes, so that each of them comes here
-            if not processes.is_first():
-                return
-            point = {key: value for key, value in logs.items() if isinstance(value, int | float)}
-            with (folder / LOSS).open("a") as stream:
-                stream.write(json.dumps({"step": state.global_step, **point}) + "\n")
+            rows = batches.take() if batches else []
+            measured: dict[str, float] = {}
+            if validation and validation.is_due(state.global_step, state.max_steps):
+                measured = validation.take(folder, state.global_step)
+                logs |= measured  # for trackers, which come after this
+            if self.recorder:
+                self.recorder.write(state.global_step, logs, rows)
             if self.progress:
                 self.progress.update(state.global_step, f"loss {logs['loss']:.3f}")
             if self.phase:
@@ -183,6 +208,11 @@ def _callback(folder: Path, label: str, first_step: int) -> Any:
                 self.phase.take(state.global_step, logs["loss"], logs.get("learning_rate"), tokens)
                 if "reward" in logs:
                     self.phase.judge(logs["reward"], logs["reward_std"], logs["frac_reward_zero_std"])
+            if measured and validation and state.global_step < state.max_steps and validation.should_stop(folder):
+                control.should_training_stop = True
+                control.should_save = False  # a run resumed from this very step would make one more
+                if self.progress:
+                    self.progress.say(f"{label}: stops after step {state.global_step}: patience is at its end")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             if self.phase:
@@ -192,20 +222,22 @@ def _callback(folder: Path, label: str, first_step: int) -> Any:
             processes.wait()  # until each has written its part
             if processes.is_first():
                 (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+                if validation:
+                    validation.forget(folder)
 
     return Watch()
 
 
-def plot(curve: list[dict[str, Any]], path: Path, label: str, key: str) -> None:
-    """Draws what was logged under `key` at each step."""
+def plot(lines: list[dict[str, Any]], path: Path, label: str, key: str) -> None:
+    """Draws what was recorded under `key` at each step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    values = [point[key] for point in curve]
-    axes.plot([point["step"] for point in curve], values, linewidth=1)
+    values = [line[key] for line in lines]
+    axes.plot([line["step"] for line in lines], values, linewidth=1)
     axes.set(xlabel="step", ylabel=key, title=label, ylim=(None if min(values) < 0 else 0, None))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -16,6 +16,7 @@ from appliance.errors import EnvironmentIncomplete, ModelFileError
 from appliance.training import processes
 
 TRAINING_TEMPLATE = "training_template.jinja"
+KEPT = "trained.safetensors"  # weights that `take_weights` may want back
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -100,6 +101,36 @@ def save_adapter(model: Any, folder: Path) -> None:
     weights = processes.whole_weights(model)
     if processes.is_first():
         model.save_pretrained(folder, state_dict=weights, selected_adapters=["default"])
+
+
+def keep_weights(model: Any, file: Path) -> None:
+    """Writes the weights that are trained, whole, from the first process: all or nothing. Every process must call it."""
+    from safetensors.torch import save_file
+
+    weights = processes.whole_weights(model)
+    if not processes.is_first():
+        return
+    if weights is None:
+        weights = {name: each.detach().cpu().contiguous() for name, each in model.named_parameters() if each.requires_grad}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_suffix(".half")
+    save_file(weights, half)
+    half.replace(file)
+
+
+def take_weights(model: Any, file: Path) -> None:
+    """Puts what `keep_weights` wrote back into the model. Every process must call it."""
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(file) if processes.is_first() or not processes.is_sharded() else {}
+    if processes.is_sharded():
+        processes.put_weights(model, weights)
+        return
+    trained = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, each in weights.items():
+            trained[name].copy_(each)
 
 
 def has_gpu() -> bool:

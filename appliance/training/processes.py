@@ -176,6 +176,14 @@ def whole_weights(model: Any) -> dict[str, Any] | None:
     return weights
 
 
+def put_weights(model: Any, weights: dict[str, Any]) -> None:
+    """Gives each process its part of weights that the first one has whole, as `whole_weights` gathered them."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, ignore_frozen_params=True, strict=False)
+    set_model_state_dict(model, weights, options=options)
+
+
 def _share(batch_rows: int, accumulate: int, processes: int) -> tuple[int, int] | None:
     at_once = math.gcd(accumulate, processes)
     rows, left_over = divmod(batch_rows, processes // at_once)

@@ -7,13 +7,13 @@ from appliance import artifacts
 from appliance.artifacts import Artifact, Plan
 from appliance.config import plain
 from appliance.data.check import read_rows
-from appliance.data.formats import Row
-from appliance.errors import DataError
 from appliance.recipe import Recipe
-from appliance.training import labels, loop, preferences, processes, prompts, reward_linter, samples
+from appliance.training import batches, conversations, loop, processes, run_files, samples
 from appliance.training import model as models
+from appliance.training.conversations import Conversations
+from appliance.training.labels import LabelledRow
 from appliance.training.model import Base
-from appliance.training.rewards import registry
+from appliance.training.validation import Validation
 
 REVISION = 1  # raised when the same data and settings would give another adapter
 
@@ -30,72 +30,41 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
 
     identity = plan(recipe, artifacts.identity(dataset), base.identity)
     checkpoint = processes.from_first(lambda: loop.resume_point(identity, root, resume=resume, restart=restart))
-    rows, tokenizer, labelled, left_out = processes.from_first(lambda: _label(recipe, dataset, base, root))
-    cut = {"cut_rows": sum(row.cut_tokens > 0 for row in labelled), "left_out_rows": left_out} if recipe.sft.truncate else {}
-    learned = sum(row.learned_tokens for row in labelled)
-    total = sum(len(row.input_ids) for row in labelled)
+    read = processes.from_first(lambda: _read(recipe, dataset, base, root))
     processes.note(
-        f"sft: {len(rows)} conversations, {total:,} tokens, {learned:,} of them learned (assistant turns only, checked)"
+        f"sft: {len(read.rows)} conversations, {read.tokens:,} tokens, {read.learned_tokens:,} of them learned"
+        " (assistant turns only, checked)"
     )
     with processes.draft(identity, root, keep_partial=checkpoint is not None) as draft:
         loop.prepare()
         set_seed(recipe.seed)
         model = add_adapter(models.load_model(base.path), recipe)
-        trainer = _trainer(model, tokenizer, labelled, recipe, draft.path)
-        outcome = loop.train(trainer, draft.path, "sft", checkpoint)
+        trainer = _trainer(model, read.tokenizer, read.labelled, recipe, draft.path)
+        watched = _validation(recipe, dataset, read)
+        if watched:
+            watched.watch(trainer, draft.path / loop.CHECKPOINTS)
+        recorded = batches.record(trainer)
+        outcome = loop.train(trainer, draft.path, "sft", checkpoint, batches=recorded, validation=watched)
         models.save_adapter(model, draft.path)
-        samples.write(model, tokenizer, rows, recipe, draft.path)
-        draft.results.update(outcome, rows=len(rows), tokens=total, learned_tokens=learned, **cut)
+        samples.write(model, read.tokenizer, read.rows, recipe, draft.path)
+        if recipe.sft.truncate:
+            outcome |= {"cut_rows": read.cut_rows, "left_out_rows": read.left_out}
+        draft.results.update(outcome, rows=len(read.rows), tokens=read.tokens, learned_tokens=read.learned_tokens)
+        run_files.write(draft, identity, recipe, "sft", dataset, base)
         loop.finish(draft.path)
     return processes.from_first(lambda: artifacts.load(identity.location(root)))
 
 
-def _label(recipe: Recipe, dataset: Path, base: Base, root: Path) -> tuple[list[Row], Any, list[labels.LabelledRow], int]:
-    """The conversations, the tokenizer, the conversations as checked tokens and labels, and how many were left out."""
+def _read(recipe: Recipe, dataset: Path, base: Base, root: Path) -> Conversations:
     loop.require_space(base.path, root)
-    rows = read_rows(dataset, "sft")
-    tokenizer = models.load_tokenizer(base.path)
-    labelled = labels.label_conversations(tokenizer, rows, models.marked_template(base.path, tokenizer))
-    if not recipe.sft.truncate:
-        lengths = [(row.line, len(row.input_ids)) for row in labelled]
-        limit, file = recipe.sft.max_tokens, recipe.data.sft.name
-        labels.require_lengths(lengths, limit, "sft.max_tokens", file, ", or set sft.truncate = true to have it cut")
-    labels.verify_labels(tokenizer, rows, labelled)
-    before = len(rows)
-    if recipe.sft.truncate:
-        rows, labelled = _cut(tokenizer, rows, labelled, recipe)
-    if "dpo" in recipe.phases:  # a triplet that is too long is said now, not after hours of SFT
-        preferences.tokenize_checked(tokenizer, dataset, recipe)
-    if "grpo" in recipe.phases:  # the same for prompts, and for rewards that cannot be trained with
-        asked = prompts.read_checked(tokenizer, dataset, recipe)
-        reward_linter.lint(registry.build(recipe, asked), asked, [], recipe.languages)
-    return rows, tokenizer, labelled, before - len(rows)
+    return conversations.read(recipe, dataset, base)
 
 
-def _cut(
-    tokenizer: Any, rows: list[Row], labelled: list[labels.LabelledRow], recipe: Recipe
-) -> tuple[list[Row], list[labels.LabelledRow]]:
-    """Rows that fit, those that were cut, and none of which no answer is left; raises `DataError` where that is all."""
-    limit = recipe.sft.max_tokens
-    both = list(zip(rows, labels.truncate(labelled, limit), strict=True))
-    kept = [(row, cut) for row, cut in both if cut.learned_tokens]
-    without = [f"{cut.line}" for _, cut in both if not cut.learned_tokens]
-    file = recipe.data.sft.name
-    if not kept:
-        raise DataError(
-            f"{file}: every answer begins after sft.max_tokens = {limit} tokens; raise it, nothing would be learned."
-        )
-    rows, labelled = [row for row, _ in kept], [cut for _, cut in kept]
-    labels.verify_labels(tokenizer, rows, labelled)
-    if cut_rows := sum(row.cut_tokens > 0 for row in labelled):
-        lost = sum(row.cut_tokens for row in labelled)
-        processes.note(f"sft: {cut_rows} of {len(both)} conversations cut at sft.max_tokens = {limit}, {lost:,} tokens less")
-    if without:
-        listed = ", ".join([*without[: labels.MOST_SHOWN], *(["…"] if len(without) > labels.MOST_SHOWN else [])])
-        processes.note(
-            f"sft: {len(without)} conversations left out, since no answer begins within it: {file} lines {listed}"
-        )
-    return rows, labelled
+def _validation(recipe: Recipe, dataset: Path, read: Conversations) -> Validation | None:
+    """None where the recipe holds no rows out, or wants none measured."""
+    if not read.heldout:
+        return None
+    return Validation(read.heldout, len(read_rows(dataset, "heldout")), recipe.sft, read.tokens)
 
 
 def add_adapter(model: Any, recipe: Recipe) -> Any:
@@ -112,7 +81,7 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
     return get_peft_model(model, lora)
 
 
-def _trainer(model: Any, tokenizer: Any, labelled: list[labels.LabelledRow], recipe: Recipe, folder: Path) -> Any:
+def _trainer(model: Any, tokenizer: Any, labelled: list[LabelledRow], recipe: Recipe, folder: Path) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -121,6 +90,9 @@ def _trainer(model: Any, tokenizer: Any, labelled: list[labels.LabelledRow], rec
         gradient_checkpointing=models.has_gpu(),
         max_length=None,  # lengths were checked; the trainer must not cut
         dataset_kwargs={"skip_prepare_dataset": True},  # tokens and labels are ours, verified
+        remove_unused_columns=False,  # `batches` wants the line
     )
-    data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in labelled])
+    data = Dataset.from_list(
+        [{"input_ids": row.input_ids, "labels": row.labels, batches.LINE: row.line} for row in labelled]
+    )
     return SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)

@@ -61,9 +61,11 @@ def test_divergence_is_an_error(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
     watch = loop._callback(tmp_path, "sft", 0)
-    state = SimpleNamespace(global_step=4)
+    state = SimpleNamespace(global_step=4, max_steps=5)
+    watch.on_train_begin(None, state, None)
     watch.on_log(None, state, None, logs={"loss": 1.0})
     for loss in (float("nan"), float("inf")):
         with pytest.raises(TrainingFailed, match="sft diverged at step 4"):
             watch.on_log(None, state, None, logs={"loss": loss})
-    assert json.loads((tmp_path / loop.LOSS).read_text()) == {"step": 4, "loss": 1.0}
+    point = json.loads((tmp_path / loop.LOSS).read_text())
+    assert point.items() >= {"step": 4, "loss": 1.0}.items()

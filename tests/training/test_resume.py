@@ -1,8 +1,10 @@
 """A run that was cut off and resumed ends with the same bytes as one that was not; nothing half-written is used."""
 
 import json
+import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,13 @@ from typing import Any
 import pytest
 
 from appliance import artifacts
-from appliance.training import loop, samples
+from appliance.training import loop, run_files, samples
 from tests.running import Trained, call, kill_when, run, start
 
 NEEDED = {"base": ("data",), "sft": ("data", "base"), "dpo": ("data", "base", "sft")}
 WEIGHTS = {"base": "model.safetensors", "sft": "adapter_model.safetensors", "dpo": "adapter_model.safetensors"}
 # adapter_config.json names the base's folder, and PEFT writes its modules in the order of a set.
-WITH_PATHS_AND_TIMES = {artifacts.MANIFEST, "README.md", "loss.jsonl", "adapter_config.json"}
+WITH_PATHS_AND_TIMES = {artifacts.MANIFEST, run_files.REPORT, "loss.jsonl", "adapter_config.json"}
 SLOW = [pytest.param("base", marks=pytest.mark.slow), "sft", pytest.param("dpo", marks=pytest.mark.slow)]
 
 
@@ -36,8 +38,9 @@ def assert_same_as_uninterrupted(trained: Trained, phase: str, root: Path) -> No
     for name in files:
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
     losses = [[json.loads(line) for line in (folder / loop.LOSS).read_text().splitlines()] for folder in (again, whole)]
-    pairs = [[(point["step"], point["loss"]) for point in points] for points in losses]
-    assert pairs[0] == pairs[1]
+    kept = ("step", "loss", "grad_norm", "learning_rate", "rows", "validation_loss")
+    figures = [[{key: point.get(key) for key in kept} for point in points] for points in losses]
+    assert figures[0] == figures[1]
     assert artifacts.load(again).results == trained.manifest(phase)["results"]
     assert not partial(trained, phase, root).exists()
 
@@ -103,6 +106,30 @@ def test_killed_and_resumed_equals_uninterrupted(trained: Trained, root: Path, p
     resumed = run(root, "train", trained.recipe, "--phase", phase, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "continuing after step" in resumed.stderr
+    assert_same_as_uninterrupted(trained, phase, root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["sft", "dpo"])
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(trained: Trained, root: Path, phase: str) -> None:
+    """Three times, each at a step of its own and some way into what comes after it: a save, as likely as a step."""
+    trained.copy(root, *NEEDED[phase])
+    folder, steps = partial(trained, phase, root), trained.manifest(phase)["results"]["steps"]
+    chance = random.Random()
+    moments = [(chance.randrange(1, steps), chance.random() * 0.3) for _ in range(3)]
+    for step, seconds in moments:
+        process = start(root, "train", trained.recipe, "--phase", phase, "--resume")
+
+        def is_there(step: int = step, seconds: float = seconds) -> bool:
+            curve = folder / loop.LOSS
+            if not curve.exists() or len(curve.read_text().splitlines()) < step:
+                return False
+            time.sleep(seconds)
+            return True
+
+        assert kill_when(process, is_there, signal.SIGKILL) == -signal.SIGKILL, moments
+    resumed = run(root, "train", trained.recipe, "--phase", phase, "--resume")
+    assert resumed.returncode == 0, (moments, resumed.stderr)
     assert_same_as_uninterrupted(trained, phase, root)
 
 

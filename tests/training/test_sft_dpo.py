@@ -55,7 +55,7 @@ def test_adapter_artifact_holds_one_adapter_and_no_checkpoint(trained: Trained, 
     names = {each.name for each in trained.made[step].iterdir()}
     assert names == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "manifest.json"),
-        *("loss.jsonl", "loss.png", "samples.json"),
+        *("loss.jsonl", "loss.png", "samples.json", "run.html", "run.lock.json"),
     }
 
 

@@ -1,0 +1,93 @@
+"""A recipe's conversations as checked tokens and labels; too long ones are refused, or cut where the recipe says so."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from appliance.data.check import read_rows
+from appliance.data.formats import Row
+from appliance.errors import DataError
+from appliance.recipe import Recipe
+from appliance.training import labels, preferences, processes, prompts, reward_linter, validation
+from appliance.training import model as models
+from appliance.training.labels import LabelledRow
+from appliance.training.model import Base
+from appliance.training.rewards import registry
+
+
+@dataclass(frozen=True, slots=True)
+class Conversations:
+    """`labelled` are `rows` as tokens; `heldout` those to validate on; `left_out` counts rows of which no answer fits."""
+
+    tokenizer: Any
+    rows: list[Row]
+    labelled: list[LabelledRow]
+    heldout: list[LabelledRow]
+    left_out: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.input_ids) for row in self.labelled)
+
+    @property
+    def learned_tokens(self) -> int:
+        return sum(row.learned_tokens for row in self.labelled)
+
+    @property
+    def cut_rows(self) -> int:
+        return sum(row.cut_tokens > 0 for row in self.labelled)
+
+
+def read(recipe: Recipe, dataset: Path, base: Base) -> Conversations:
+    """Raises `DataError` for rows that are too long, those of later phases too: not after hours of this one."""
+    rows = read_rows(dataset, "sft")
+    tokenizer = models.load_tokenizer(base.path)
+    template = models.marked_template(base.path, tokenizer)
+    kept, labelled = _label(tokenizer, rows, template, recipe, recipe.data.sft)
+    chosen = validation.choose(read_rows(dataset, "heldout"), recipe.sft.validation_rows)
+    heldout: list[LabelledRow] = []
+    if chosen and recipe.data.heldout:
+        _, heldout = _label(tokenizer, chosen, template, recipe, recipe.data.heldout)
+    if "dpo" in recipe.phases:
+        preferences.tokenize_checked(tokenizer, dataset, recipe)
+    if "grpo" in recipe.phases:  # and rewards that cannot be trained with
+        asked = prompts.read_checked(tokenizer, dataset, recipe)
+        reward_linter.lint(registry.build(recipe, asked), asked, [], recipe.languages)
+    return Conversations(tokenizer, kept, labelled, heldout, len(rows) - len(kept))
+
+
+def _label(
+    tokenizer: Any, rows: list[Row], template: str | None, recipe: Recipe, file: Path
+) -> tuple[list[Row], list[LabelledRow]]:
+    labelled = labels.label_conversations(tokenizer, rows, template)
+    if not recipe.sft.truncate:
+        lengths = [(row.line, len(row.input_ids)) for row in labelled]
+        limit, otherwise = recipe.sft.max_tokens, ", or set sft.truncate = true to have it cut"
+        labels.require_lengths(lengths, limit, "sft.max_tokens", file.name, otherwise)
+    labels.verify_labels(tokenizer, rows, labelled)
+    return _cut(tokenizer, rows, labelled, recipe.sft.max_tokens, file.name) if recipe.sft.truncate else (rows, labelled)
+
+
+def _cut(
+    tokenizer: Any, rows: Sequence[Row], labelled: Sequence[LabelledRow], limit: int, file: str
+) -> tuple[list[Row], list[LabelledRow]]:
+    """Rows that fit, those that were cut, and none of which no answer is left; raises `DataError` where that is all."""
+    both = list(zip(rows, labels.truncate(labelled, limit), strict=True))
+    kept = [row for row, cut in both if cut.learned_tokens]
+    labelled = [cut for _, cut in both if cut.learned_tokens]
+    without = [f"{cut.line}" for _, cut in both if not cut.learned_tokens]
+    if not kept:
+        raise DataError(
+            f"{file}: every answer begins after sft.max_tokens = {limit} tokens; raise it, nothing would be learned."
+        )
+    labels.verify_labels(tokenizer, kept, labelled)
+    if cut_rows := sum(row.cut_tokens > 0 for row in labelled):
+        lost = sum(row.cut_tokens for row in labelled)
+        processes.note(f"sft: {cut_rows} of {len(both)} conversations of {file} cut at {limit} tokens, {lost:,} tokens less")
+    if without:
+        listed = ", ".join([*without[: labels.MOST_SHOWN], *(["…"] if len(without) > labels.MOST_SHOWN else [])])
+        processes.note(
+            f"sft: {len(without)} conversations left out, since no answer begins within it: {file} lines {listed}"
+        )
+    return kept, list(labelled)

@@ -1,0 +1,168 @@
+"""What an adapter's folder holds for people: `run.html`, a model card (`README.md`), and the lock file. Entry: `write`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from appliance import artifacts
+from appliance.artifacts import Draft, Plan
+from appliance.findings import Finding
+from appliance.page import Found, Part, Sample, Section, Table, curves, html
+from appliance.recipe import Recipe
+from appliance.training import curve, diagnose, lock, processes
+from appliance.training.curve import Point
+from appliance.training.model import Base
+
+REPORT, CARD = "run.html", "README.md"
+SAMPLES = "samples.json"
+VERIFIED = {
+    "sft": "Before the first step every label was held against the messages, as token ids: only answers are learned.",
+    "dpo": "Preferences were scored before and after training; both figures are in `manifest.json`.",
+    "grpo": "The rewards were tried before the first step, on references and on the model's own answers"
+    " (`reward_findings.json`).",
+}
+NOTHING = "Nothing stands out: no spike, no divergence, no sign of overfitting."
+# Figures of `loss.jsonl` in one chart each, by the y axis; those of a phase that has none are left out.
+CHARTS: Mapping[str, Sequence[str]] = {
+    "learning rate": ("learning_rate",),
+    "gradient norm": ("grad_norm",),
+    "reward": ("reward", "rewards/margins", "rewards/chosen", "rewards/rejected"),
+    "accuracy": ("mean_token_accuracy", "rewards/accuracies"),
+    "tokens a second": ("tokens_per_second",),
+}
+
+
+def write(draft: Draft, identity: Plan, recipe: Recipe, phase: str, dataset: Path, base: Base) -> None:
+    """Writes all three, from the first process; the weights, the curve, the samples and the results are there already."""
+    if not processes.is_first():
+        return
+    folder = draft.path
+    contents = lock.describe(recipe, identity, phase, folder, dataset, base.path)
+    lock.write(folder, contents)
+    data = artifacts.load(dataset).results
+    (folder / CARD).write_text(card(folder, contents, draft.results, data), encoding="utf-8")
+    title = contents["artifact"].partition("/")[2]
+    (folder / REPORT).write_text(page(folder, title, contents, draft.results), encoding="utf-8")
+
+
+def page(folder: Path, title: str, locked: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """The report of one run as HTML."""
+    points = curve.read(folder)
+    findings = diagnose.diagnose(points)
+    said: list[Part] = [*map(Found, findings)] if findings else [NOTHING]
+    words: list[Part] = [in_words(points), *said]
+    figures: list[Sequence[str | int | float]] = [
+        (name, value if isinstance(value, int) else f"{value:.4g}") for name, value in results.items() if _is_number(value)
+    ]
+    sections = [
+        Section("What the curve says", words),
+        Section("Curves", charts(folder, findings)),
+        Section("Answers before and after", _samples(folder)),
+        Section("Results", [Table(("figure", "value"), figures)]),
+        Section("Settings", [Table(("setting", "value"), _settings(locked))]),
+    ]
+    return html(f"Training run {title}", sections)
+
+
+def charts(folder: Path, findings: Sequence[Finding]) -> list[Part]:
+    lines = curve.read_lines(folder)
+    marks = sorted({value for each in findings for key, value in each.figures.items() if key in ("step", "began_step")})
+    losses = {"training": series(lines, "loss"), "validation": series(lines, "validation_loss")}
+    shown = {name: points for name, points in losses.items() if points}
+    parts: list[Part] = [curves(shown, x="step", y="loss", caption="Loss, by step", marks=marks)]
+    for name, keys in CHARTS.items():
+        found = {key: points for key in keys if (points := series(lines, key))}
+        if found:
+            parts.append(curves(found, x="step", y=name, caption=f"{name.capitalize()}, by step", marks=marks))
+    if memory := [(step, size / 2**20) for step, size in series(lines, "memory_bytes")]:
+        parts.append(curves({"memory": memory}, x="step", y="MiB", caption="Most memory held so far, by step"))
+    return parts
+
+
+def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[key]) for line in lines if key in line]
+
+
+def in_words(points: Sequence[Point]) -> str:
+    """The curve in one or two sentences."""
+    if not points:
+        return "No step was made yet."
+    losses = [point.loss for point in points]
+    tail = losses[-max(1, len(losses) // 20) :]
+    said = f"In {points[-1].step} steps the loss went from {losses[0]:.3f} to {sum(tail) / len(tail):.3f}."
+    measured = [(point.validation_loss, point.step) for point in points if point.validation_loss is not None]
+    if measured:
+        best, step = min(measured)
+        first, last = measured[0][0], measured[-1][0]
+        said += f" On held-out rows it was {first:.3f} first, {best:.3f} at best (step {step}), {last:.3f} last."
+    rewards = [point.reward for point in points if point.reward is not None]
+    if rewards:
+        said += f" The reward went from {rewards[0]:.3f} to {rewards[-1]:.3f}."
+    return said
+
+
+def card(folder: Path, locked: Mapping[str, Any], results: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """A model card in Markdown, with the front matter that hubs and tools read."""
+    recipe, phase = locked["recipe"], locked["phase"]
+    points = curve.read(folder)
+    findings = [f"- {each}" for each in diagnose.diagnose(points)] or [NOTHING]
+    rows = ", ".join(f"{count} {name}" for name, count in data.get("rows", {}).items())
+    spoken = ", ".join(f"{code} {count}" for code, count in data.get("languages", {}).items())
+    files = [f"| `data.{name}` | `{sha256}` |" for name, sha256 in locked["data"].items()]
+    front = ["---", "library_name: peft", f"base_model: {json.dumps(locked['base']['name'])}", "language:"]
+    front += [*(f"- {code}" for code in recipe["languages"]), "tags:", "- lora", f"- {phase}", "---"]
+    settings = [f"| {name} | {value} |" for name, value in _settings(locked)]
+    verified = [
+        VERIFIED[phase],
+        f"`{lock.LOCK}` holds every version, hash and setting; `appliance train --from-lock {lock.LOCK}` repeats the run.",
+        "What conversion and quantization lose is measured afterwards: the certificate lies with the verification report"
+        " (`appliance models show`).",
+    ]
+    sections = [
+        "\n".join(front),
+        f"# {recipe['name']}, {phase}",
+        f"A LoRA adapter of rank {recipe['lora']['rank']} for `{locked['base']['name']}`, trained with the appliance"
+        f" {locked['versions']['edge-appliance']} on {locked['machine']['device']}. It is of use with this base only.",
+        "## Data",
+        f"{rows} rows. Languages of the answers: {spoken or 'unknown'}. {data.get('fixed', 0)} defects were repaired,"
+        f" {data.get('set_aside', 0)} rows set aside.",
+        "\n".join(["| file | sha256 |", "|---|---|", *files]),
+        "## Training",
+        in_words(points),
+        "\n".join(findings),
+        f"Figures: {_figures(results)}. Curves and answers before and after: `{REPORT}`.",
+        "\n".join(["| setting | value |", "|---|---|", *settings]),
+        "## How it was verified",
+        "\n".join(f"- {each}" for each in verified),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _settings(locked: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The recipe's values that this phase used."""
+    recipe = locked["recipe"]
+    sections = {name: recipe[name] for name in ("lora", locked["phase"])}
+    nested = [(f"{name}.{key}", str(value)) for name, values in sections.items() for key, value in values.items()]
+    return [("base", recipe["base"]), ("seed", str(recipe["seed"])), *nested]
+
+
+def _figures(results: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in results.items() if _is_number(value))
+
+
+def _samples(folder: Path) -> list[Part]:
+    path = folder / SAMPLES
+    parts: list[Part] = []
+    for each in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []:
+        parts += [
+            Sample(each["question"], f"question ({each['language']})"),
+            Sample(each["base"], "before: the base"),
+            Sample(each["adapter"], "after: with the adapter"),
+            Sample(each["trained_for"], "trained for"),
+        ]
+    return parts or ["No answers were kept."]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,185 @@
+"""`appliance runs`, the page and the card of a run, and its lock file, from which it is repeated to the byte."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance import artifacts
+from appliance.training import curve, lock, run_files
+from tests.running import Trained, call
+from tests.training.test_diagnose import spiked
+
+
+@pytest.fixture
+def in_trained(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Trained:
+    monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(trained.root))
+    return trained
+
+
+def output(*arguments: str | Path) -> dict[str, Any]:
+    result = call(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+def unfinished(root: Path) -> Path:
+    """A run that trains now: its curve, with a line that is being written."""
+    folder = root / "adapter" / f"mine-sft-0123456789ab{artifacts.PARTIAL}"
+    folder.mkdir(parents=True)
+    names = {"gradient_norm": "grad_norm"}
+    lines = [
+        {names.get(name, name): value for name in point.__slots__ if (value := getattr(point, name)) not in (None, ())}
+        for point in spiked(0)[:200]
+    ]
+    (folder / curve.LOSS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 201, "lo')
+    return folder
+
+
+def test_list_says_what_was_trained(in_trained: Trained) -> None:
+    runs = output("runs", "list")["runs"]
+    assert [run["phase"] for run in runs] == ["sft", "dpo"]
+    for run, step in zip(runs, ("sft", "dpo"), strict=True):
+        results = in_trained.manifest(step)["results"]
+        assert run["name"] == in_trained.made[step].name
+        assert (run["rows"], run["steps"], run["final_loss"]) == (results["rows"], results["steps"], results["final_loss"])
+        assert run["seconds"] > 0
+        assert run["state"] == "finished"
+        assert run["machine"].startswith("cpu (")
+    text = call("runs", "list").stdout
+    assert in_trained.made["dpo"].name in text
+
+
+def test_list_of_nothing_says_how_to_begin() -> None:
+    assert "No training runs in" in call("runs", "list").stdout
+    assert output("runs", "list")["runs"] == []
+
+
+def test_unfinished_run_is_listed_and_diagnosed(root: Path) -> None:
+    folder = unfinished(root)
+    (run,) = output("runs", "list")["runs"]
+    assert (run["name"], run["phase"], run["state"], run["steps"]) == ("mine-sft-0123456789ab", "sft", "unfinished", 200)
+    for name in (run["name"], f"adapter/{run['name']}", str(folder)):
+        said = output("runs", "diagnose", name)
+        assert [finding["kind"] for finding in said["findings"]] == ["spike"]
+        assert said["findings"][0]["examples"] == ["step 150 (loss 4.500, gradient norm 38, rows 17, 203)"]
+    assert "step 150" in call("runs", "diagnose", run["name"]).stdout
+
+
+def test_diagnosis_of_a_finished_run(in_trained: Trained) -> None:
+    said = output("runs", "diagnose", in_trained.made["sft"].name)
+    assert said["state"] == "finished"
+    assert "In 30 steps the loss went from" in said["summary"]
+    assert said["page"].endswith("run.html")
+
+
+def test_unknown_run_is_refused() -> None:
+    result = call("runs", "diagnose", "nosuch")
+    assert result.exit_code == 1
+    assert "`appliance runs list` says which there are" in result.stderr
+    assert call("runs", "compare", "one").exit_code == 2
+
+
+def test_compare_shows_what_differs(in_trained: Trained, tmp_path: Path) -> None:
+    names = [in_trained.made[step].name for step in ("sft", "dpo")]
+    page = tmp_path / "compared.html"
+    said = output("runs", "compare", *names, "--html", page)
+    assert said["figures"]["steps"] == [in_trained.manifest(step)["results"]["steps"] for step in ("sft", "dpo")]
+    assert said["settings"] == {}  # one recipe: nothing differs but the phase
+    text = page.read_text()
+    assert "<svg" in text
+    assert all(name in text for name in names)
+    assert "exists; name another file, or pass --force" in call("runs", "compare", *names, "--html", page).stderr
+    assert call("runs", "compare", *names, "--html", page, "--force").exit_code == 0
+
+
+def test_compare_names_a_setting_that_differs(in_trained: Trained, root: Path) -> None:
+    in_trained.copy(root, "sft")
+    other = root / "adapter" / "other-sft-0123456789ab"
+    (root / "adapter" / in_trained.made["sft"].name).rename(other)
+    locked = json.loads((other / lock.LOCK).read_text())
+    locked["recipe"]["sft"]["learning_rate"] = 1e-4
+    (other / lock.LOCK).write_text(json.dumps(locked))
+    assert output("runs", "compare", in_trained.made["sft"].name, other)["settings"] == {"sft.learning_rate": [5e-3, 1e-4]}
+
+
+@pytest.mark.parametrize("step", ["sft", "dpo"])
+def test_page_and_card_of_a_run(trained: Trained, step: str) -> None:
+    page = (trained.made[step] / run_files.REPORT).read_text()
+    for word in (
+        "What the curve says",
+        "Gradient norm, by step",
+        "Learning rate, by step",
+        "Most memory held",
+        "before: the base",
+    ):
+        assert word in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|<script""", page)  # it asks nothing of any other place
+    assert ("rewards/margins" in page) == (step == "dpo")
+    card = (trained.made[step] / run_files.CARD).read_text()
+    assert card.startswith('---\nlibrary_name: peft\nbase_model: "starter"\n')
+    assert f"# tiny, {step}" in card
+    assert "6 sft, 4 dpo" in card
+    assert "## How it was verified" in card
+    assert f"{step}.learning_rate" in card
+
+
+def test_lock_names_everything_that_decided(trained: Trained) -> None:
+    locked = json.loads((trained.made["dpo"] / lock.LOCK).read_text())
+    data = artifacts.load(trained.made["data"]).manifest["inputs"]["files"]
+    assert locked["data"] == data
+    assert locked["recipe"]["dpo"]["beta"] == 0.1
+    assert locked["versions"]["torch"]
+    assert locked["versions"]["trl"]
+    assert "model.safetensors" in locked["base"]["files"]
+    weights = trained.made["dpo"] / lock.WEIGHTS
+    assert locked["weights_sha256"] == artifacts.digest_file(weights)
+    assert lock.code_digest() == locked["code_sha256"]
+
+
+def test_run_is_repeated_from_its_lock_file(trained: Trained, root: Path) -> None:
+    trained.copy(root, "data", "base")  # what the run before it made; the adapter is trained again
+    result = call("train", "--from-lock", trained.made["sft"], "--json")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert said["same_weights"] is True
+    assert "is the same, to the byte, as" in result.stderr
+    again = root / trained.made["sft"].relative_to(trained.root)
+    assert (again / lock.WEIGHTS).read_bytes() == (trained.made["sft"] / lock.WEIGHTS).read_bytes()
+    assert (again / lock.LOCK).read_bytes() == (trained.made["sft"] / lock.LOCK).read_bytes()
+
+
+def test_lock_file_of_other_data_is_refused(trained: Trained, tmp_path: Path) -> None:
+    other = tmp_path / "sft.jsonl"
+    other.write_text((trained.recipe.parent / "sft.jsonl").read_text() + "\n")
+    file = trained.made["sft"] / lock.LOCK
+    result = call("train", "--from-lock", file, "--set", f"data.sft={other}")
+    assert result.exit_code == 1
+    assert "is another: sha256" in result.stderr
+    assert "--set data.sft=FILE" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--from-lock", "nowhere.json"), 1, "nowhere.json does not exist"),
+        (("recipe.toml", "--from-lock", "run.lock.json"), 2, "give neither a RECIPE nor a --phase"),
+        ((), 2, "Missing argument 'RECIPE'"),
+    ],
+)
+def test_what_cannot_be_repeated(arguments: tuple[str, ...], code: int, said: str) -> None:
+    result = call("train", *arguments)
+    assert result.exit_code == code
+    assert said in result.stderr
+
+
+def test_lock_file_of_elsewhere_says_what_differs(trained: Trained) -> None:
+    file = lock.read(trained.made["sft"], ())
+    assert lock.differences(file) == []
+    changed = {**file.written, "versions": {**file.written["versions"], "torch": "0.1"}, "code_sha256": "0"}
+    said = lock.differences(lock.Lock(file.path, changed, file.recipe))
+    assert any(each.endswith("(locked 0.1)") for each in said)
+    assert any("the appliance's code" in each for each in said)
