@@ -17,7 +17,7 @@ from appliance.data.check import read_rows
 from appliance.errors import ApplianceError, ArtifactError, TrainingFailed
 from appliance.findings import Finding
 from appliance.recipe import Recipe
-from appliance.training import dpo, loop, processes, reward_linter, run_files, samples
+from appliance.training import curve, dpo, loop, processes, reward_linter, run_files, samples
 from appliance.training import model as models
 from appliance.training import prompts as prompting
 from appliance.training.labels import render_ids
@@ -166,12 +166,12 @@ def _function(reward: Reward, prompts: Sequence[Prompt]) -> Callable[..., list[r
 
 def _outcome(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """What the rewards did, from the first fifth of the steps to the last."""
-    curve = [json.loads(line) for line in (folder / loop.LOSS).read_text().splitlines()]
-    loop.plot(curve, folder / "reward.png", "grpo", "reward")
-    fifth = max(1, len(curve) // PART)
+    lines = curve.read_lines(folder)
+    loop.plot(lines, folder / "reward.png", "grpo", "reward")
+    fifth = max(1, len(lines) // PART)
 
     def course(key: str) -> tuple[float, float]:
-        first, last = ([point[key] for point in part if key in point] for part in (curve[:fifth], curve[-fifth:]))
+        first, last = ([point[key] for point in part if key in point] for part in (lines[:fifth], lines[-fifth:]))
         return _mean(first), _mean(last)
 
     first, last = course("reward")
@@ -179,8 +179,8 @@ def _outcome(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     return {
         "reward_first": first,
         "reward_last": last,
-        "reward_spread": _mean([point["reward_std"] for point in curve]),
-        "flat_groups": _mean([point["frac_reward_zero_std"] for point in curve]),
+        "reward_spread": _mean([point["reward_std"] for point in lines]),
+        "flat_groups": _mean([point["frac_reward_zero_std"] for point in lines]),
         "rewards": {name: {"first": start, "last": end} for name, (start, end) in by_name.items()},
     }
 

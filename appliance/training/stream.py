@@ -165,7 +165,7 @@ def moved_bytes(layer_bytes: Sequence[int], *, passes: int = 1, first: bool = Fa
     return passes * (forward + backward) + (sum(layer_bytes[:kept]) if first else 0)
 
 
-class _Recomputed(torch.autograd.Function):
+class _Recomputed(torch.autograd.Function):  # type: ignore[misc]
     """One layer, whose backward brings and computes it again; random numbers (dropout) and autocast as they were."""
 
     @staticmethod
@@ -260,11 +260,12 @@ class _FrozenLayer:
 
     @property
     def forward(self) -> Callable[..., Any]:
-        return self.module.forward
+        forward: Callable[..., Any] = self.module.forward
+        return forward
 
     @forward.setter
     def forward(self, streamed: Callable[..., Any]) -> None:
-        self.module.forward = streamed  # type: ignore[method-assign]
+        self.module.forward = streamed
 
     def place(self, block: Tensor) -> None:
         """The layer's weights are those of this block from now on."""

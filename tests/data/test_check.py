@@ -184,7 +184,8 @@ def test_columns_of_the_recipe_are_part_of_the_dataset(recipe: Path) -> None:
 def test_references_for_rewards(recipe: Path, root: Path) -> None:
     rows = [{"prompt": "Schrijf iets.", "reference": "Iets.", "tone": "kind", "stars": 4}]
     tiny_recipe.write_lines(recipe.parent / "grpo.jsonl", rows)
-    assert call("data", "check", recipe, "--set", f"data.grpo={recipe.parent / 'grpo.jsonl'}").exit_code == 0
+    wanted = (f"data.grpo={recipe.parent / 'grpo.jsonl'}", 'phases=["sft", "grpo"]', "grpo.rewards.length.weight=1.0")
+    assert call("data", "check", recipe, *(word for each in wanted for word in ("--set", each))).exit_code == 0
     assert check.read_rows(dataset(root).path, "grpo") == [
         {
             "prompt": [{"role": "user", "content": "Schrijf iets."}],
