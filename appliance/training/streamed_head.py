@@ -65,7 +65,7 @@ def _fused(
         hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
     targets = shift_labels.to(device)
     mask = targets != IGNORED
-    found = _HeadInParts.apply(hidden[mask], targets[mask], head, device, softcap)
+    found = HeadInParts.apply(hidden[mask], targets[mask], head, device, softcap)
     log_probs, entropy, mean_logits, is_top1 = (each.new_zeros(mask.shape).masked_scatter(mask, each) for each in found)
     loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
     return FusedCausalLMOutput(
@@ -73,7 +73,7 @@ def _fused(
     )
 
 
-class _HeadInParts(torch.autograd.Function):  # type: ignore[misc]
+class HeadInParts(torch.autograd.Function):  # type: ignore[misc]
     """Log-probabilities of labels; entropies, mean logits and whether a label is the likeliest, these without gradients."""
 
     @staticmethod
@@ -104,7 +104,7 @@ class _HeadInParts(torch.autograd.Function):  # type: ignore[misc]
                 each = -torch.exp(scores - log_total[rows, None])
                 local = targets[rows] - start
                 here = (local >= 0) & (local < each.shape[1])
-                each[here, local[here]] += 1
+                each.scatter_add_(1, local.clamp(0, each.shape[1] - 1)[:, None], here[:, None].float())
                 each *= gradients[0][rows, None]
                 if slope is not None:
                     each *= slope
