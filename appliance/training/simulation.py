@@ -1,7 +1,7 @@
 """What a training step holds in memory beside the weights, found by computing it without data (torch's fake tensors).
 
 The model's own code runs, with the recipe's adapters, forward and backward, on tensors that have shapes and no contents;
-what lives is added up as it comes and goes. So every architecture counts as it is, and nothing is loaded. Main entry: `step`.
+what lives is added up as it comes and goes. Every architecture counts as it is; nothing is loaded. Main entry: `step`.
 """
 
 import json
