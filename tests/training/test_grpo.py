@@ -12,9 +12,8 @@ import pytest
 from appliance import artifacts
 from appliance import recipe as recipes
 from appliance.artifacts import digest_of
-from appliance.data import check, formats
 from appliance.errors import RecipeError
-from appliance.training import grpo, loop, prompts
+from appliance.training import grpo, lock, loop, prompts, run_files
 from tests import tiny_recipe
 from tests.running import call
 
@@ -50,29 +49,15 @@ def many_e(completions, wanted, **_):
     return [text.count(letter) / (2 + len(text)) for text, letter in zip(texts, wanted, strict=True)]
 """
 ROWS = [
-    {"prompt": tiny_recipe.messages(turns[:1]), "reference": turns[1], "columns": {"wanted": "e"}, "line": line}
-    for line, turns in enumerate(tiny_recipe.CONVERSATIONS, 1)
+    {"prompt": tiny_recipe.messages(turns[:1]), "reference": turns[1], "wanted": "e"} for turns in tiny_recipe.CONVERSATIONS
 ]
 
 
 def write(folder: Path, recipe: str = RECIPE, mine: str = MINE) -> Path:
     path = tiny_recipe.write(folder, recipe)
-    tiny_recipe.write_lines(folder / "grpo.jsonl", [{**row["columns"], **row} for row in ROWS])
+    tiny_recipe.write_lines(folder / "grpo.jsonl", ROWS)
     (folder / "mine.py").write_text(mine)
     return path
-
-
-def make_dataset(path: Path, root: Path, *sets: str) -> Path:
-    """The dataset as `data check` leaves it, with the prompts of GRPO."""
-    plan = check.plan(recipes.load(path, sets))
-    with artifacts.create(plan, root) as draft:
-        for name, read in (("sft", formats.read_conversations), ("faq", formats.read_faq)):
-            suffix = "json" if name == "faq" else "jsonl"
-            tiny_recipe.write_lines(draft.path / f"{name}.jsonl", read(path.parent / f"{name}.{suffix}", []))
-        tiny_recipe.write_lines(draft.path / "grpo.jsonl", ROWS)
-        tiny_recipe.write_lines(draft.path / "defects.jsonl", [])
-        draft.results.update(rows={"sft": len(tiny_recipe.CONVERSATIONS)}, languages={}, fixed=0, set_aside=0)
-    return plan.location(root)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,11 +81,11 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """The tiny recipe trained by SFT and GRPO; nobody may change it."""
     folder = tmp_path_factory.mktemp("tuned")
     root, path = folder / "artifacts", write(folder / "recipe")
-    make_dataset(path, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("APPLIANCE_ARTIFACTS", str(root))
-        for phase in ("base", "sft", "grpo"):
-            result = call("train", path, "--phase", phase, "--json")
+        steps = (("data", "check", path), *(("train", path, "--phase", phase) for phase in ("base", "sft", "grpo")))
+        for step in steps:
+            result = call(*step, "--json")
             assert result.exit_code == 0, result.stderr
     return Tuned(root, path, Path(json.loads(result.stdout)["artifact"]), result.stderr)
 
@@ -138,7 +123,7 @@ def test_curve_has_each_reward(tuned: Tuned) -> None:
 def test_artifact_holds_one_adapter_and_no_checkpoint(tuned: Tuned) -> None:
     assert {each.name for each in tuned.grpo.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "manifest.json"),
-        *("loss.jsonl", "loss.png", "reward.png", "samples.json", grpo.FINDINGS),
+        *("loss.jsonl", "loss.png", "reward.png", "samples.json", grpo.FINDINGS, run_files.REPORT, lock.LOCK),
     }
     findings = json.loads((tuned.grpo / grpo.FINDINGS).read_text())
     assert len(findings) == tuned.results()["findings"]
