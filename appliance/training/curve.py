@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from appliance.errors import ArtifactError
+
+T = TypeVar("T")
 
 LOSS = "loss.jsonl"
 # The standard deviation of normal noise is 1.4826 times its median absolute deviation (Rousseeuw and Croux 1993), and a
@@ -63,6 +65,12 @@ def point(line: dict[str, Any]) -> Point:
     if "rows" in values:
         values["rows"] = tuple(values["rows"])
     return Point(**values)
+
+
+def fifths(steps: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """The first and the last fifth of a run's steps, one at least: what is compared where single steps are noisy."""
+    size = max(1, len(steps) // 5)
+    return steps[:size], steps[-size:]
 
 
 def noise(values: Sequence[float]) -> float:

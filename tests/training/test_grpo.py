@@ -14,6 +14,8 @@ from appliance import recipe as recipes
 from appliance.artifacts import digest_of
 from appliance.errors import RecipeError
 from appliance.training import grpo, lock, loop, prompts, run_files
+from appliance.training.rewards import reward as rewarding
+from appliance.training.rewards.reward import Reward
 from tests import tiny_recipe
 from tests.running import call
 
@@ -256,6 +258,17 @@ def test_another_text_of_a_reward_is_another_adapter(tuned: Tuned, tmp_path: Pat
     assert planned("other", f"{MINE}\n") != planned("same", MINE)
 
 
+def test_reward_reads_the_tokens(tuned: Tuned) -> None:
+    """TRL's own text is what a tokenizer's parser leaves of an answer: without its thinking."""
+    from appliance.training import model as models
+
+    tokenizer = models.load_tokenizer(next(tuned.root.glob("base/*")))
+    rows = rewarding.prompts([{"line": 1, "prompt": [], "reference": "a"}])
+    score = grpo._function(Reward("itself", 1.0, lambda asked: [float("desk" in each.text) for each in asked]), rows, tokenizer)
+    ids = tokenizer("the desk")["input_ids"]
+    assert score(completions=[[{"content": "parsed"}]], completion_ids=[ids], row=[0]) == [1.0]
+
+
 def test_every_prompt_comes_once_an_epoch() -> None:
     places = prompts.order(10, epochs=3, per_step=4, seed=7)
     assert len(places) == 32
@@ -273,6 +286,9 @@ def test_every_prompt_comes_once_an_epoch() -> None:
         (["grpo.answer_tokens=128"], "leaves no room for a prompt in grpo.max_tokens"),
         (['phases=["sft","grpo","dpo"]', "data.dpo=x"], "phases: they run in the order sft, dpo, grpo"),
         (["grpo.rewards.length.least_words=101"], "grpo.rewards.length.least_words: 101 exceeds most_words = 100"),
+        (['grpo.rewards.own=[{function="a/mine:f"},{function="b/mine:f"}]'], "names mine:f twice, also if in two folders"),
+        (["grpo.warmup_ratio=1.0"], "grpo.warmup_ratio: 1.0 is out of range"),
+        (["sft.warmup_ratio=1.0"], "sft.warmup_ratio: 1.0 is out of range"),
         (["grpo.rewards.sentiment_match.weight=1"], "grpo.rewards.sentiment_match.encoder: missing"),
         (["grpo.rewards.lenght.weight=1"], "grpo.rewards.lenght: unknown key; did you mean 'length'?"),
         (["grpo.rewards.boolean_syntax.dialect=sql"], "'sql' is not one of 'lucene', 'pubmed', 'ovid'"),
