@@ -1,5 +1,7 @@
 """Rows picked out of many: as many as asked for, and every part of the file has its share."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +19,6 @@ def test_each_part_has_its_share() -> None:
 def test_no_row_twice_and_no_gap_twice_as_wide(rows: int, count: int) -> None:
     chosen = evenly(range(rows), count)
     assert len(chosen) == min(rows, count)
-    ends = [-1, *chosen, rows]
-    gaps = [after - before for before, after in zip(ends[1:-2], ends[2:-1], strict=True)]
+    gaps = [after - before for before, after in itertools.pairwise(chosen)]
     assert all(gap >= 1 for gap in gaps)
     assert max(gaps, default=1) - min(gaps, default=1) <= 1

@@ -264,7 +264,9 @@ def test_reward_reads_the_tokens(tuned: Tuned) -> None:
 
     tokenizer = models.load_tokenizer(next(tuned.root.glob("base/*")))
     rows = rewarding.prompts([{"line": 1, "prompt": [], "reference": "a"}])
-    score = grpo._function(Reward("itself", 1.0, lambda asked: [float("desk" in each.text) for each in asked]), rows, tokenizer)
+    score = grpo._function(
+        Reward("itself", 1.0, lambda asked: [float("desk" in each.text) for each in asked]), rows, tokenizer
+    )
     ids = tokenizer("the desk")["input_ids"]
     assert score(completions=[[{"content": "parsed"}]], completion_ids=[ids], row=[0]) == [1.0]
 

@@ -42,4 +42,6 @@ def _require_labels(prompts: Sequence[Prompt], settings: SentimentMatch, labels:
     if wrong:
         listed = [*wrong[:MOST_SHOWN], *([f"and {len(wrong) - MOST_SHOWN} more"] if len(wrong) > MOST_SHOWN else [])]
         known = ", ".join(labels.values())
-        raise DataError(several(listed, f"Column {settings.column!r} must hold a label of {settings.encoder.name} ({known})"))
+        raise DataError(
+            several(listed, f"Column {settings.column!r} must hold a label of {settings.encoder.name} ({known})")
+        )

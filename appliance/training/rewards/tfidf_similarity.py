@@ -39,7 +39,9 @@ def make(settings: TfidfSimilarity, prompts: Sequence[Prompt], languages: Sequen
     def known_part(text: str) -> float:
         """Of the length of a text's vector: what its words have that some reference has, 0 to 1."""
         counts = Counter(telling(text))
-        weights = {word: vectorizer.idf_[place] for word in counts if (place := vectorizer.vocabulary_.get(word)) is not None}
+        weights = {
+            word: vectorizer.idf_[place] for word in counts if (place := vectorizer.vocabulary_.get(word)) is not None
+        }
         known = sum((counts[word] * weight) ** 2 for word, weight in weights.items())
         unknown = sum((count * rarest) ** 2 for word, count in counts.items() if word not in weights)
         return math.sqrt(known / (known + unknown)) if known else 0.0
