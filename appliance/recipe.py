@@ -363,8 +363,8 @@ def _grpo_contradictions(recipe: Recipe) -> list[str]:
     names = [each.function.name for each in rewards.own]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         problems.append(
-            f"grpo.rewards.own: names {', '.join(twice)} twice, also if in two folders; give a function once, with the sum of"
-            " the weights, or another its own name."
+            f"grpo.rewards.own: names {', '.join(twice)} twice, also if in two folders; give a function once, with the sum"
+            " of the weights, or give each a name of its own."
         )
     if grpo.answer_tokens >= grpo.max_tokens:
         problems.append(f"grpo.answer_tokens: {grpo.answer_tokens} leaves no room for a prompt in grpo.max_tokens.")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.data.evenly import evenly
+from appliance.data import examples
 from appliance.text import languages
 
 
@@ -33,7 +33,7 @@ def training_questions(rows: Sequence[dict[str, Any]], wanted: Sequence[str], pe
         language = languages.detect(answer, wanted)
         if language is not None:
             found[language].append(Question(language, question, answer))
-    return [question for language in wanted for question in evenly(found[language], per_language)]
+    return [question for language in wanted for question in examples.spread(found[language], per_language)]
 
 
 def _opening(row: dict[str, Any]) -> str:

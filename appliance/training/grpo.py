@@ -13,8 +13,8 @@ from typing import Any
 from appliance import artifacts
 from appliance.artifacts import Artifact, Plan
 from appliance.config import plain
+from appliance.data import examples
 from appliance.data.check import read_rows
-from appliance.data.evenly import evenly
 from appliance.errors import ApplianceError, ArtifactError, TrainingFailed
 from appliance.findings import Finding
 from appliance.recipe import Recipe
@@ -54,7 +54,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
         loop.prepare()
         set_seed(recipe.seed)
         model = dpo.continue_adapter(base, adapter)
-        groups = sample(model, tokenizer, evenly(prompts, recipe.grpo.lint_prompts), recipe)
+        groups = sample(model, tokenizer, examples.spread(prompts, recipe.grpo.lint_prompts), recipe)
         findings = processes.from_first(lambda: reward_linter.lint(rewards, prompts, groups, recipe.languages))
         _tell(findings, draft.path)
         trainer = _trainer(model, tokenizer, prompts, rewards, recipe, draft.path)

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from appliance.data import examples
 from appliance.data.defects import shown
-from appliance.data.evenly import evenly
 from appliance.errors import VerificationFailed, several
 from appliance.findings import Finding
 from appliance.text.stop_words import stop_words
@@ -155,7 +155,7 @@ def _unsteady(reward: Reward, answers: Sequence[Answer], together: Sequence[Valu
 def _different(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Some prompts, with different references as far as there are any."""
     by_reference = {prompt.reference: prompt for prompt in reversed(prompts)}
-    return evenly(list(by_reference.values())[::-1], MOST_PROMPTS)
+    return examples.spread(list(by_reference.values())[::-1], MOST_PROMPTS)
 
 
 def _made_up(prompts: Sequence[Prompt], languages: Sequence[str]) -> dict[str, list[Answer]]:
@@ -298,8 +298,8 @@ def _scores(reward: Reward, answers: Sequence[Answer], which: str = "") -> list[
     except Exception as error:  # the user's own function may raise anything
         what = f"raised {type(error).__name__} ({shown(str(error))}) for {len(answers)} answers"
         raise VerificationFailed(f"{reward.name}: {what}{which}.") from error
-    if (what := rewarding.malformed(found, len(answers))) is not None:
-        raise VerificationFailed(f"{reward.name}: {what}{which}.")
+    if (wrong := rewarding.malformed(found, len(answers))) is not None:
+        raise VerificationFailed(f"{reward.name}: {wrong}{which}.")
     return rewarding.values(found)
 
 

@@ -42,11 +42,15 @@ def write(model: Any, tokenizer: Any, rows: list[dict[str, Any]], recipe: Recipe
 
 
 def _questions(rows: list[dict[str, Any]], languages: Sequence[str]) -> list[Question]:
-    chosen: dict[str, Question] = {}
-    for each in training_questions(rows, languages, CANDIDATES):
-        if each.language not in chosen and not _is_personal(each, languages):
-            chosen[each.language] = each
-    return list(chosen.values())
+    """The middle one of each language, or the next to it."""
+    chosen = []
+    candidates = training_questions(rows, languages, CANDIDATES)
+    for language in languages:
+        found = [each for each in candidates if each.language == language]
+        from_the_middle = sorted(range(len(found)), key=lambda at: abs(2 * at + 1 - len(found)))
+        fitting = (found[at] for at in from_the_middle if not _is_personal(found[at], languages))
+        chosen += [each for each in (next(fitting, None),) if each is not None]
+    return chosen
 
 
 def _is_personal(question: Question, languages: Sequence[str]) -> bool:

@@ -148,6 +148,44 @@ def test_it_starts_from_the_adapter_of_sft(tuned: Tuned) -> None:
     assert parents[1:] == [f"base/{base.name}", f"adapter/{sft.name}"]
 
 
+def test_each_phase_starts_from_the_adapter_of_the_one_before(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SFT, DPO, GRPO: what is loaded, by hash, is what was saved, and each phase changes it."""
+    from appliance.training import dpo
+
+    text = RECIPE.replace('phases = ["sft", "grpo"]', 'phases = ["sft", "dpo", "grpo"]')
+    path = write(tmp_path / "recipe", text.replace('sft = "sft.jsonl"', 'sft = "sft.jsonl"\ndpo = "dpo.jsonl"'))
+    loaded: list[dict[str, str]] = []
+    real = dpo.continue_adapter
+
+    def watched(*arguments: Any) -> Any:
+        model = real(*arguments)
+        own = {key: value for key, value in model.named_parameters() if ".default." in key}
+        loaded.append({key.replace(".default.", "."): digest_of(value.detach().tolist()) for key, value in own.items()})
+        return model
+
+    monkeypatch.setattr(dpo, "continue_adapter", watched)
+    made = {}
+    epochs = [part for phase in ("sft", "dpo", "grpo") for part in ("--set", f"{phase}.epochs=1")]
+    for phase in ("sft", "dpo", "grpo"):
+        base = next(tuned.root.glob("base/*"))
+        result = call("train", path, "--phase", phase, "--set", f"base={base}", *epochs, "--json")
+        assert result.exit_code == 0, result.stderr
+        made[phase] = Path(json.loads(result.stdout)["artifact"])
+    assert loaded == [weights(made["sft"]), weights(made["dpo"])]
+    assert len({digest_of(weights(folder)) for folder in made.values()}) == 3
+    for phase, before in (("dpo", "sft"), ("grpo", "dpo")):
+        assert artifacts.load(made[phase]).manifest["parents"][-1] == f"adapter/{made[before].name}"
+
+
+def test_pipeline_trains_it_after_the_others(tuned: Tuned) -> None:
+    result = call("run", tuned.recipe, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    steps = [step["step"] for step in json.loads(result.stdout)["steps"]]
+    assert steps[steps.index("sft") :][:3] == ["sft", "grpo", "merge"]
+
+
 def test_first_loss_is_that_of_equal_models(tuned: Tuned) -> None:
     """The policy is its own reference at the first step, so nothing draws it back."""
     assert curve(tuned.grpo)[0]["kl"] == pytest.approx(0, abs=1e-5)
@@ -210,6 +248,38 @@ def test_second_round_continues_its_own_adapter(tuned: Tuned, root: Path) -> Non
     # It begins where the first round ended, not where that began.
     assert second.results["reward_first"] > 1.2 * tuned.results()["reward_first"]
     assert curve(second.path)[0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_repeated_from_its_lock_file(tuned: Tuned, root: Path, tmp_path: Path) -> None:
+    """To the byte, with the rewards and the adapter that were locked, and with no others."""
+    tuned.copy(root, with_grpo=True)
+    locked = json.loads((tuned.grpo / lock.LOCK).read_text())
+    recipe = tmp_path / "recipe"
+    shutil.copytree(tuned.recipe.parent, recipe)
+    sets = [
+        f"grpo.adapter={next(root.glob('adapter/tiny-sft-*'))}",
+        f"grpo.rewards.own=[{{function='{recipe}/mine:many_e'}}]",
+    ]
+    arguments = [part for each in sets for part in ("--set", each)]
+    made = call("train", recipe / "recipe.toml", "--phase", "grpo", *arguments, "--set", "grpo.epochs=1", "--json")
+    assert made.exit_code == 0, made.stderr
+    folder = Path(json.loads(made.stdout)["artifact"])
+    written = json.loads((folder / lock.LOCK).read_text())
+    assert written["rewards"]["mine:many_e"] == locked["rewards"]["mine:many_e"]
+    assert written["adapter"] == artifacts.digest_file(next(root.glob("adapter/tiny-sft-*")) / lock.WEIGHTS)
+    assert "adapter" not in locked
+
+    again = call("train", "--from-lock", folder, "--dry-run", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert "differs here" not in again.stderr
+    assert json.loads(again.stdout)["state"] == "unchanged"
+    changed = call("train", "--from-lock", folder, "--dry-run", "--set", "grpo.beta=0.5")
+    assert "differs here: what is trained: its settings" in changed.stderr
+    (recipe / "mine.py").write_text(f"{MINE}\n# another\n")
+    other = call("train", "--from-lock", folder, "--dry-run", "--set", f"grpo.adapter={tuned.grpo}")
+    assert other.exit_code == 1
+    assert "grpo.rewards.mine:many_e has function mine:many_e@" in other.stderr
+    assert f"{tuned.grpo} is another: sha256" in other.stderr
 
 
 def test_adapter_of_another_base_is_refused(tuned: Tuned, root: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`appliance runs`, the page and the card of a run, and its lock file, from which it is repeated to the byte."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -216,8 +217,21 @@ def test_what_cannot_be_repeated(arguments: tuple[str, ...], code: int, said: st
 
 def test_lock_file_of_elsewhere_says_what_differs(trained: Trained) -> None:
     file = lock.read(trained.made["sft"], ())
-    assert lock.differences(file) == []
+    identity = identity_of(trained, "sft")
+    assert lock.differences(file, identity) == []
     changed = {**file.written, "versions": {**file.written["versions"], "torch": "0.1"}, "code_sha256": "0"}
-    said = lock.differences(lock.Lock(file.path, changed, file.recipe))
+    said = lock.differences(lock.Lock(file.path, changed, file.recipe), identity)
     assert any(each.endswith("(locked 0.1)") for each in said)
     assert any("the appliance's code" in each for each in said)
+    assert not any("what is trained" in each for each in said)
+    parents = [identity.parents[0], "base/another-0123456789ab"]
+    said = lock.differences(file, dataclasses.replace(identity, parents=parents))
+    assert said == [f"what is trained: from base/another-0123456789ab (locked {identity.parents[1]})"]
+    said = lock.differences(file, dataclasses.replace(identity, config={}))
+    assert said == ["what is trained: its settings, or the revision of its phase"]
+
+
+def identity_of(trained: Trained, phase: str) -> artifacts.Plan:
+    manifest = trained.manifest(phase)
+    wanted = {key: manifest[key] for key in ("kind", "name", "inputs", "parents", "config")}
+    return artifacts.Plan(**wanted)

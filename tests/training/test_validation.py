@@ -123,7 +123,6 @@ def test_kept_adapter_is_the_best_one(validated: Validated, trained: Trained) ->
         count = sum(label != labels.IGNORED for label in row.labels)
         total, learned = total + float(mean) * count, learned + count
     assert total / learned == pytest.approx(loss, abs=1e-4)
-    assert not list(validated.folder.glob("**/*.half"))
     assert not (validated.folder / loop.CHECKPOINTS).exists()
 
 

@@ -5,6 +5,7 @@ The probability and not a match of labels: a group whose answers are all judged 
 
 from collections.abc import Mapping, Sequence
 
+from appliance.data import examples
 from appliance.data.defects import shown
 from appliance.encoders import Encoder
 from appliance.errors import DataError, ModelFileError, several
@@ -40,7 +41,7 @@ def _require_labels(prompts: Sequence[Prompt], settings: SentimentMatch, labels:
         if str(prompt.columns.get(settings.column)).casefold() not in labels
     ]
     if wrong:
-        listed = [*wrong[:MOST_SHOWN], *([f"and {len(wrong) - MOST_SHOWN} more"] if len(wrong) > MOST_SHOWN else [])]
+        listed = examples.some(wrong, MOST_SHOWN)
         known = ", ".join(labels.values())
         raise DataError(
             several(listed, f"Column {settings.column!r} must hold a label of {settings.encoder.name} ({known})")
