@@ -103,7 +103,7 @@ class Sft:
     accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
     max_tokens: int = setting(1024, minimum=16, about="a longer conversation is an error, unless `truncate`")
     truncate: bool = setting(False, about="cut what is longer than max_tokens; a cut answer teaches no end")
-    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
+    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=0.99)  # 1 would be read as one step
     max_gradient_norm: float = setting(1.0, minimum=0.0, about="longer gradients are shortened to it; 0: none")
     checkpoint_steps: int = setting(50, minimum=1)
     validation_rows: int = setting(32, minimum=0, about="of data.heldout, whose loss is measured while training; 0: none")
@@ -119,7 +119,7 @@ class Dpo:
     accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
     max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; longer is an error, never cut")
     beta: float = setting(0.1, minimum=0.0)
-    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
+    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=0.99)
     max_gradient_norm: float = setting(1.0, minimum=0.0, about="longer gradients are shortened to it; 0: none")
     checkpoint_steps: int = setting(50, minimum=1)
     sft_weight: float = setting(0.0, minimum=0.0, about="weight of the likelihood of the chosen answer (RPO)")
@@ -136,7 +136,7 @@ class Grpo:
     max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; a longer prompt is an error, never cut")
     temperature: float = setting(1.0, minimum=0.01, maximum=10.0)
     beta: float = setting(0.04, minimum=0.0, about="how strongly the adapter is held near the one it continues")
-    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
+    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=0.99)
     checkpoint_steps: int = setting(50, minimum=1)
     adapter: Path | None = setting(None, about="of an earlier round, to continue instead of the phase before")
     lint_prompts: int = setting(6, minimum=2, about="whose answers are sampled beforehand to try the rewards on")
@@ -360,8 +360,12 @@ def _grpo_contradictions(recipe: Recipe) -> list[str]:
     if (grpo.batch_rows * grpo.accumulate) % grpo.answers:
         step = f"a step of grpo.batch_rows = {grpo.batch_rows} times grpo.accumulate = {grpo.accumulate}"
         problems.append(f"grpo.answers: {step} answers holds no whole groups of {grpo.answers}.")
-    if len({each.function for each in rewards.own}) < len(rewards.own):
-        problems.append("grpo.rewards.own: names a function twice; give it once, with the sum of the weights.")
+    names = [each.function.name for each in rewards.own]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        problems.append(
+            f"grpo.rewards.own: names {', '.join(twice)} twice, also if in two folders; give a function once, with the sum"
+            " of the weights, or give each a name of its own."
+        )
     if grpo.answer_tokens >= grpo.max_tokens:
         problems.append(f"grpo.answer_tokens: {grpo.answer_tokens} leaves no room for a prompt in grpo.max_tokens.")
     if rewards.length is not None and rewards.length.least_words > rewards.length.most_words:

@@ -23,12 +23,13 @@ import click
 from appliance import artifacts, config
 from appliance import recipe as recipes
 from appliance.console import Command, emit, json_option, note
-from appliance.data import check
+from appliance.data import check, formats
 from appliance.errors import DataError, StepFailed
+from appliance.training import curve
 from benchmarks import about, sentiment
 
 ERRORS_WANTED = 2.0
-PART = 5
+COLUMNS = {"prompt": "aspects", "reference": "text"}  # of lines with labels
 SHORTEST, LONGEST = 20, 90  # characters of a sentence
 # A small starter that has seen each sentence a few times: it writes German, and has much to learn.
 RECIPE = """
@@ -130,15 +131,13 @@ def grpo(folder: Path, reviews: Path | None, rows: int, seeds: int, as_json: boo
 
 def read(path: Path) -> list[Review]:
     """Sentences whose labels agree on one polarity."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        labels, _, text = line.partition("\t")
-        pairs = [label.removeprefix("__label__").rsplit(":", 1) for label in labels.split()]
-        polarities = {polarity for _, polarity in pairs}
-        if len(polarities) == 1 and SHORTEST <= len(text) <= LONGEST:
-            aspects = ", ".join(sorted({aspect for aspect, _ in pairs}))
-            found.append(Review(aspects, polarities.pop(), text.strip()))
-    if not found:
+    rows = formats.examine(path, "grpo", COLUMNS).rows([])
+    every = [Review(row["prompt"][0]["content"], row["columns"]["polarities"], row["reference"]) for row in rows]
+    if not (
+        found := [
+            each for each in every if each.polarity and "," not in each.polarity and SHORTEST <= len(each.text) <= LONGEST
+        ]
+    ):
         raise DataError(f"{path} has no line of the form __label__ASPECT:polarity<TAB>text.")
     return found
 
@@ -219,7 +218,7 @@ def compare(curves: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]
     names = [key for key in curves[0][0] if key == "reward" or (key.startswith("rewards/") and key.endswith("/mean"))]
     for key in sorted(names):
         name = key.removeprefix("rewards/").removesuffix("/mean")
-        parts = [(fifth(curve, key, 0), fifth(curve, key, -1)) for curve in curves]
+        parts = [[[point[key] for point in part] for part in curve.fifths(each)] for each in curves]
         first, last = [value for each, _ in parts for value in each], [value for _, each in parts for value in each]
         error = (statistics.variance(first) / len(first) + statistics.variance(last) / len(last)) ** 0.5
         means = (statistics.fmean(first), statistics.fmean(last))
@@ -229,11 +228,6 @@ def compare(curves: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]
             figures |= {f"{name} gain, seed {seed}": gain for seed, gain in enumerate(gains, 1)}
     figures["groups without spread"] = statistics.fmean(point["frac_reward_zero_std"] for each in curves for point in each)
     return figures
-
-
-def fifth(curve: Sequence[Mapping[str, float]], key: str, which: int) -> list[float]:
-    size = max(2, len(curve) // PART)
-    return [point[key] for point in (curve[:size] if which == 0 else curve[-size:])]
 
 
 if __name__ == "__main__":

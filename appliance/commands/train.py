@@ -100,7 +100,7 @@ def _locked(file: Path, sets: tuple[str, ...]) -> "Lock":
     locked = lock.read(file, sets)
     name = locked.recipe.base
     lock.require_inputs(locked, None if name == STARTER else model.locate(name, config.artifacts_root()).path)
-    for difference in lock.differences(locked):
+    for difference in lock.differences(locked, _plans(locked.recipe, config.artifacts_root())[locked.written["phase"]]):
         processes.note(f"differs here: {difference}")
     return locked
 

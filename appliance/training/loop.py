@@ -140,12 +140,18 @@ def train(
 
 
 def finish(folder: Path) -> None:
-    """Removes the checkpoints: last of all, since until then a killed run resumes from them."""
+    """Removes the checkpoints: last of all, since until then a killed run resumes from them.
+
+    They go in one step: what is left of one whose removal was cut off must not be resumed from.
+    """
     if processes.is_first() and (folder / CHECKPOINTS).exists():  # a run that stopped early may have none
-        shutil.rmtree(folder / CHECKPOINTS)
+        doomed = (folder / CHECKPOINTS).rename(folder / f"{CHECKPOINTS}.removed")
+        shutil.rmtree(doomed)
 
 
 def _clear_after(folder: Path, last_step: int) -> None:
+    for half in folder.glob(f".{LOSS}.*"):  # a curve that was being written
+        half.unlink()
     for each in (folder / CHECKPOINTS).glob("checkpoint-*"):
         if not (each / COMPLETE).exists():  # a save that was cut off
             shutil.rmtree(each)
@@ -163,7 +169,8 @@ def _outcome(folder: Path, label: str) -> dict[str, Any]:
 def _keep_steps(path: Path, last_step: int) -> None:
     """Drops the lines after the checkpoint, which will be written again; the last may be cut off."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step))
+    kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step)
+    artifacts.write_atomically(path, kept)  # it cannot be had again
 
 
 def _callback(

@@ -105,12 +105,13 @@ def in_words(points: Sequence[Point]) -> str:
 def card(folder: Path, locked: Mapping[str, Any], results: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """A model card in Markdown, with the front matter that hubs and tools read."""
     recipe, phase = locked["recipe"], locked["phase"]
+    base = _without_folders(locked["base"]["name"])
     points = curve.read(folder)
     findings = [f"- {each}" for each in diagnose.diagnose(points)] or [NOTHING]
     rows = ", ".join(f"{count} {name}" for name, count in data.get("rows", {}).items())
     spoken = ", ".join(f"{code} {count}" for code, count in data.get("languages", {}).items())
     files = [f"| `data.{name}` | `{sha256}` |" for name, sha256 in locked["data"].items()]
-    front = ["---", "library_name: peft", f"base_model: {json.dumps(locked['base']['name'])}", "language:"]
+    front = ["---", "library_name: peft", f"base_model: {json.dumps(base)}", "language:"]
     front += [*(f"- {code}" for code in recipe["languages"]), "tags:", "- lora", f"- {phase}", "---"]
     settings = [f"| {name} | {value} |" for name, value in _settings(locked)]
     verified = [
@@ -122,7 +123,7 @@ def card(folder: Path, locked: Mapping[str, Any], results: Mapping[str, Any], da
     sections = [
         "\n".join(front),
         f"# {recipe['name']}, {phase}",
-        f"A LoRA adapter of rank {recipe['lora']['rank']} for `{locked['base']['name']}`, trained with the appliance"
+        f"A LoRA adapter of rank {recipe['lora']['rank']} for `{base}`, trained with the appliance"
         f" {locked['versions']['edge-appliance']} on {locked['machine']['device']}. It is of use with this base only.",
         "## Data",
         f"{rows} rows. Languages of the answers: {spoken or 'unknown'}. {data.get('fixed', 0)} defects were repaired,"
@@ -140,11 +141,19 @@ def card(folder: Path, locked: Mapping[str, Any], results: Mapping[str, Any], da
 
 
 def _settings(locked: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The recipe's values that this phase used."""
-    recipe = locked["recipe"]
+    """The recipe's values that this phase used; files by their names, since others may read it."""
+    recipe = _without_folders(locked["recipe"])
     sections = {name: recipe[name] for name in ("lora", locked["phase"])}
     nested = [(f"{name}.{key}", str(value)) for name, values in sections.items() for key, value in values.items()]
     return [("base", recipe["base"]), ("seed", str(recipe["seed"])), *nested]
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _figures(results: Mapping[str, Any]) -> str:

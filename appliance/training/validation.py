@@ -31,12 +31,6 @@ class Best:
     later: int  # validations since
 
 
-def choose(rows: Sequence[Any], count: int) -> list[Any]:
-    """`count` rows, evenly over the file, so that each of its parts has its share."""
-    count = min(count, len(rows))
-    return [rows[index * len(rows) // count] for index in range(count)]
-
-
 def every(reading_tokens: int, step_tokens: float, steps: int) -> int:
     """After how many steps each: validation takes about a tenth of the time, and happens at most twenty times."""
     cost = reading_tokens / (STEP_PER_READING * step_tokens)  # in steps
