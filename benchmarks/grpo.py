@@ -47,6 +47,7 @@ layers = 4
 hidden = 192
 feed_forward = 512
 heads = 3
+kv_heads = 1
 context_tokens = 192
 row_tokens = 128
 epochs = 10

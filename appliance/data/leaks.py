@@ -64,9 +64,9 @@ def _same_prompts(rows: Sequence[Text], openings: Alike) -> list[Finding]:
         Finding(
             kind="duplicate_prompts",
             level="notice",
-            what=f"{rows[0].file}: {repeated:,} of {len(rows):,} rows repeat the opening question of another"
-            f" ({exact:,} to the letter), at most {len(groups[0])} rows share one; {answers:,} of these"
-            f" {len(groups):,} questions have different answers",
+            what=f"{rows[0].file}: the opening question of another row again in {repeated:,} of {len(rows):,} rows"
+            f" ({exact:,} to the letter; at most {len(groups[0])} rows share one), with different answers to {answers:,} of"
+            f" {len(groups):,} such questions",
             remedy="Keep the best answer to each, or make the questions say what the answers depend on;"
             " `appliance data split` keeps them on one side.",
             count=repeated,
