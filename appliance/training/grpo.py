@@ -27,7 +27,7 @@ from appliance.training.rewards import reward as rewarding
 from appliance.training.rewards.reward import Answer, Prompt, Reward
 
 REVISION = 1  # raised when the same data and settings would give another adapter
-FINDINGS = "reward_findings.json"
+FINDINGS = run_files.REWARD_FINDINGS
 PART = 5  # the first and the last fifth of the steps are compared
 
 

@@ -137,6 +137,25 @@ def test_rows_that_the_recipe_cuts_are_no_problem(tmp_path: Path, root: Path, ba
     assert "what is longer is cut at its end" in finding.what
 
 
+def test_who_holds_rows_out_is_not_told_of_random_splits(tmp_path: Path, root: Path) -> None:
+    rows = planted.clean()
+    for row in range(6):
+        rows.ask(20 + row, rows.said(row, 0).replace(".", " ja."))
+    assert "random_split_leaks" in {each.kind for each in examine(rows.write(tmp_path / "all"), root).findings}
+    rows.heldout = planted.clean(seed=7, rows=10).sft
+    assert not examine(rows.write(tmp_path / "divided"), root).findings
+
+
+def test_near_copies_of_one_row_are_one_example(tmp_path: Path, root: Path) -> None:
+    rows = planted.clean()
+    for row, source in ((20, 0), (22, 0), (24, 0), (31, 1)):
+        rows.ask(row, f"{rows.said(source, 0)} {('ja', 'nee', 'zo')[row % 3]}")
+        rows.answer(row, rows.said(source, 1))
+    (finding,) = [each for each in examine(rows.write(tmp_path), root).findings if each.kind == "near_duplicates"]
+    assert len({place.partition(" ")[0] for place in finding.examples}) == len(finding.examples)
+    assert "sft.jsonl:2 ~ 32" in finding.examples
+
+
 def test_rows_with_a_subject_each_are_no_slices() -> None:
     words = planted.Writer(1)
     subjects = ["tulip", "harbour", "violin", "glacier", "beehive", "lantern", "saddle", "walnut", "compass", "mustard"]
