@@ -67,8 +67,11 @@ def _validation(recipe: Recipe, dataset: Path, read: Conversations) -> Validatio
     return Validation(read.heldout, len(read_rows(dataset, "heldout")), recipe.sft, read.tokens)
 
 
-def add_adapter(model: Any, recipe: Recipe) -> Any:
-    """A fresh LoRA adapter on every linear layer but the head (Hu et al. 2021; `all-linear` after QLoRA)."""
+def add_adapter(model: Any, recipe: Recipe, *, is_skeleton: bool = False) -> Any:
+    """A fresh LoRA adapter on every linear layer but the head (Hu et al. 2021; `all-linear` after QLoRA).
+
+    `is_skeleton`: the model has no contents, and the adapter needs none.
+    """
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
@@ -78,7 +81,7 @@ def add_adapter(model: Any, recipe: Recipe) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    return get_peft_model(model, lora, low_cpu_mem_usage=is_skeleton)
 
 
 def _trainer(model: Any, tokenizer: Any, labelled: list[LabelledRow], recipe: Recipe, folder: Path) -> Any:
