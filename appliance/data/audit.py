@@ -36,7 +36,7 @@ from appliance.findings import Finding
 from appliance.recipe import Recipe
 from appliance.text.words import telling
 
-REVISION = 1  # raised when the same dataset would give another report
+REVISION = 2  # raised when the same dataset would give another report
 FREQUENT_WORDS = 20
 SAMPLE_ROWS = 20_000
 MANY_ROWS = 20_000  # take more than half a minute
@@ -47,7 +47,7 @@ def plan(recipe: Recipe, dataset: str, base: Path | None) -> Plan:
     """The report's identity; `dataset` is the dataset's id, `base` the folder whose tokenizer is counted with."""
     tokenizer = artifacts.identity(base) if base else None
     inputs = {"revision": REVISION, "tokenizer": tokenizer, "files": _names(recipe)}
-    limits = {"sft": recipe.sft.max_tokens, "dpo": recipe.dpo.max_tokens}
+    limits = {"sft": recipe.sft.max_tokens, "dpo": recipe.dpo.max_tokens, "truncate": recipe.sft.truncate}
     settings = {"languages": list(recipe.languages), "seed": recipe.seed, "max_tokens": limits}
     return Plan(kind="report", name=f"{recipe.name}-audit", inputs=inputs, parents=[dataset], config=settings)
 
@@ -74,13 +74,7 @@ def read_findings(made: Artifact) -> list[Finding]:
 
 def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
     """Everything that the report says."""
-    rows: list[Text] = []
-    fields: list[Field] = []
-    for kind, file in _names(recipe).items():
-        own = check.read_rows(dataset.path, kind)
-        if own:
-            fields += lengths.measure(kind, file, own, meter)
-            rows += texts.read(kind, file, own)
+    rows, fields = _read(recipe, dataset, meter)
     if len(rows) > MANY_ROWS:
         note(f"audit: {len(rows):,} rows; this takes some minutes")
     heard = spoken.listen(rows, recipe.languages)
@@ -111,6 +105,18 @@ def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
         random_leaks=compared.random_leaks,
         sampled=_sampled(len(rows), meter),
     )
+
+
+def _read(recipe: Recipe, dataset: Artifact, meter: Meter) -> tuple[list[Text], list[Field]]:
+    """All rows and their lengths; apart, so that the rows as they stand in the dataset are forgotten."""
+    rows: list[Text] = []
+    fields: list[Field] = []
+    for kind, file in _names(recipe).items():
+        own = check.read_rows(dataset.path, kind)
+        if own:
+            fields += lengths.measure(kind, file, own, meter)
+            rows += texts.read(kind, file, own)
+    return rows, fields
 
 
 def _names(recipe: Recipe) -> dict[str, str]:
@@ -150,7 +156,11 @@ def _wholes(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> Mapping[st
 
 def _too_long(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> list[Finding]:
     wholes = _wholes(recipe, fields, meter)
-    return [finding for kind, (field, limit) in wholes.items() for finding in lengths.check_limit(kind, field, limit)]
+    return [
+        finding
+        for kind, (field, limit) in wholes.items()
+        for finding in lengths.check_limit(kind, field, limit, is_cut=kind == "sft" and recipe.sft.truncate)
+    ]
 
 
 def _suggested(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> dict[str, int]:

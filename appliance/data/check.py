@@ -170,9 +170,7 @@ class _Tally:
 
 def _refuse(defects: Sequence[Defect]) -> None:
     if defects:
-        more = [f"and {len(defects) - MOST_REFUSED} more"] if len(defects) > MOST_REFUSED else []
-        listed = [*map(str, defects[:MOST_REFUSED]), *more]
-        raise DataError(several(listed, "--strict, and the data has defects"))
+        raise DataError(several([*map(str, defects)], "--strict, and the data has defects", MOST_REFUSED))
 
 
 def _write_lines(path: Path, rows: Iterator[Mapping[str, Any]]) -> None:

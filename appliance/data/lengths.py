@@ -29,7 +29,11 @@ class Field:
     file: str
     name: str
     values: Sequence[int]
-    longest: int  # over all rows, also where `values` are a sample
+    longest_rows: Sequence[tuple[str, int]]  # place and length, the longest first; of all rows, also where `values` are not
+
+    @property
+    def longest(self) -> int:
+        return self.longest_rows[0][1]
 
     @property
     def percentiles(self) -> list[int]:
@@ -112,7 +116,10 @@ def measure(kind: str, file: str, rows: Sequence[Row], meter: Meter) -> list[Fie
     measured = []
     for name, texts in fields.items():
         values = meter.count([texts[number] for number in sample])
-        measured.append(Field(file, name, values, max([*values, *meter.count([texts[number] for number in longest])])))
+        counted = dict(zip(longest, meter.count([texts[number] for number in longest]), strict=True))
+        counted |= zip(sample, values, strict=True)
+        order = sorted(counted, key=lambda number: -counted[number])[:LONGEST_ROWS]
+        measured.append(Field(file, name, values, [(f"{file}:{rows[number]['line']}", counted[number]) for number in order]))
     return measured
 
 
@@ -150,20 +157,23 @@ def suggested(field: Field) -> int:
     return -(-field.longest // ROUND_TO) * ROUND_TO
 
 
-def check_limit(kind: str, field: Field, limit_tokens: int) -> list[Finding]:
-    """Rows that training would refuse, since it never cuts one."""
+def check_limit(kind: str, field: Field, limit_tokens: int, *, is_cut: bool) -> list[Finding]:
+    """Rows that training would refuse, or cut where the recipe says so."""
     if field.longest <= limit_tokens:
         return []
-    over = sum(value > limit_tokens for value in field.values)
+    places = [place for place, length in field.longest_rows if length > limit_tokens]
+    over = max(len(places), sum(value > limit_tokens for value in field.values))
+    fate = "cut at its end, and the end of the answer is not learned" if is_cut else "refused"
     return [
         Finding(
             kind="too_long",
-            level="problem",
+            level="notice" if is_cut else "problem",
             what=f"{field.file}: the longest row has {field.longest:,} tokens, {kind}.max_tokens is {limit_tokens:,};"
-            f" {examples.rows(over)} of {len(field.values):,} measured are longer",
+            f" what is longer is {fate}: {examples.rows(over)} of {len(field.values):,} measured",
             remedy=f"Set {kind}.max_tokens = {suggested(field)}, or shorten those rows; 99 % fit into"
             f" {field.percentiles[-1]:,}.",
             count=over,
+            examples=examples.first(places),
             figures={"longest": field.longest, "suggested": suggested(field)},
         )
     ]

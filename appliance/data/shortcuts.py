@@ -19,6 +19,7 @@ DOMINATES = 2.5  # times in a row, on average
 ENDS_IN_ANSWERS = 2 / 3
 OWN_SHARE = 0.8  # of all rows with the word
 MINIMUM_ROWS = 40
+MOST_CONCERNED = 0.25  # of the rows; where more have such a word, each row has a subject of its own
 SAMPLE_ROWS = 20_000
 
 FORMS: dict[str, Callable[[str], bool]] = {
@@ -139,7 +140,8 @@ def _word(rows: Sequence[Text]) -> list[Finding]:
             continue
         if sum(word in telling(row.answer) for row in holders) >= ENDS_IN_ANSWERS * len(holders):
             slices.append((times[word] / len(holders), word, holders))
-    if not slices:
+    concerned_rows = {row.where for _, _, holders in slices for row in holders}
+    if not slices or len(concerned_rows) > MOST_CONCERNED * len(rows):
         return []
     slices.sort(key=lambda each: (-each[0], each[1]))
     parts = [

@@ -28,7 +28,7 @@ from appliance.training.rewards import reward as rewarding
 from appliance.training.rewards.reward import Answer, Prompt, Reward
 
 REVISION = 1  # raised when the same data and settings would give another adapter
-FINDINGS = "reward_findings.json"
+FINDINGS = run_files.REWARD_FINDINGS
 
 
 def plan(recipe: Recipe, dataset: str, base: str, adapter: str) -> Plan:

@@ -131,7 +131,7 @@ def _borrowed(reward: Reward, answers: Sequence[Answer], together: Sequence[Valu
 def _unsteady(reward: Reward, answers: Sequence[Answer], together: Sequence[Value]) -> list[Finding]:
     again = _scores(reward, answers)
     if not all(map(_same, together, again)):
-        what = f"{reward.name} gives the same answers other values when it is asked again."
+        what = f"{reward.name} gives the same answers other values when it is asked again"
         return [Finding("not_repeatable", "problem", what, "Take chance out of it, or a resumed run will differ.")]
     alone = [_scores(reward, [answer])[0] for answer in answers]
     moved = [i for i in range(len(answers)) if not _same(together[i], alone[i])]
@@ -141,7 +141,7 @@ def _unsteady(reward: Reward, answers: Sequence[Answer], together: Sequence[Valu
         Finding(
             "depends_on_batch",
             "problem",
-            f"{reward.name} gives {len(moved)} of {len(answers)} answers another value alone than beside others.",
+            f"{reward.name} gives {len(moved)} of {len(answers)} answers another value alone than beside others",
             "Fit what it fits (a vectorizer, a mean) once on all rows, not on those of a call.",
             count=len(moved),
             examples=[
@@ -205,7 +205,7 @@ def _constant(tried: _Tried) -> list[Finding]:
     every = [value for values in tried.made_up.values() for value in values]
     if max(every) - min(every) > FLAT:
         return []
-    what = f"{tried.name} gives {every[0]:.3g} to references, to nonsense and to nothing alike."
+    what = f"{tried.name} gives {every[0]:.3g} to references, to nonsense and to nothing alike"
     return [Finding("constant", "problem", what, "It cannot teach anything; mend it, or leave it out.")]
 
 
@@ -218,7 +218,7 @@ def _spread(tried: _Tried, groups: Sequence[Sequence[Answer]]) -> list[Finding]:
         Finding(
             "no_spread",
             "problem",
-            f"{tried.name} gives all answers the same in {len(flat)} of {len(tried.sampled)} groups, which teach nothing.",
+            f"{tried.name} gives all answers the same in {len(flat)} of {len(tried.sampled)} groups, which teach nothing",
             "Take a graded reward instead of all or nothing, a higher grpo.temperature, or more grpo.answers.",
             count=len(flat),
             examples=[f"line {groups[i][0].prompt.line}" for i in flat[:3]],
@@ -246,7 +246,7 @@ def _length(tried: _Tried, lengths: Sequence[Sequence[int]]) -> list[Finding]:
             "length_driven",
             "problem",
             f"{tried.name} gives more to {more} answers, nearly whatever they say (rank correlation with length"
-            f" {sampled:.2f} among sampled answers, {nonsense:.2f} on words without sense).",
+            f" {sampled:.2f} among sampled answers, {nonsense:.2f} on words without sense)",
             "The model will learn length; bound it with the reward `length`, or divide by what grows with it.",
             figures={"sampled_correlation": sampled, "nonsense_correlation": nonsense},
         )

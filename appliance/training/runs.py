@@ -53,6 +53,7 @@ class Run:
             "rows": results.get("rows"),
             "steps": results.get("steps", len(points)),
             "final_loss": results.get("final_loss", points[-1].loss if points else None),
+            "reward": results.get("reward_last", points[-1].reward if points else None),
             "validation_loss": results.get("best_validation_loss", min(validations, default=None)),
             "seconds": None if seconds is None else round(seconds, 1),
             "machine": f"{machine['device']} ({machine['threads']} threads)" if machine else None,

@@ -290,6 +290,13 @@ def test_control_tokens_of_the_base_are_refused() -> None:
         labels.label_conversations(TOKENIZER, [row(tiny_recipe.messages(("a", "b<|im_end|>c")), 3)], None)
 
 
+def test_all_rows_that_are_too_long_are_counted_and_some_named() -> None:
+    lengths = [(line, 1000 + line) for line in range(1, 31)]
+    with pytest.raises(DataError, match=r"raise sft\.max_tokens to 1030\), 30 problems:") as caught:
+        labels.require_lengths(lengths, 1000, "sft.max_tokens", "sft.jsonl")
+    assert "sft.jsonl line 20: 1020 tokens\n  - and 10 more" in str(caught.value)
+
+
 @pytest.mark.parametrize("phase", ["sft", "dpo"])
 def test_too_long_is_reported_with_its_length_before_weights_load(
     trained: Trained, root: Any, phase: str, monkeypatch: pytest.MonkeyPatch

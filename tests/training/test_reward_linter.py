@@ -29,6 +29,7 @@ def groups(texts: Sequence[str] = REFERENCES) -> list[list[Answer]]:
 
 def lint(*rewards: Reward, sampled: Sequence[Sequence[Answer]] | None = None) -> dict[str, Finding]:
     found = reward_linter.lint(rewards, ROWS, groups() if sampled is None else sampled, ["de"])
+    assert not [finding.what for finding in found if finding.what.endswith(".")]  # who shows it ends the sentence
     return {finding.kind: finding for finding in found}
 
 
@@ -144,7 +145,7 @@ def test_sound_reward_passes() -> None:
 
 def test_constant() -> None:
     found = lint(score_by(lambda _: 0.7))
-    assert found["constant"].what == "made_up gives 0.7 to references, to nonsense and to nothing alike."
+    assert found["constant"].what == "made_up gives 0.7 to references, to nonsense and to nothing alike"
     assert found["no_spread"].figures == {"flat_share": 1.0}
 
 

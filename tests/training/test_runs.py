@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from appliance import artifacts
+from appliance.findings import Finding
 from appliance.training import curve, lock, run_files, samples
 from tests import tiny_recipe
 from tests.running import Trained, call
@@ -84,6 +86,50 @@ def test_run_is_found_from_its_own_folder(root: Path, monkeypatch: pytest.Monkey
         monkeypatch.chdir(here)
         assert output("runs", "diagnose", name)["run"] == "mine-sft-0123456789ab"
     assert "There is no training run /" in call("runs", "diagnose", "/").stderr
+
+
+def rewarded(root: Path) -> Path:
+    """A run of GRPO whose reward rises from 0.2 to 0.6, with what was said of its rewards."""
+    folder = root / "adapter" / "mine-grpo-0123456789ab"
+    folder.mkdir(parents=True)
+    lines: list[dict[str, Any]] = [
+        {"step": step, "loss": 0.01 * (-1) ** step, "reward": 0.2 + 0.4 * (step > 50) + 0.02 * (-1) ** step}
+        for step in range(1, 101)
+    ]
+    for line in lines:
+        line |= {"rewards/length/mean": line["reward"], "rewards/length/std": 0.1, "frac_reward_zero_std": 0.0}
+    (folder / curve.LOSS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = asdict(Finding("keyword_stuffing", "notice", "length gives <words> as much", "Bound it."))
+    (folder / run_files.REWARD_FINDINGS).write_text(json.dumps([said]))
+    return folder
+
+
+def test_run_of_grpo_is_told_by_its_rewards(root: Path) -> None:
+    said = output("runs", "diagnose", rewarded(root).name)
+    assert said["summary"] == "In 100 steps the mean reward went from 0.200 (first fifth) to 0.600 (last fifth)."
+    assert said["findings"] == []
+    assert run_files.NOTHING_OF_REWARDS in call("runs", "diagnose", said["run"]).stdout
+    assert "  reward 0.62  " in call("runs", "list").stdout
+
+
+def test_page_of_grpo_shows_its_rewards_and_what_was_said_of_them(root: Path) -> None:
+    recipe = {
+        "base": "starter",
+        "seed": 1,
+        "lora": {"rank": 4},
+        "grpo": {"beta": 0.1, "rewards": {"length": {"weight": 0.5}}},
+    }
+    recipe["grpo"]["rewards"] |= {"readability": None, "own": []}  # type: ignore[index]
+    page = run_files.page(rewarded(root), "mine-grpo", {"recipe": recipe, "phase": "grpo"}, {"reward_last": 0.600001})
+    for shown in (
+        "Each reward, before its weight, by step",
+        "length gives &lt;words&gt; as much",
+        ">grpo.rewards.length.weight<",
+    ):
+        assert shown in page
+    assert '<td class="number">0.6</td>' in page
+    assert "readability" not in page
+    assert "grpo.rewards.own" not in page
 
 
 def test_unknown_run_is_refused() -> None:
