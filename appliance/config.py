@@ -182,7 +182,9 @@ def _convert(kind: Any, value: Any, where: str, limits: Mapping[str, Any], probl
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         inner = [choice for choice in get_args(kind) if choice is not type(None)]
-        return None if value is None else _convert(inner[0], value, where, limits, problems)
+        is_list = isinstance(value, list | tuple)
+        fitting = next((choice for choice in inner if (get_origin(choice) is tuple) == is_list), inner[0])
+        return None if value is None else _convert(fitting, value, where, limits, problems)
     if origin is Literal:
         if value not in get_args(kind):
             problems.append(f"{where}: {value!r} is not one of {', '.join(map(repr, get_args(kind)))}.")

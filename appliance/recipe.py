@@ -1,6 +1,6 @@
 """A recipe declares one assistant: base model, data, training phases, quantization, serving.
 
-Every default stands here, once. Paths in a recipe are relative to the recipe's folder, paths in `--set` to the current
+Every default stands once: here, and for training in `training_settings.py`. Paths in a recipe are relative to the recipe's folder, paths in `--set` to the current
 one.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from appliance import config
 from appliance.config import setting
 from appliance.errors import RecipeError, several
-from appliance.reward_settings import Rewards
+from appliance.training_settings import Dpo, Grpo, Lora, Sft
 
 STARTER = "starter"
 Quantization = Literal[
@@ -86,61 +86,6 @@ class Starter:
     learning_rate: float = setting(4e-3, minimum=0.0, about="AdamW, for embeddings and norms")
     matrix_learning_rate: float = setting(0.05, minimum=0.0, about="Muon, for the matrices of the layers")
     checkpoint_steps: int = setting(100, minimum=1)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
-    rank: int = setting(16, minimum=1, maximum=1024)
-    alpha: int = setting(32, minimum=1)
-    dropout: float = setting(0.0, minimum=0.0, maximum=0.9)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Sft:
-    epochs: int = setting(3, minimum=1)
-    learning_rate: float = setting(2e-4, minimum=0.0)
-    batch_rows: int = setting(2, minimum=1)
-    accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
-    max_tokens: int = setting(1024, minimum=16, about="a longer conversation is an error, unless `truncate`")
-    truncate: bool = setting(False, about="cut what is longer than max_tokens; a cut answer teaches no end")
-    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
-    max_gradient_norm: float = setting(1.0, minimum=0.0, about="longer gradients are shortened to it; 0: none")
-    checkpoint_steps: int = setting(50, minimum=1)
-    validation_rows: int = setting(32, minimum=0, about="of data.heldout, whose loss is measured while training; 0: none")
-    patience: int = setting(0, minimum=0, about="validations without a better one, after which training stops; 0: never")
-    keep: Literal["best", "last"] = setting("best", about="the adapter of the best validation, or of the last step")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Dpo:
-    epochs: int = setting(2, minimum=1)
-    learning_rate: float = setting(5e-6, minimum=0.0)
-    batch_rows: int = setting(2, minimum=1)
-    accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
-    max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; longer is an error, never cut")
-    beta: float = setting(0.1, minimum=0.0)
-    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
-    max_gradient_norm: float = setting(1.0, minimum=0.0, about="longer gradients are shortened to it; 0: none")
-    checkpoint_steps: int = setting(50, minimum=1)
-    sft_weight: float = setting(0.0, minimum=0.0, about="weight of the likelihood of the chosen answer (RPO)")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Grpo:
-    epochs: int = setting(1, minimum=1)
-    learning_rate: float = setting(1e-5, minimum=0.0)
-    batch_rows: int = setting(8, minimum=1, about="answers computed at the same time")
-    accumulate: int = setting(1, minimum=1, about="micro-batches per optimizer step")
-    answers: int = setting(8, minimum=2, about="to each prompt, which are compared with each other: a group")
-    answer_tokens: int = setting(256, minimum=1, about="an answer is cut there")
-    max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; a longer prompt is an error, never cut")
-    temperature: float = setting(1.0, minimum=0.01, maximum=10.0)
-    beta: float = setting(0.04, minimum=0.0, about="how strongly the adapter is held near the one it continues")
-    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
-    checkpoint_steps: int = setting(50, minimum=1)
-    adapter: Path | None = setting(None, about="of an earlier round, to continue instead of the phase before")
-    lint_prompts: int = setting(6, minimum=2, about="whose answers are sampled beforehand to try the rewards on")
-    rewards: Rewards = Rewards()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,6 +261,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems = []
     if not recipe.languages:
         problems.append('languages: must name at least one, for example ["en"].')
+    if not recipe.lora.targets:
+        problems.append('lora.targets: must name at least one, for example ["q_proj", "v_proj"], or "all-linear".')
     if len(set(recipe.phases)) < len(recipe.phases):
         problems.append(f"phases: {', '.join(recipe.phases)} names a phase twice.")
     if recipe.quantize.serve not in (*recipe.quantize.types, "F16"):

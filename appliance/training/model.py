@@ -96,6 +96,15 @@ def load_model(path: Path) -> Any:
     return model.to(f"cuda:{processes.local_index()}") if has_gpu() and not processes.is_sharded() else model
 
 
+def skeleton(path: Path) -> Any:
+    """The model without its weights, for the names and shapes of its parts."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, local_files_only=True))
+
+
 def save_adapter(model: Any, folder: Path) -> None:
     """Writes the adapter, whole, from the first process. Every process must call it."""
     weights = processes.whole_weights(model)

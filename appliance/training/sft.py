@@ -8,7 +8,7 @@ from appliance.artifacts import Artifact, Plan
 from appliance.config import plain
 from appliance.data.check import read_rows
 from appliance.recipe import Recipe
-from appliance.training import batches, conversations, loop, processes, run_files, samples
+from appliance.training import adapters, batches, conversations, loop, processes, run_files, samples
 from appliance.training import model as models
 from appliance.training.conversations import Conversations
 from appliance.training.labels import LabelledRow
@@ -38,7 +38,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
     with processes.draft(identity, root, keep_partial=checkpoint is not None) as draft:
         loop.prepare()
         set_seed(recipe.seed)
-        model = add_adapter(models.load_model(base.path), recipe)
+        model = adapters.add(models.load_model(base.path), recipe.lora)
         trainer = _trainer(model, read.tokenizer, read.labelled, recipe, draft.path)
         watched = _validation(recipe, dataset, read)
         if watched:
@@ -57,6 +57,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
 
 def _read(recipe: Recipe, dataset: Path, base: Base, root: Path) -> Conversations:
     loop.require_space(base.path, root)
+    adapters.check(base.path, recipe.lora)
     return conversations.read(recipe, dataset, base)
 
 
@@ -65,20 +66,6 @@ def _validation(recipe: Recipe, dataset: Path, read: Conversations) -> Validatio
     if not read.heldout:
         return None
     return Validation(read.heldout, len(read_rows(dataset, "heldout")), recipe.sft, read.tokens)
-
-
-def add_adapter(model: Any, recipe: Recipe) -> Any:
-    """A fresh LoRA adapter on every linear layer but the head (Hu et al. 2021; `all-linear` after QLoRA)."""
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, lora)
 
 
 def _trainer(model: Any, tokenizer: Any, labelled: list[LabelledRow], recipe: Recipe, folder: Path) -> Any:
