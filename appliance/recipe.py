@@ -1,7 +1,7 @@
 """A recipe declares one assistant: base model, data, training phases, quantization, serving.
 
-Every default stands once: here, and for training in `training_settings.py`. Paths in a recipe are relative to the recipe's folder, paths in `--set` to the current
-one.
+Every default stands once: here, and for training in `training_settings.py`. Paths in a recipe are relative to the recipe's
+folder, paths in `--set` to the current one.
 """
 
 import dataclasses

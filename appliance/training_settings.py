@@ -1,4 +1,4 @@
-"""What the phases of training can be told: the adapter, the optimizer, and each phase's own. Part of a recipe (`recipe.py`)."""
+"""Settings of a recipe that say how its phases train: the adapter, the optimizer, and what is each phase's own."""
 
 import dataclasses
 from pathlib import Path
@@ -6,6 +6,9 @@ from typing import Literal
 
 from appliance.config import setting
 from appliance.reward_settings import Rewards
+
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
+Scheduler = Literal["cosine", "linear", "constant"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +33,11 @@ class Phase:
     learning_rate: float = setting(minimum=0.0)
     batch_rows: int = setting(minimum=1)
     accumulate: int = setting(minimum=1, about="micro-batches per optimizer step")
+    optimizer: Optimizer = setting("adamw", about="8 bits hold its state in a quarter; paged moves it off a full card")
+    scheduler: Scheduler = setting("cosine", about="what the learning rate does after the warm-up; the first two end at 0")
     warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0, about="part of the steps over which the rate rises")
     max_gradient_norm: float = setting(1.0, minimum=0.0, about="longer gradients are shortened to it; 0: none")
+    liger: bool = setting(False, about="Liger's Triton kernels, on a card of compute capability 7.0 or more")
     checkpoint_steps: int = setting(50, minimum=1)
 
 

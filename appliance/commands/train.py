@@ -1,5 +1,6 @@
 """`appliance train`: the starter base, SFT, DPO and GRPO; each phase continues the one before."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from appliance.console import Command, emit, json_option
 from appliance.errors import ArtifactError, NotAvailableYet, RecipeError
 from appliance.recipe import STARTER, Recipe
 from appliance.training import processes
+from appliance.training_settings import Phase
 
 if TYPE_CHECKING:
     from appliance.training.lock import Lock
@@ -64,6 +66,8 @@ def train(
         config.apply_quiet_environment()
     with processes.together():
         loaded, steps, locked = processes.from_first(lambda: _asked(recipe, sets, phase, from_lock))
+        if not dry_run:
+            processes.from_first(lambda: _require(loaded, steps))
         result: dict[str, Any] = {}
         from appliance.training import metrics, trackers
 
@@ -122,10 +126,23 @@ def _asked_of_recipe(path: Path, sets: tuple[str, ...], phase: str | None) -> tu
         raise RecipeError(f"--phase base makes the starter only; this recipe's base is {recipe.base!r}.")
     if phase not in (None, "base", *recipe.phases):
         raise RecipeError(f"--phase {phase}: the recipe's phases are {', '.join(recipe.phases)}.")
-    for section, settings in (("sft", recipe.sft), ("dpo", recipe.dpo), ("grpo", recipe.grpo)):
-        if section == phase or (phase is None and section in recipe.phases):
-            processes.share(settings.batch_rows, settings.accumulate, section)
-    return recipe, [phase] if phase else [*(["base"] if recipe.base == STARTER else []), *recipe.phases]
+    steps = [phase] if phase else [*(["base"] if recipe.base == STARTER else []), *recipe.phases]
+    for section, settings in _sections(recipe, steps).items():
+        processes.share(settings.batch_rows, settings.accumulate, section)
+    return recipe, steps
+
+
+def _sections(recipe: Recipe, steps: Sequence[str]) -> dict[str, Phase]:
+    """The recipe's settings of phases; the base has some of its own."""
+    return {step: getattr(recipe, step) for step in steps if step != "base"}
+
+
+def _require(recipe: Recipe, steps: Sequence[str]) -> None:
+    """Raises for settings that this machine cannot do, of all phases: not after hours of the first."""
+    from appliance.training import kernels
+
+    for section, settings in _sections(recipe, steps).items():
+        kernels.require(section, settings)
 
 
 def _run_phase(phase: str, recipe: Recipe, *, resume: bool, restart: bool, dry_run: bool) -> dict[str, Any]:
