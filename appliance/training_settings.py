@@ -49,6 +49,7 @@ class Sft(Phase):
     accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
     max_tokens: int = setting(1024, minimum=16, about="a longer conversation is an error, unless `truncate`")
     truncate: bool = setting(False, about="cut what is longer than max_tokens; a cut answer teaches no end")
+    packing: bool = setting(False, about="rows of a micro-batch one behind the other, not padded; the same gradients")
     validation_rows: int = setting(32, minimum=0, about="of data.heldout, whose loss is measured while training; 0: none")
     patience: int = setting(0, minimum=0, about="validations without a better one, after which training stops; 0: never")
     keep: Literal["best", "last"] = setting("best", about="the adapter of the best validation, or of the last step")

@@ -8,7 +8,7 @@ from appliance.artifacts import Artifact, Plan
 from appliance.config import plain
 from appliance.data.check import read_rows
 from appliance.recipe import Recipe
-from appliance.training import adapters, batches, conversations, loop, processes, run_files, samples
+from appliance.training import adapters, batches, conversations, loop, packing, processes, run_files, samples
 from appliance.training import model as models
 from appliance.training.conversations import Conversations
 from appliance.training.labels import LabelledRow
@@ -77,9 +77,13 @@ def _trainer(model: Any, tokenizer: Any, labelled: list[LabelledRow], recipe: Re
         gradient_checkpointing=models.has_gpu(),
         max_length=None,  # lengths were checked; the trainer must not cut
         dataset_kwargs={"skip_prepare_dataset": True},  # tokens and labels are ours, verified
+        padding_free=recipe.sft.packing,
         remove_unused_columns=False,  # `batches` wants the line
     )
     data = Dataset.from_list(
         [{"input_ids": row.input_ids, "labels": row.labels, batches.LINE: row.line} for row in labelled]
     )
-    return SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    if recipe.sft.packing:
+        packing.require_apart(trainer)
+    return trainer
