@@ -15,7 +15,7 @@ from typing import Any, Literal
 from appliance import config
 from appliance.config import setting
 from appliance.errors import RecipeError, several
-from appliance.training_settings import Dpo, Grpo, Lora, Sft
+from appliance.training_settings import PREFERENCES, Dpo, Grpo, Kto, Lora, Orpo, Sft
 
 STARTER = "starter"
 Quantization = Literal[
@@ -41,6 +41,13 @@ class TripletColumns:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedColumns:
+    prompt: str = setting("prompt")
+    completion: str = setting("completion")
+    label: str = setting("label", about="whether the answer is wanted")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceColumns:
     prompt: str = setting("prompt")
     reference: str = setting("reference", about="rewards are also given all other columns")
@@ -53,6 +60,7 @@ class Columns:
     sft: PairColumns | None = setting(None)
     heldout: PairColumns | None = setting(None)
     dpo: TripletColumns | None = setting(None)
+    kto: JudgedColumns | None = setting(None)
     grpo: ReferenceColumns | None = setting(None)
 
 
@@ -62,6 +70,7 @@ class Data:
 
     sft: Path = setting(about="conversations")
     dpo: Path | None = setting(None, about="preference triplets: prompt, chosen and rejected answer")
+    kto: Path | None = setting(None, about="single answers that are wanted or not, for KTO in place of triplets")
     grpo: Path | None = setting(None, about="prompts with a reference that rewards compare answers with")
     heldout: Path | None = setting(None, about="conversations that are not trained on, to measure on")
     faq: Path | None = setting(None, about="questions and answers")
@@ -160,16 +169,29 @@ class Recipe:
     base: str = setting(STARTER, about="'starter', a Hugging Face id that was pulled, or a local folder")
     languages: tuple[str, ...] = setting(("en",), about="ISO 639-1 codes of the answers")
     seed: int = setting(3407, minimum=0, maximum=2**32 - 1)
-    phases: tuple[Literal["sft", "dpo", "grpo"], ...] = setting(("sft", "dpo"))
+    phases: tuple[Literal["sft", "dpo", "kto", "orpo", "grpo"], ...] = setting(("sft", "dpo"))
     starter: Starter = Starter()
     lora: Lora = Lora()
     sft: Sft = Sft()
     dpo: Dpo = Dpo()
+    kto: Kto = Kto()
+    orpo: Orpo = Orpo()
     grpo: Grpo = Grpo()
     quantize: Quantize = Quantize()
     verify: Verify = Verify()
     machine: Machine = Machine()
     serve: Serve = Serve()
+
+    @property
+    def preference_phase(self) -> str | None:
+        """Which of DPO, KTO and ORPO this recipe has."""
+        return next((phase for phase in self.phases if phase in PREFERENCES), None)
+
+    @property
+    def triplets(self) -> Path | None:
+        """The file of preference triplets, where a phase learns from it."""
+        has_own = self.preference_phase == "kto" and self.data.kto is not None
+        return None if has_own or self.preference_phase is None else self.data.dpo
 
 
 def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
@@ -273,10 +295,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
     for field in dataclasses.fields(Columns):
         if getattr(recipe.data.columns, field.name) is not None and getattr(recipe.data, field.name) is None:
             problems.append(f"data.columns.{field.name}: there is no data.{field.name} whose columns it could name.")
-    if "dpo" in recipe.phases and recipe.data.dpo is None:
-        problems.append("data.dpo: missing, and phases names 'dpo'; give a file, or set phases = [\"sft\"].")
+    problems += _preference_contradictions(recipe)
     problems += _grpo_contradictions(recipe) if "grpo" in recipe.phases else []
-    order = tuple(phase for phase in ("sft", "dpo", "grpo") if phase in recipe.phases)
+    order = tuple(phase for phase in ("sft", *PREFERENCES, "grpo") if phase in recipe.phases)
     if set(order) == set(recipe.phases) and recipe.phases != order and recipe.phases[0] == "sft":
         problems.append(f"phases: they run in the order {', '.join(order)}, each continuing the adapter of the one before.")
     if recipe.starter.heads % recipe.starter.kv_heads:
@@ -288,12 +309,25 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if recipe.base == STARTER:
         limits = {
             phase: getattr(recipe, phase).max_tokens
-            for phase in ("sft", "dpo", *(["grpo"] if "grpo" in recipe.phases else []))
+            for phase in ("sft", recipe.preference_phase or "dpo", *(["grpo"] if "grpo" in recipe.phases else []))
         }
         for phase, tokens in limits.items():
             if tokens > recipe.starter.context_tokens:
                 limit = recipe.starter.context_tokens
                 problems.append(f"{phase}.max_tokens: {tokens} exceeds starter.context_tokens {limit}.")
+    return problems
+
+
+def _preference_contradictions(recipe: Recipe) -> list[str]:
+    found = [phase for phase in recipe.phases if phase in PREFERENCES]
+    if len(found) > 1:
+        return [f"phases: {' and '.join(found)} learn the same in different ways; name one of them."]
+    problems = []
+    if found and recipe.triplets is None and not (found == ["kto"] and recipe.data.kto is not None):
+        or_kto = ", or data.kto" if found == ["kto"] else ""
+        problems.append(f'data.dpo: missing{or_kto}, and phases names {found[0]!r}; give a file, or set phases = ["sft"].')
+    if found == ["kto"] and recipe.data.kto is not None and recipe.data.dpo is not None:
+        problems.append("data.kto: KTO learns from this file or from the triplets of data.dpo; give one of them.")
     return problems
 
 

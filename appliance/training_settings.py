@@ -9,6 +9,7 @@ from appliance.reward_settings import Rewards
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
 Scheduler = Literal["cosine", "linear", "constant"]
+PREFERENCES = ("dpo", "kto", "orpo")  # phases that learn which answers are better; a recipe has one of them at most
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,28 @@ class Dpo(Phase):
     max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; longer is an error, never cut")
     beta: float = setting(0.1, minimum=0.0)
     sft_weight: float = setting(0.0, minimum=0.0, about="weight of the likelihood of the chosen answer (RPO)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Kto(Phase):
+    epochs: int = setting(2, minimum=1)
+    learning_rate: float = setting(5e-6, minimum=0.0)
+    batch_rows: int = setting(4, minimum=2, about="answers; of each batch, others are the measure of how far all moved")
+    accumulate: int = setting(2, minimum=1, about="micro-batches per optimizer step")
+    max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; longer is an error, never cut")
+    beta: float = setting(0.1, minimum=0.0)
+    good_weight: float = setting(1.0, minimum=0.0, about="of answers that are wanted; raise it where they are few")
+    bad_weight: float = setting(1.0, minimum=0.0, about="of answers that are not")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Orpo(Phase):
+    epochs: int = setting(2, minimum=1)
+    learning_rate: float = setting(5e-6, minimum=0.0)
+    batch_rows: int = setting(2, minimum=1)
+    accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
+    max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; longer is an error, never cut")
+    beta: float = setting(0.1, minimum=0.0, about="weight of the odds ratio beside the likelihood of the chosen answer")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

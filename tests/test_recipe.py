@@ -89,7 +89,7 @@ def test_several_mistakes_are_reported_together(path: Path) -> None:
         ("data.sft=3", "data.sft: expected Path, found 3"),
         ("data.columns.grpo.prompt=q", "data.columns.grpo: there is no data.grpo whose columns it could name"),
         ("data.columns.sft.prompt=", "data.columns.sft.prompt: must not be empty"),
-        ("data.columns.faq.prompt=q", "data.columns.faq: unknown key; known keys: dpo, grpo, heldout, sft"),
+        ("data.columns.faq.prompt=q", "data.columns.faq: unknown key; known keys: dpo, grpo, heldout, kto, sft"),
         ("base=", "base: must not be empty"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`appliance train`: the starter base, SFT, DPO and GRPO; each phase continues the one before."""
+"""`appliance train`: the starter base, SFT, DPO (or KTO, or ORPO) and GRPO; each phase continues the one before."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +14,13 @@ from appliance.console import Command, emit, json_option
 from appliance.errors import ArtifactError, NotAvailableYet, RecipeError
 from appliance.recipe import STARTER, Recipe
 from appliance.training import processes
-from appliance.training_settings import Phase
+from appliance.training_settings import PREFERENCES, Phase
 
 if TYPE_CHECKING:
     from appliance.training.lock import Lock
     from appliance.training.model import Base
 
-PHASES = ("base", "sft", "dpo", "grpo", "passages")
+PHASES = ("base", "sft", *PREFERENCES, "grpo", "passages")
 
 
 @click.command(cls=Command)
@@ -61,7 +61,7 @@ def train(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train the phases of a recipe: base (the starter only), sft, dpo, grpo. Under `accelerate launch`, on several cards."""
+    """Train the phases of a recipe: base (the starter only), sft, dpo (or kto, orpo), grpo. Under `accelerate launch`, on several cards."""
     if not dry_run or processes.count() > 1:
         config.apply_quiet_environment()
     with processes.together():
@@ -170,7 +170,7 @@ def _found(phase: str, recipe: Recipe, root: Path) -> tuple[dict[str, Plan], art
 def _plans(recipe: Recipe, root: Path) -> dict[str, Plan]:
     """What each phase will make; nothing is loaded for it."""
     from appliance.data import check
-    from appliance.training import dpo, grpo, model, sft, starter
+    from appliance.training import grpo, model, preference_phase, sft, starter
 
     plans = {"data": check.plan(recipe)}
     dataset = artifacts.identity(plans["data"].location(root))
@@ -180,7 +180,9 @@ def _plans(recipe: Recipe, root: Path) -> dict[str, Plan]:
     else:
         base = model.locate(recipe.base, root).identity
     plans["sft"] = sft.plan(recipe, dataset, base)
-    plans["dpo"] = dpo.plan(recipe, dataset, base, artifacts.identity(plans["sft"].location(root)))
+    if name := recipe.preference_phase:
+        continued = plans["sft"].location(root)
+        plans[name] = preference_phase.plan(recipe, name, dataset, base, artifacts.identity(continued))
     if "grpo" in recipe.phases:
         continued = _continued("grpo", recipe, root, plans)
         plans["grpo"] = grpo.plan(recipe, dataset, base, artifacts.identity(continued))
@@ -191,8 +193,8 @@ def _continued(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -
     """Where the adapter lies, or will lie, that a phase after SFT continues."""
     if phase == "grpo" and recipe.grpo.adapter is not None:
         return recipe.grpo.adapter
-    before = "dpo" if phase == "grpo" and "dpo" in recipe.phases else "sft"
-    return plans[before].location(root)
+    before = recipe.preference_phase if phase == "grpo" else None
+    return plans[before or "sft"].location(root)
 
 
 def _make(
@@ -210,7 +212,7 @@ def _train(
     phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan], *, resume: bool, restart: bool
 ) -> artifacts.Artifact:
     from appliance.data import check
-    from appliance.training import dpo, grpo, sft, starter
+    from appliance.training import grpo, preference_phase, sft, starter
 
     dataset = processes.from_first(lambda: check.check(recipe, root, strict=False).path)
     if phase == "base":
@@ -219,12 +221,13 @@ def _train(
     base, adapter = processes.from_first(lambda: _inputs(phase, recipe, root, plans))
     if phase == "sft":
         return sft.train(recipe, dataset, base, root, resume=resume, restart=restart)
-    train = dpo.train if phase == "dpo" else grpo.train
-    return train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
+    if phase in PREFERENCES:
+        return preference_phase.train(recipe, phase, dataset, base, adapter, root, resume=resume, restart=restart)
+    return grpo.train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
 
 
 def _inputs(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -> tuple["Base", Path]:
-    """The base, and the adapter that DPO or GRPO continues (SFT starts from the base alone), both as they were made."""
+    """The base, and the adapter that a later phase continues (SFT starts from the base alone), both as they were made."""
     from appliance.training import model
 
     base = model.locate(str(_whole(plans["base"], root, "base")) if recipe.base == STARTER else recipe.base, root)
@@ -232,7 +235,7 @@ def _inputs(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -> t
     if phase == "sft":
         return base, base.path
     adapter = _continued(phase, recipe, root, plans)
-    for before in ("sft", "dpo"):
+    for before in [name for name in ("sft", *PREFERENCES) if name in plans]:
         if adapter == plans[before].location(root):
             _whole(plans[before], root, before)
     if not (adapter / "adapter_config.json").is_file():

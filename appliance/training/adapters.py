@@ -1,4 +1,4 @@
-"""The LoRA adapter that SFT begins with: which layers it is on, and of which kind. Main entry: `add`.
+"""The LoRA adapter that SFT begins with (`add`): which layers it is on, and of which kind; and the one that is continued.
 
 LoRA after Hu et al. 2021, on every linear layer but the head after QLoRA; rsLoRA after Kalajdzievski 2023; DoRA after Liu et
 al. 2024. What `convert` can do with each is in docs/training.md.
@@ -10,9 +10,11 @@ from typing import Any
 
 from appliance.errors import RecipeError
 from appliance.training import model as models
+from appliance.training.model import Base
 from appliance.training_settings import Lora
 
 ALL = "all-linear"
+REFERENCE = "ref"  # the name that TRL gives the frozen copy
 # Groups of layers, by what the module around them is called in transformers: self_attn, attention; mlp, feed_forward.
 GROUPS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}
 
@@ -37,6 +39,24 @@ def check(base: Path, lora: Lora) -> None:
     """Raises `RecipeError` for targets that this base does not have; no weight is loaded for it."""
     if lora.targets != ALL:
         targets(linear_layers(models.skeleton(base)), lora)
+
+
+def continued(base: Base, adapter: Path) -> Any:
+    """The base with the adapter, trainable: without it TRL would start from, and compare with, the bare base."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(models.load_model(base.path), adapter, is_trainable=True)
+
+
+def copy_as_reference(model: Any) -> None:
+    """Gives the model a frozen copy of its adapter, as TRL's trainers do that have a reference."""
+    import torch
+
+    model.add_adapter(REFERENCE, model.peft_config["default"])
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if ".default." in name:
+                model.get_parameter(name.replace(".default.", f".{REFERENCE}.")).copy_(value)
 
 
 def linear_layers(model: Any) -> list[str]:

@@ -1,6 +1,6 @@
 """Rows one behind the other in one sequence, without padding, and the proof that they do not see each other.
 
-TRL's padding-free collator gives each row positions from 0 on and no attention mask. FlashAttention then takes rows apart, and
+TRL's padding-free collator gives each row positions from 0 on and no attention mask. FlashAttention then takes them apart;
 for SDPA and eager attention transformers (masking_utils.py, `find_packed_sequence_indices`) makes a mask in blocks. What has
 a state instead of attention (Mamba, linear attention, convolutions) may carry it from row to row; so each base is tried.
 """

@@ -14,7 +14,7 @@ from appliance import recipe as recipes
 from appliance.artifacts import digest_of
 from appliance.data import check, formats
 from appliance.errors import RecipeError
-from appliance.training import grpo, loop, prompts
+from appliance.training import adapters, grpo, loop, prompts
 from tests import tiny_recipe
 from tests.running import call
 
@@ -146,11 +146,10 @@ def test_artifact_holds_one_adapter_and_no_checkpoint(tuned: Tuned) -> None:
 
 def test_it_starts_from_the_adapter_of_sft(tuned: Tuned) -> None:
     """As it is before the first step, by hash; what is kept is another."""
-    from appliance.training import dpo
     from appliance.training.model import Base
 
     sft, base = (next(path for path in tuned.root.glob(each) if path.is_dir()) for each in ("adapter/tiny-sft-*", "base/*"))
-    model = dpo.continue_adapter(Base(base, ""), sft)
+    model = adapters.continued(Base(base, ""), sft)
     loaded = {
         key.replace(".default.", "."): digest_of(value.detach().tolist())
         for key, value in model.named_parameters()
