@@ -1,5 +1,6 @@
 """`appliance train`: the starter base, SFT, DPO (or KTO, or ORPO) and GRPO; each phase continues the one before."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import click
 from appliance import artifacts, config
 from appliance import recipe as recipes
 from appliance.artifacts import Plan
+from appliance.commands import launching
 from appliance.commands.options import dry_run_option, set_option
 from appliance.console import Command, emit, json_option
 from appliance.errors import ArtifactError, NotAvailableYet, RecipeError
@@ -38,6 +40,12 @@ PHASES = ("base", "sft", *PREFERENCES, "grpo", "passages")
     help="Repeat the run of this run.lock.json, instead of training a RECIPE.",
 )
 @click.option(
+    "--launch",
+    type=click.Path(path_type=Path),
+    metavar="YAML",
+    help="Run this command in the processes of an accelerate configuration, as deploy/accelerate has some.",
+)
+@click.option(
     "--report-to",
     multiple=True,
     default=["none"],
@@ -56,12 +64,15 @@ def train(
     metrics_port: int | None,
     metrics_host: str,
     from_lock: Path | None,
+    launch: Path | None,
     report_to: tuple[str, ...],
     sets: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train the phases of a recipe: base (the starter only), sft, dpo (or kto, orpo), grpo. Under `accelerate launch`, on several cards."""
+    """Train the phases of a recipe: base (the starter only), sft, dpo (or kto, orpo), grpo; --launch: on several cards."""
+    if launch is not None:
+        launching.launch(launch, sys.argv[1:])
     if not dry_run or processes.count() > 1:
         config.apply_quiet_environment()
     with processes.together():
