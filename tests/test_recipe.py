@@ -1,14 +1,19 @@
 """Recipes: what is read from where, and what is said of mistakes."""
 
+import dataclasses
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from appliance import recipe as recipes
 from appliance.errors import RecipeError
+from appliance.training_settings import Dpo, Grpo, Kto, Lora, Orpo, Phase, Sft
 from tests import tiny_recipe
 from tests.running import call
 
+PHASES = {"lora": Lora, "sft": Sft, "dpo": Dpo, "kto": Kto, "orpo": Orpo, "grpo": Grpo}
 SHELTER = Path(__file__).parents[1] / "recipes" / "shelter" / "recipe.toml"
 
 
@@ -52,6 +57,21 @@ def test_starter_settings_apply_to_the_starter_alone(path: Path) -> None:
     assert recipes.load(path).sft.epochs == 99
     assert recipes.load(path, ["base=some/model"]).sft.epochs == 10
     assert recipes.load(path, ["sft.epochs=4"]).sft.epochs == 4
+
+
+def test_documented_defaults_are_those_that_hold() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    stated = re.findall(r"^\| `(\w+)\.(\w+)` \| (\S+) \|", text, re.M)
+    assert len(stated) == 12
+    for section, key, value in stated:
+        fields = {field.name: field.default for field in dataclasses.fields(PHASES[section])}
+        assert tomllib.loads(f"value = {value}")["value"] == fields[key], f"{section}.{key}"
+    shared = {field.name for field in dataclasses.fields(Phase)} & {key for section, key, _ in stated if section == "sft"}
+    for kind in (Dpo, Kto, Orpo, Grpo):
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+        assert {key: defaults[key] for key in shared} == {
+            field.name: field.default for field in dataclasses.fields(Sft) if field.name in shared
+        }
 
 
 def test_several_mistakes_are_reported_together(path: Path) -> None:
