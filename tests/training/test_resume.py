@@ -108,7 +108,7 @@ def test_resumed_equals_uninterrupted_with_other_settings(
     interrupt: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    phases = ('phases=["sft"]',) if phase == "sft" else (f'phases=["sft", "{phase}"]', f"{phase}.max_tokens=256")
+    phases = () if phase == "sft" else (f'phases=["sft", "{phase}"]', f"{phase}.max_tokens=256")
     flags = ["--phase", phase, *(flag for each in (*phases, *sets) for flag in ("--set", each))]
     made = []
     for name in ("whole", "again"):
