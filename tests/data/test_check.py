@@ -185,6 +185,7 @@ def test_references_for_rewards(recipe: Path, root: Path) -> None:
     rows = [{"prompt": "Schrijf iets.", "reference": "Iets.", "tone": "kind", "stars": 4}]
     tiny_recipe.write_lines(recipe.parent / "grpo.jsonl", rows)
     wanted = (f"data.grpo={recipe.parent / 'grpo.jsonl'}", 'phases=["sft", "grpo"]', "grpo.rewards.length.weight=1.0")
+    wanted += ("grpo.max_tokens=200", "grpo.answer_tokens=40")
     assert call("data", "check", recipe, *(word for each in wanted for word in ("--set", each))).exit_code == 0
     assert check.read_rows(dataset(root).path, "grpo") == [
         {

@@ -16,7 +16,7 @@ from appliance import recipe as recipes
 from appliance.data import formats
 from appliance.data.formats import CONTROL_TOKEN
 from appliance.errors import DataError, VerificationFailed
-from appliance.training import adapters, labels, loop, preferences, sft, starter
+from appliance.training import adapters, conversations, labels, loop, preferences, sft, starter
 from appliance.training import model as models
 from appliance.training.labels import IGNORED, LabelledRow
 from tests import tiny_recipe
@@ -202,21 +202,21 @@ def test_truncation_is_told_and_rows_without_an_answer_are_left_out(
     dataset.mkdir()
     base = models.Base(tmp_path, "base")  # of which only the tokenizer is asked for
     tiny_recipe.write_lines(dataset / "sft.jsonl", [row(each, line) for line, each in enumerate(long, 1)])
-    rows, _, labelled, left_out = sft._label(recipe, dataset, base, tmp_path)
-    assert [each["line"] for each in rows] == [each.line for each in labelled] == [1, 3]
-    assert left_out == 1
-    assert [each.cut_tokens > 0 for each in labelled] == [True, False]
-    assert [each.labels.count(TOKENIZER.eos_token_id) for each in labelled] == [0, 1]
+    read = conversations.read(recipe, dataset, base)
+    assert [each["line"] for each in read.rows] == [each.line for each in read.labelled] == [1, 3]
+    assert read.left_out == read.cut_rows == 1
+    assert [each.cut_tokens > 0 for each in read.labelled] == [True, False]
+    assert [each.labels.count(TOKENIZER.eos_token_id) for each in read.labelled] == [0, 1]
     said = capsys.readouterr().err
-    assert re.search(r"sft: 1 of 3 conversations cut at sft.max_tokens = 40, \d+ tokens less\n", said)
+    assert re.search(r"sft: 1 of 3 conversations of sft.jsonl cut at 40 tokens, \d+ tokens less\n", said)
     assert "sft: 1 conversations left out, since no answer begins within it: sft.jsonl lines 2\n" in said
 
     with pytest.raises(DataError, match=r"sft.jsonl line 1: \d+ tokens") as caught:
-        sft._label(recipes.load(recipe_path, sets[:2]), dataset, base, tmp_path)
+        conversations.read(recipes.load(recipe_path, sets[:2]), dataset, base)
     assert "or set sft.truncate = true to have it cut" in str(caught.value)
     tiny_recipe.write_lines(dataset / "sft.jsonl", [row(long[1])])
     with pytest.raises(DataError, match=r"every answer begins after sft\.max_tokens = 40 tokens; raise it"):
-        sft._label(recipe, dataset, base, tmp_path)
+        conversations.read(recipe, dataset, base)
 
 
 @given(messages=CONVERSATIONS)

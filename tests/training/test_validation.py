@@ -11,6 +11,7 @@ import pytest
 from appliance import artifacts, recipe
 from appliance.training import curve, labels, loop, sft, validation
 from appliance.training import model as models
+from appliance.training.conversations import Conversations
 from tests import tiny_recipe
 from tests.running import Trained, call
 
@@ -185,7 +186,7 @@ def test_without_held_out_rows_nothing_is_measured(trained: Trained) -> None:
     assert not any("validation_loss" in line for line in lines(trained.made["sft"]))
     assert "best_step" not in trained.manifest("sft")["results"]
     tiny = recipe.load(trained.recipe)
-    assert sft._validation(tiny, trained.made["data"], [], 100) is None
+    assert sft._validation(tiny, trained.made["data"], Conversations(None, [], [], [], 0)) is None
 
 
 def test_held_out_row_that_is_too_long_is_said(trained: Trained, tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""How much memory each rung of the ladder needs for a recipe on a base, against what is free: which one is trained with.
+
+Weights are counted exactly, from the model without contents; what a step holds is simulated (`simulation.py`). Nothing is
+loaded. Main entry: `ladder`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from appliance.errors import RecipeError
+from appliance.recipe import Recipe
+from appliance.training import adapters, rungs, simulation, stream, streamed_head
+from appliance.training.rungs import Rung
+from appliance.training.simulation import Setting, Shape
+
+MIB = 1 << 20
+# Of bitsandbytes: weights a scale, scales a scale, and two tables of 256 values.
+NF4_BLOCK, NF4_NESTED_BLOCK, NF4_TABLES_BYTES = (
+    64,
+    256,
+    2 * 1024,
+)
+CONTEXT_BYTES = 450 * MIB  # of CUDA and its libraries, where there is no card to ask: 300 to 500 MiB by driver and card
+SPARE = 0.04  # of a card's memory: what the allocator rounds up and cannot join again
+ADAM_BYTES = 8  # two moments in 32 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a rung needs on the device, part by part, and in the machine's memory beside it; all in bytes."""
+
+    rung: Rung
+    parts: Mapping[str, int]
+    memory_bytes: int
+    available_bytes: int
+    available_memory_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.available_bytes and self.memory_bytes <= self.available_memory_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Where is trained: a card or the machine's memory. `available_bytes` are free, `context_bytes` will be taken first."""
+
+    on_card: bool
+    dtype: Any
+    available_bytes: int
+    available_memory_bytes: int
+    context_bytes: int = 0
+    name: str = "CPU"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is trained on: the largest micro-batch, whether several make a step, whether a frozen adapter is beside it."""
+
+    shape: Shape
+    accumulates: bool
+    has_reference: bool
+
+
+def ladder(recipe: Recipe, config: Any, work: Work, device: Device) -> list[Fit]:
+    """Every rung of the device, in order."""
+    model = Model(recipe, config, device)
+    return [model.fit(rung, work) for rung in rungs.ladder(has_card=device.on_card)]
+
+
+def chosen(fits: Sequence[Fit], name: str) -> Fit | None:
+    """The rung that the recipe names, or the first that fits; raises `RecipeError` for one that it has not."""
+    if name == "auto":
+        return next((fit for fit in fits if fit.fits), None)
+    for fit in fits:
+        if fit.rung.name == name:
+            return fit
+    raise RecipeError(f"memory.rung: {name!r} is none of this device's: {', '.join(fit.rung.name for fit in fits)}.")
+
+
+class Model:
+    """A base and the recipe's adapters on a device, whose parts are counted once."""
+
+    def __init__(self, recipe: Recipe, config: Any, device: Device) -> None:
+        self._recipe, self._config, self._device = recipe, config, device
+        self._layers = int(config.get_text_config().num_hidden_layers)
+
+    def fit(self, rung: Rung, work: Work) -> Fit:
+        device = self._device
+        setting = Setting(
+            rung=rung, dtype=device.dtype, adapt=self._adapt, on_card=device.on_card, keeps_gradients=work.accumulates
+        )
+        # Rungs of a card differ in what is taken away afterwards, not in what is computed.
+        same = dataclasses.replace(rung, inputs_in_memory=False, streams=False)
+        step = self._step(dataclasses.replace(setting, rung=same), work.shape)
+        held = step.most_bytes(self._layers)
+        inputs = (self._layers - stream.SLOTS) * step.input_bytes if rung.inputs_in_memory else 0
+        layers, ends, rest = self._weights(rung)
+        trained = self._trained
+        parts = {
+            "context": device.context_bytes,
+            "weights": rest + (0 if rung.streams else layers) + (0 if rung.ends_in_memory else ends),
+            "layers on the way": stream.SLOTS * layers // self._layers if rung.streams else 0,
+            "head on the way": 2 * self._head_part if rung.ends_in_memory else 0,
+            "adapter": 4 * trained * (2 if work.has_reference else 1),
+            "optimizer": ADAM_BYTES * trained,
+            "step": held - inputs,
+        }
+        if device.on_card:
+            parts["rounding"] = int(SPARE * sum(parts.values()))
+        memory = inputs + (layers if rung.streams else 0) + (ends if rung.ends_in_memory else 0)
+        shown = {name: size for name, size in parts.items() if size}
+        return Fit(rung, shown, memory, device.available_bytes, device.available_memory_bytes)
+
+    def _adapt(self, model: Any) -> Any:
+        return adapters.add(model, self._recipe.lora, is_skeleton=True)
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019  (as long as the ladder is computed)
+    def _step(self, setting: Setting, shape: Shape) -> simulation.Step:
+        return simulation.step(self._config, shape, setting)
+
+    @functools.cached_property
+    def _skeleton(self) -> Any:
+        return simulation.skeleton(self._config, self._device.dtype)
+
+    @functools.cached_property
+    def _trained(self) -> int:
+        few = self._adapt(simulation.skeleton(self._config, self._device.dtype, simulation.FEW_LAYERS))
+        more = self._adapt(simulation.skeleton(self._config, self._device.dtype, simulation.MORE_LAYERS))
+        first, second = (sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (few, more))
+        each = (second - first) // (simulation.MORE_LAYERS - simulation.FEW_LAYERS)
+        return int(first + (self._layers - simulation.FEW_LAYERS) * each)
+
+    @property
+    def _head_part(self) -> int:
+        head = self._skeleton.get_output_embeddings()
+        return min(streamed_head.PART_ROWS, head.out_features) * head.in_features * self._device.dtype.itemsize
+
+    def _weights(self, rung: Rung) -> tuple[int, int, int]:
+        """Bytes of the decoder layers, of embedding and head, and of the rest, each weight once."""
+        model = self._skeleton
+        four_bits = {id(module.weight) for module in simulation.linear_layers(model)} if rung.is_nf4 else set()
+        ends = {id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings())}
+        layers = {id(weight) for layer in stream.decoder_layers(model) for weight in layer.parameters()}
+        found = {"layers": 0, "ends": 0, "rest": 0}
+        for weight in model.parameters():  # each once, tied ones too
+            size = nf4_bytes(weight.numel()) if id(weight) in four_bits else weight.numel() * weight.dtype.itemsize
+            found["layers" if id(weight) in layers else "ends" if id(weight) in ends else "rest"] += size
+        found["rest"] += sum(each.numel() * each.dtype.itemsize for each in model.buffers())
+        return found["layers"], found["ends"], found["rest"]
+
+
+def nf4_bytes(weights: int) -> int:
+    """Of a matrix in NF4 with its scales in 8 bits (double quantization)."""
+    scales = -(-weights // NF4_BLOCK)
+    return -(-weights // 2) + scales + 4 * -(-scales // NF4_NESTED_BLOCK) + NF4_TABLES_BYTES

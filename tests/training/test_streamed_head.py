@@ -1,0 +1,83 @@
+"""The head in parts gives what TRL's whole one gives: log-probabilities, what is reported beside them, gradients, text."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from appliance.errors import ModelFileError
+from appliance.training import streamed_head
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def parts_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed_head, "PART_ROWS", 40)  # of 96
+    monkeypatch.setattr(streamed_head, "PART_TOKENS", 7)
+
+
+def model(kind: str, **more: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "head_dim": 16, "vocab_size": 96, "pad_token_id": 0}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more), dtype=torch.float32)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(1))
+    labels = tokens.clone()
+    labels[0, :6] = labels[1, 9:] = streamed_head.IGNORED
+    return {"input_ids": tokens, "labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("qwen3", {"tie_word_embeddings": True}), ("llama", {}), ("gemma3_text", {"final_logit_softcapping": 3.0})],
+)
+def test_gives_what_the_whole_head_gives(kind: str, more: dict[str, Any]) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    fields = ("log_probs", "entropy", "mean_logits", "is_top1")
+    whole = model(kind, **more)
+    parts = copy.deepcopy(whole)
+    add_fused_lm_head(whole, outputs=fields)
+    streamed_head.install(parts, CPU)
+    found = []
+    for each in (whole, parts):
+        each.get_output_embeddings().weight.requires_grad = False  # the head is frozen
+        output = each(**batch(), fused_lm_head=True)
+        (output.loss + (output.log_probs**2).sum()).backward()
+        found.append(output)
+    for name in ("loss", *fields, "label_mask"):
+        torch.testing.assert_close(found[1][name].float(), found[0][name].float(), rtol=1e-4, atol=1e-5)
+    gradients = [
+        {name: value.grad for name, value in each.named_parameters() if "layers" in name} for each in (whole, parts)
+    ]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_writes_the_same_text() -> None:
+    whole = model("llama")
+    parts = copy.deepcopy(whole)
+    streamed_head.install(parts, CPU)
+    texts = [each.generate(batch()["input_ids"], max_new_tokens=8, do_sample=False).tolist() for each in (whole, parts)]
+    assert texts[0] == texts[1]
+
+
+def test_nothing_to_learn_gives_a_gradient_of_nothing() -> None:
+    parts = model("llama")
+    streamed_head.install(parts, CPU)
+    tokens = batch()["input_ids"]
+    loss = parts(input_ids=tokens, labels=torch.full_like(tokens, streamed_head.IGNORED), fused_lm_head=True).loss
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_scaled_logits_are_refused() -> None:
+    with pytest.raises(ModelFileError, match="scales its logits \\(logit_scale\\)"):
+        streamed_head.install(model("cohere", logit_scale=0.5), CPU)
