@@ -47,7 +47,8 @@ def plan(recipe: Recipe, dataset: str, base: Path | None) -> Plan:
     """The report's identity; `dataset` is the dataset's id, `base` the folder whose tokenizer is counted with."""
     tokenizer = artifacts.identity(base) if base else None
     inputs = {"revision": REVISION, "tokenizer": tokenizer, "files": _names(recipe)}
-    limits = {"sft": recipe.sft.max_tokens, "dpo": recipe.dpo.max_tokens, "truncate": recipe.sft.truncate}
+    limits = {phase: getattr(recipe, phase).max_tokens for phase in _limited(recipe).values()}
+    limits["truncate"] = recipe.sft.truncate
     settings = {"languages": list(recipe.languages), "seed": recipe.seed, "max_tokens": limits}
     return Plan(kind="report", name=f"{recipe.name}-audit", inputs=inputs, parents=[dataset], config=settings)
 
@@ -121,8 +122,7 @@ def _read(recipe: Recipe, dataset: Artifact, meter: Meter) -> tuple[list[Text], 
 
 def _names(recipe: Recipe) -> dict[str, str]:
     """The names of the recipe's files, by kind of row."""
-    dpo = recipe.data.dpo if "dpo" in recipe.phases else None
-    files = {"sft": recipe.data.sft, "heldout": recipe.data.heldout, "dpo": dpo, "faq": recipe.data.faq}
+    files = {"sft": recipe.data.sft, "heldout": recipe.data.heldout, "dpo": recipe.triplets, "faq": recipe.data.faq}
     return {kind: path.name for kind, path in files.items() if path is not None}
 
 
@@ -145,13 +145,19 @@ def _defects(defects: Sequence[Defect]) -> list[Finding]:
     ]
 
 
+def _limited(recipe: Recipe) -> dict[str, str]:
+    """The phase that reads the rows of a kind, and whose `max_tokens` they must fit into."""
+    return {"sft": "sft", "dpo": recipe.preference_phase or "dpo"}
+
+
 def _wholes(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> Mapping[str, tuple[Field, int]]:
-    """The whole rows of what is trained on, with the recipe's limit; nothing where tokens cannot be counted."""
+    """The whole rows of each phase, with the recipe's limit; nothing where tokens cannot be counted."""
     if meter.unit != "tokens":
         return {}
-    names, limits = _names(recipe), {"sft": recipe.sft.max_tokens, "dpo": recipe.dpo.max_tokens}
+    names = _names(recipe)
     by_file = {field.file: field for field in fields if field.name == "whole row"}
-    return {kind: (by_file[names[kind]], limit) for kind, limit in limits.items() if names.get(kind) in by_file}
+    found = {phase: names[kind] for kind, phase in _limited(recipe).items() if names.get(kind) in by_file}
+    return {phase: (by_file[file], getattr(recipe, phase).max_tokens) for phase, file in found.items()}
 
 
 def _too_long(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> list[Finding]:

@@ -1,7 +1,7 @@
 """Checks every row of a recipe's files and writes the dataset that all later steps read.
 
-The dataset artifact holds `sft.jsonl`, `heldout.jsonl`, `dpo.jsonl`, `grpo.jsonl`, `faq.jsonl`, each in its normal form
-(`shapes.py`), and `defects.jsonl`. Rows are read and written one by one, so that a large file needs little memory.
+The dataset holds `sft.jsonl`, `heldout.jsonl`, `dpo.jsonl`, `kto.jsonl`, `grpo.jsonl`, `faq.jsonl`, each in its
+normal form (`shapes.py`), and `defects.jsonl`. Rows are read and written one by one, so a large file needs little memory.
 """
 
 import json
@@ -85,9 +85,9 @@ def each_row(dataset: Path, name: str) -> Iterator[Row]:
 
 def _files(recipe: Recipe) -> dict[str, Path]:
     data = recipe.data
-    dpo = data.dpo if "dpo" in recipe.phases else None
+    kto = data.kto if "kto" in recipe.phases else None
     grpo = data.grpo if "grpo" in recipe.phases else None
-    files = {"sft": data.sft, "heldout": data.heldout, "dpo": dpo, "grpo": grpo, "faq": data.faq}
+    files = {"sft": data.sft, "heldout": data.heldout, "dpo": recipe.triplets, "kto": kto, "grpo": grpo, "faq": data.faq}
     return {name: path for name, path in files.items() if path is not None}
 
 

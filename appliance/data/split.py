@@ -167,8 +167,7 @@ def plan_files(recipe: Recipe, folder: Path) -> dict[str, Path]:
 
 
 def _sources(recipe: Recipe) -> dict[str, Path]:
-    dpo = recipe.data.dpo if "dpo" in recipe.phases else None
-    return {"sft": recipe.data.sft, **({"dpo": dpo} if dpo else {})}
+    return {"sft": recipe.data.sft, **({"dpo": recipe.triplets} if recipe.triplets else {})}
 
 
 def write(recipe: Recipe, parts: Sequence[Part], files: Mapping[str, Path], *, force: bool) -> str:

@@ -10,7 +10,7 @@ from appliance.data.check import read_rows
 from appliance.data.formats import Row
 from appliance.errors import DataError
 from appliance.recipe import Recipe
-from appliance.training import labels, preferences, processes, prompts, reward_linter
+from appliance.training import labels, preference_phase, processes, prompts, reward_linter
 from appliance.training import model as models
 from appliance.training.labels import LabelledRow
 from appliance.training.model import Base
@@ -50,8 +50,8 @@ def read(recipe: Recipe, dataset: Path, base: Base) -> Conversations:
     heldout: list[LabelledRow] = []
     if chosen and recipe.data.heldout:
         _, heldout = _label(tokenizer, chosen, template, recipe, recipe.data.heldout)
-    if "dpo" in recipe.phases:
-        preferences.tokenize_checked(tokenizer, dataset, recipe)
+    if recipe.preference_phase:
+        preference_phase.check(tokenizer, dataset, recipe, recipe.preference_phase)
     if "grpo" in recipe.phases:  # and rewards that cannot be trained with
         asked = prompts.read_checked(tokenizer, dataset, recipe)
         reward_linter.lint(registry.build(recipe, asked), asked, [], recipe.languages)

@@ -12,7 +12,7 @@ from typing import Any
 
 from appliance.errors import RecipeError
 from appliance.recipe import Recipe
-from appliance.training import rungs, simulation, stream, streamed_head
+from appliance.training import adapters, rungs, simulation, stream, streamed_head
 from appliance.training.rungs import Rung
 from appliance.training.simulation import Setting, Shape
 
@@ -119,9 +119,7 @@ class Model:
         return Fit(rung, shown, memory, device.available_bytes, device.available_memory_bytes)
 
     def _adapt(self, model: Any) -> Any:
-        from appliance.training import sft
-
-        return sft.add_adapter(model, self._recipe, is_skeleton=True)
+        return adapters.add(model, self._recipe.lora, is_skeleton=True)
 
     @functools.lru_cache(maxsize=16)  # noqa: B019  (as long as the ladder is computed)
     def _step(self, setting: Setting, shape: Shape) -> simulation.Step:

@@ -18,7 +18,7 @@ from appliance.data.check import read_rows
 from appliance.errors import ApplianceError, ArtifactError, TrainingFailed
 from appliance.findings import Finding
 from appliance.recipe import Recipe
-from appliance.training import curve, dpo, loop, processes, reward_linter, run_files, samples
+from appliance.training import adapters, curve, loop, processes, reward_linter, run_files, samples
 from appliance.training import model as models
 from appliance.training import prompts as prompting
 from appliance.training.labels import render_ids
@@ -53,7 +53,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
     with processes.draft(identity, root, keep_partial=checkpoint is not None) as draft:
         loop.prepare()
         set_seed(recipe.seed)
-        model = dpo.continue_adapter(base, adapter)
+        model = adapters.continued(base, adapter)
         groups = sample(model, tokenizer, examples.spread(prompts, recipe.grpo.lint_prompts), recipe)
         findings = processes.from_first(lambda: reward_linter.lint(rewards, prompts, groups, recipe.languages))
         _tell(findings, draft.path)

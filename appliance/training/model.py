@@ -183,7 +183,7 @@ def gpu_lease() -> contextlib.AbstractContextManager[None]:
     if processes.count() == 1 and (seen := torch.cuda.device_count()) > 1:
         raise EnvironmentIncomplete(
             f"{seen} cards are visible, and one process trains on one: name it with CUDA_VISIBLE_DEVICES=0 (or another"
-            " number), or start a process for each with `accelerate launch` (docs/scaling.md)."
+            " number), or start a process for each with --launch (docs/scaling.md)."
         )
     return _leased(processes.local_index())
 

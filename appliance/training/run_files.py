@@ -14,13 +14,14 @@ from appliance.recipe import Recipe
 from appliance.training import curve, diagnose, lock, processes
 from appliance.training.curve import Point
 from appliance.training.model import Base
+from appliance.training_settings import PREFERENCES
 
 REPORT, CARD = "run.html", "README.md"
 SAMPLES = "samples.json"
 REWARD_FINDINGS = "reward_findings.json"
 VERIFIED = {
     "sft": "Before the first step every label was held against the messages, as token ids: only answers are learned.",
-    "dpo": "Preferences were scored before and after training; both figures are in `manifest.json`.",
+    **dict.fromkeys(PREFERENCES, "Preferences were scored before and after training; both figures are in `manifest.json`."),
     "grpo": "The rewards were tried before the first step, on references and on the model's own answers"
     f" (`{REWARD_FINDINGS}`).",
 }

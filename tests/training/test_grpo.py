@@ -13,7 +13,7 @@ from appliance import artifacts
 from appliance import recipe as recipes
 from appliance.artifacts import digest_of
 from appliance.errors import RecipeError
-from appliance.training import grpo, lock, loop, prompts, run_files
+from appliance.training import adapters, grpo, lock, loop, prompts, run_files
 from appliance.training.rewards import reward as rewarding
 from appliance.training.rewards.reward import Reward
 from tests import tiny_recipe
@@ -133,11 +133,10 @@ def test_artifact_holds_one_adapter_and_no_checkpoint(tuned: Tuned) -> None:
 
 def test_it_starts_from_the_adapter_of_sft(tuned: Tuned) -> None:
     """As it is before the first step, by hash; what is kept is another."""
-    from appliance.training import dpo
     from appliance.training.model import Base
 
     sft, base = (next(path for path in tuned.root.glob(each) if path.is_dir()) for each in ("adapter/tiny-sft-*", "base/*"))
-    model = dpo.continue_adapter(Base(base, ""), sft)
+    model = adapters.continued(Base(base, ""), sft)
     loaded = {
         key.replace(".default.", "."): digest_of(value.detach().tolist())
         for key, value in model.named_parameters()

@@ -16,7 +16,7 @@ from appliance import recipe as recipes
 from appliance.data import formats
 from appliance.data.formats import CONTROL_TOKEN
 from appliance.errors import DataError, VerificationFailed
-from appliance.training import conversations, labels, loop, preferences, sft, starter
+from appliance.training import adapters, conversations, labels, loop, preferences, sft, starter
 from appliance.training import model as models
 from appliance.training.labels import IGNORED, LabelledRow
 from tests import tiny_recipe
@@ -257,7 +257,7 @@ def test_padding_of_a_real_batch_has_no_label(trained: Trained, root: Any) -> No
     rows = [row(tiny_recipe.messages(turns), line) for line, turns in enumerate(tiny_recipe.CONVERSATIONS, 1)]
     labelled = labels.label_conversations(tokenizer, rows, models.marked_template(base, tokenizer))
     loop.prepare()
-    model = sft.add_adapter(models.load_model(base), recipe)
+    model = adapters.add(models.load_model(base), recipe.lora)
     trainer = sft._trainer(model, tokenizer, labelled, recipe, root)
     padded = 0
     for batch in trainer.get_train_dataloader():

@@ -11,7 +11,7 @@ import pytest
 from appliance import recipe as recipes
 from appliance.artifacts import digest_of
 from appliance.data.check import read_rows
-from appliance.training import dpo, loop, preferences
+from appliance.training import adapters, dpo, loop, preferences
 from appliance.training import model as models
 from appliance.training.model import Base
 from tests import tiny_recipe
@@ -33,7 +33,7 @@ def adapter_weights(model: Any, name: str) -> dict[str, str]:
 
 
 def continued(trained: Trained) -> Any:
-    return dpo.continue_adapter(Base(trained.made["base"], ""), trained.made["sft"])
+    return adapters.continued(Base(trained.made["base"], ""), trained.made["sft"])
 
 
 @pytest.mark.parametrize(("step", "first", "final"), [("base", 4.0, 0.5), ("sft", 1.0, 0.5), ("dpo", 0.69, 0.55)])
@@ -95,12 +95,14 @@ def test_reference_is_the_frozen_copy_of_that_adapter(trained: Trained, root: Pa
     recipe = recipes.load(trained.recipe)
     tokenizer = models.load_tokenizer(trained.made["base"])
     loop.prepare()
-    trainer = dpo._trainer(model, tokenizer, read_rows(trained.made["data"], "dpo"), recipe, root)
-    assert adapter_weights(model, dpo.REFERENCE) == before
+    trainer = dpo.trainer(
+        model, tokenizer, preferences.read_checked(tokenizer, trained.made["data"], recipe, "dpo"), recipe, root
+    )
+    assert adapter_weights(model, adapters.REFERENCE) == before
     trainer.train()
-    assert adapter_weights(model, dpo.REFERENCE) == before
+    assert adapter_weights(model, adapters.REFERENCE) == before
     assert adapter_weights(model, "default") != before
-    assert not any(value.requires_grad for key, value in model.named_parameters() if f".{dpo.REFERENCE}." in key)
+    assert not any(value.requires_grad for key, value in model.named_parameters() if f".{adapters.REFERENCE}." in key)
 
 
 def test_first_loss_of_dpo_is_that_of_two_equal_models(trained: Trained) -> None:
