@@ -140,7 +140,7 @@ class Model:
     @property
     def _head_part(self) -> int:
         head = self._skeleton.get_output_embeddings()
-        return min(streamed_head.PART_ROWS, head.out_features) * head.in_features * self._device.dtype.itemsize
+        return int(min(streamed_head.PART_ROWS, head.out_features) * head.in_features * self._device.dtype.itemsize)
 
     def _weights(self, rung: Rung) -> tuple[int, int, int]:
         """Bytes of the decoder layers, of embedding and head, and of the rest, each weight once."""

@@ -176,7 +176,7 @@ class _Held(TorchDispatchMode):  # type: ignore[misc]
         self.live -= size
 
 
-class _FourBits(nn.Linear):
+class _FourBits(nn.Linear):  # type: ignore[misc]
     """Holds what a linear layer in NF4 holds while it computes: the whole weight, for a moment."""
 
     def forward(self, states: Tensor) -> Tensor:
