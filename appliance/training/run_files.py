@@ -99,7 +99,7 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, fl
     return [(line["step"], line[key]) for line in lines if key in line]
 
 
-def _usual(points: Sequence[tuple[float, float]]) -> dict[str, Sequence[tuple[float, float]]]:
+def _usual(points: Sequence[tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
     """A second line through a noisy curve, in which its course can be seen."""
     if len(points) < MANY_STEPS:
         return {}
