@@ -35,7 +35,7 @@ def find(rows: Sequence[Text], seed: int) -> Compared:
         start += len(own)
         if own[0].kind == "heldout":
             continue
-        findings += [*_same_prompts(own, here.openings), *_near(own, here.wholes)]
+        findings += [*_same_prompts(own, here.questions), *_near(own, here.wholes)]
         if len(own) >= MINIMUM_ROWS:
             random_leaks[file] = here.random_leak(round(HELDOUT * len(own)), seed)
             if own[0].kind != "sft" or not is_held:  # who holds rows out already is told by `_heldout` what leaks

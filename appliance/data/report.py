@@ -126,7 +126,9 @@ def _leaks(audit: Audit) -> list[Part]:
 def _method(audit: Audit) -> list[Part]:
     return [
         f"Nearly the same: {duplicates.SIMILAR:.0%} or more of the runs of {duplicates.SHINGLE_CHARACTERS} characters in"
-        " common (Jaccard, estimated by MinHash), case and punctuation aside.",
+        f" common (Jaccard, estimated by MinHash), case and punctuation aside. What opens over"
+        f" {duplicates.INSTRUCTION_SHARE:.0%} of the rows, or nearly, is taken for an instruction: those rows are compared"
+        " by their answers.",
         "Languages by py3langid; short texts are left out of what it decides. Addresses, numbers and names are found by"
         " their form: what is written otherwise is not seen.",
         f"Sampled: {'; '.join(audit.sampled)}." if audit.sampled else "Nothing was sampled: every row was read.",

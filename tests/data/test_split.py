@@ -57,6 +57,24 @@ def test_near_duplicates_never_cross(rows: list[Text], share: float, seed: int) 
     assert part.leak == duplicates.Leak(0, 0)
 
 
+def test_an_instruction_that_many_rows_share_does_not_join_them() -> None:
+    writer = planted.Writer(3)
+    prompts = [
+        f"Write one sentence for the guests of our house about this subject: {each}" for each in ("bed", "view", "tea")
+    ]
+    asked = [prompts[number % 3] for number in range(120)]
+    answers = [writer.two(planted.ENGLISH) for _ in asked]
+    answers[60] = answers[0]
+    rows = [Text("sft", "sft.jsonl", line, q, q, a) for line, (q, a) in enumerate(zip(asked, answers, strict=True), 1)]
+    (part,) = split.divide({"sft": rows}, ["en", "nl"], 0.2, 1)
+    assert part.heldout_rows == pytest.approx(24, abs=3)
+    assert part.is_heldout[0] == part.is_heldout[60]
+    assert part.leak == duplicates.Leak(0, 0)
+    likeness = duplicates.compare(rows)
+    assert len(set(likeness.groups.tolist())) == 119
+    assert likeness.questions.distinct == 3
+
+
 def test_likeness_is_found_among_many() -> None:
     """More texts in one bucket than are compared with each other."""
     texts = [f"Waar kan ik in deze stad vannacht slapen als ik geen geld heb, meneer {number}?" for number in range(200)]
