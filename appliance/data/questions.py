@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from appliance.data import examples
 from appliance.text import languages
 
 
@@ -32,13 +33,7 @@ def training_questions(rows: Sequence[dict[str, Any]], wanted: Sequence[str], pe
         language = languages.detect(answer, wanted)
         if language is not None:
             found[language].append(Question(language, question, answer))
-    return [question for language in wanted for question in _spread(found[language], per_language)]
-
-
-def _spread(questions: Sequence[Question], count: int) -> list[Question]:
-    """The middles of `count` equal parts."""
-    count = min(count, len(questions))
-    return [questions[(2 * part + 1) * len(questions) // (2 * count)] for part in range(count)]
+    return [question for language in wanted for question in examples.spread(found[language], per_language)]
 
 
 def _opening(row: dict[str, Any]) -> str:

@@ -31,13 +31,13 @@ STEMS = {
 
 def _pattern(stems: str) -> re.Pattern[str]:
     either = "|".join(re.escape(stem).replace("_", r"\s+") for stem in stems.split())
-    return re.compile(rf"(?<!\w)(?:{either})\w*", re.IGNORECASE)
+    return re.compile(rf"(?<!\w)({either})\w*", re.IGNORECASE)
 
 
 _PATTERNS = {name: _pattern(stems) for name, stems in STEMS.items()}
 
 
 def stated(text: str) -> dict[str, set[str]]:
-    """The circumstances that a text names, each with the words that name it."""
-    found = {name: {match.group().casefold() for match in pattern.finditer(text)} for name, pattern in _PATTERNS.items()}
+    """The circumstances that a text names, each with the stems that name it: a whole word may be a family name."""
+    found = {name: {match[1].casefold() for match in pattern.finditer(text)} for name, pattern in _PATTERNS.items()}
     return {name: named for name, named in found.items() if named}
