@@ -30,7 +30,7 @@ def test_addresses(text: str, expected: list[str]) -> None:
 def test_long_unbroken_text_is_read_once() -> None:
     """Where every letter is a place to begin at, this takes longer than anybody waits."""
     for unbroken in ("x" * 300_000, "x-" * 150_000, "x" + " " * 300_000, "1" * 300_000):
-        assert facts.addresses(f"{unbroken} 5") == []
+        assert facts.addresses(f"Nr. 5: {unbroken}!") == []
         assert not facts.EMAIL.search(unbroken)
     assert [str(each) for each in facts.addresses(f"{'x' * 300_000}straat 5, Lindekade 3")] == ["Lindekade 3"]
 
