@@ -73,6 +73,7 @@ def quiet_environment() -> dict[str, str]:
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     quiet |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    quiet |= {"TRL_EXPERIMENTAL_SILENCE": "1"}  # ORPO is among trl's experiments, and its version is pinned
     quiet |= {"GGML_NO_BACKTRACE": "1"}  # where gdb is installed, a failed assertion would start it and hang
     # Cards are then counted as their driver and nvidia-smi do, and not the fastest first.
     quiet |= {"CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
@@ -182,7 +183,9 @@ def _convert(kind: Any, value: Any, where: str, limits: Mapping[str, Any], probl
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         inner = [choice for choice in get_args(kind) if choice is not type(None)]
-        return None if value is None else _convert(inner[0], value, where, limits, problems)
+        is_list = isinstance(value, list | tuple)
+        fitting = next((choice for choice in inner if (get_origin(choice) is tuple) == is_list), inner[0])
+        return None if value is None else _convert(fitting, value, where, limits, problems)
     if origin is Literal:
         if value not in get_args(kind):
             problems.append(f"{where}: {value!r} is not one of {', '.join(map(repr, get_args(kind)))}.")

@@ -181,8 +181,11 @@ class EngineFailed(RequestError):
     api_code = "engine_failed"
 
 
-def several(problems: Sequence[str], heading: str) -> str:
-    """One message for all problems found, so that a person mends them in one go."""
+def several(problems: Sequence[str], heading: str, most: int | None = None) -> str:
+    """One message for all problems found, so that a person mends them in one go; `most` of them are listed."""
     if len(problems) == 1:
         return f"{heading}: {problems[0]}"
-    return f"{heading}, {len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
+    listed = list(problems[:most])
+    if len(listed) < len(problems):
+        listed.append(f"and {len(problems) - len(listed):,} more")
+    return f"{heading}, {len(problems):,} problems:\n" + "\n".join(f"  - {problem}" for problem in listed)

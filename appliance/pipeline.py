@@ -151,7 +151,7 @@ def _verify(this: Run, files: Mapping[str, StepResult], merged: StepResult, data
     recipe, settings = this.recipe, this.recipe.verify
     quantized = [part for kind, each in files.items() if kind != "F16" for part in ("--quantized", each.result["file"])]
     more: list[str | Path] = ["--heldout", dataset.artifact / "heldout.jsonl"] if recipe.data.heldout else []
-    more += ["--preferences", dataset.artifact / "dpo.jsonl"] if "dpo" in recipe.phases else []
+    more += ["--preferences", dataset.artifact / "dpo.jsonl"] if recipe.triplets else []
     return this.step(
         "verify",
         *("convert", "verify", files["F16"].result["file"], "--merged", merged.artifact),

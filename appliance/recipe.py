@@ -1,7 +1,7 @@
 """A recipe declares one assistant: base model, data, training phases, quantization, serving.
 
-Every default stands here, once. Paths in a recipe are relative to the recipe's folder, paths in `--set` to the current
-one.
+Every default stands once: here, and for training in `training_settings.py`. Paths in a recipe are relative to the recipe's
+folder, paths in `--set` to the current one.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from appliance import config
 from appliance.config import setting
 from appliance.errors import RecipeError, several
-from appliance.reward_settings import Rewards
+from appliance.training_settings import PREFERENCES, Dpo, Grpo, Kto, Lora, Orpo, Sft
 
 STARTER = "starter"
 Quantization = Literal[
@@ -41,6 +41,13 @@ class TripletColumns:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedColumns:
+    prompt: str = setting("prompt")
+    completion: str = setting("completion")
+    label: str = setting("label", about="whether the answer is wanted")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceColumns:
     prompt: str = setting("prompt")
     reference: str = setting("reference", about="rewards are also given all other columns")
@@ -53,6 +60,7 @@ class Columns:
     sft: PairColumns | None = setting(None)
     heldout: PairColumns | None = setting(None)
     dpo: TripletColumns | None = setting(None)
+    kto: JudgedColumns | None = setting(None)
     grpo: ReferenceColumns | None = setting(None)
 
 
@@ -62,6 +70,7 @@ class Data:
 
     sft: Path = setting(about="conversations")
     dpo: Path | None = setting(None, about="preference triplets: prompt, chosen and rejected answer")
+    kto: Path | None = setting(None, about="single answers that are wanted or not, for KTO in place of triplets")
     grpo: Path | None = setting(None, about="prompts with a reference that rewards compare answers with")
     heldout: Path | None = setting(None, about="conversations that are not trained on, to measure on")
     faq: Path | None = setting(None, about="questions and answers")
@@ -86,61 +95,6 @@ class Starter:
     learning_rate: float = setting(4e-3, minimum=0.0, about="AdamW, for embeddings and norms")
     matrix_learning_rate: float = setting(0.05, minimum=0.0, about="Muon, for the matrices of the layers")
     checkpoint_steps: int = setting(100, minimum=1)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
-    rank: int = setting(16, minimum=1, maximum=1024)
-    alpha: int = setting(32, minimum=1)
-    dropout: float = setting(0.0, minimum=0.0, maximum=0.9)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Sft:
-    epochs: int = setting(3, minimum=1)
-    learning_rate: float = setting(2e-4, minimum=0.0)
-    batch_rows: int = setting(2, minimum=1)
-    accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
-    max_tokens: int = setting(1024, minimum=16, about="a longer conversation is an error, unless `truncate`")
-    truncate: bool = setting(False, about="cut what is longer than max_tokens; a cut answer teaches no end")
-    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
-    max_gradient_norm: float = setting(1.0, minimum=0.0, about="longer gradients are shortened to it; 0: none")
-    checkpoint_steps: int = setting(50, minimum=1)
-    validation_rows: int = setting(32, minimum=0, about="of data.heldout, whose loss is measured while training; 0: none")
-    patience: int = setting(0, minimum=0, about="validations without a better one, after which training stops; 0: never")
-    keep: Literal["best", "last"] = setting("best", about="the adapter of the best validation, or of the last step")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Dpo:
-    epochs: int = setting(2, minimum=1)
-    learning_rate: float = setting(5e-6, minimum=0.0)
-    batch_rows: int = setting(2, minimum=1)
-    accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
-    max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; longer is an error, never cut")
-    beta: float = setting(0.1, minimum=0.0)
-    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
-    max_gradient_norm: float = setting(1.0, minimum=0.0, about="longer gradients are shortened to it; 0: none")
-    checkpoint_steps: int = setting(50, minimum=1)
-    sft_weight: float = setting(0.0, minimum=0.0, about="weight of the likelihood of the chosen answer (RPO)")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Grpo:
-    epochs: int = setting(1, minimum=1)
-    learning_rate: float = setting(1e-5, minimum=0.0)
-    batch_rows: int = setting(8, minimum=1, about="answers computed at the same time")
-    accumulate: int = setting(1, minimum=1, about="micro-batches per optimizer step")
-    answers: int = setting(8, minimum=2, about="to each prompt, which are compared with each other: a group")
-    answer_tokens: int = setting(256, minimum=1, about="an answer is cut there")
-    max_tokens: int = setting(1024, minimum=16, about="prompt and answer together; a longer prompt is an error, never cut")
-    temperature: float = setting(1.0, minimum=0.01, maximum=10.0)
-    beta: float = setting(0.04, minimum=0.0, about="how strongly the adapter is held near the one it continues")
-    warmup_ratio: float = setting(0.03, minimum=0.0, maximum=1.0)
-    checkpoint_steps: int = setting(50, minimum=1)
-    adapter: Path | None = setting(None, about="of an earlier round, to continue instead of the phase before")
-    lint_prompts: int = setting(6, minimum=2, about="whose answers are sampled beforehand to try the rewards on")
-    rewards: Rewards = Rewards()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,16 +169,29 @@ class Recipe:
     base: str = setting(STARTER, about="'starter', a Hugging Face id that was pulled, or a local folder")
     languages: tuple[str, ...] = setting(("en",), about="ISO 639-1 codes of the answers")
     seed: int = setting(3407, minimum=0, maximum=2**32 - 1)
-    phases: tuple[Literal["sft", "dpo", "grpo"], ...] = setting(("sft", "dpo"))
+    phases: tuple[Literal["sft", "dpo", "kto", "orpo", "grpo"], ...] = setting(("sft", "dpo"))
     starter: Starter = Starter()
     lora: Lora = Lora()
     sft: Sft = Sft()
     dpo: Dpo = Dpo()
+    kto: Kto = Kto()
+    orpo: Orpo = Orpo()
     grpo: Grpo = Grpo()
     quantize: Quantize = Quantize()
     verify: Verify = Verify()
     machine: Machine = Machine()
     serve: Serve = Serve()
+
+    @property
+    def preference_phase(self) -> str | None:
+        """Which of DPO, KTO and ORPO this recipe has."""
+        return next((phase for phase in self.phases if phase in PREFERENCES), None)
+
+    @property
+    def triplets(self) -> Path | None:
+        """The file of preference triplets, where a phase learns from it."""
+        has_own = self.preference_phase == "kto" and self.data.kto is not None
+        return None if has_own or self.preference_phase is None else self.data.dpo
 
 
 def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
@@ -316,6 +283,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
     problems = []
     if not recipe.languages:
         problems.append('languages: must name at least one, for example ["en"].')
+    if not recipe.lora.targets:
+        problems.append('lora.targets: must name at least one, for example ["q_proj", "v_proj"], or "all-linear".')
     if len(set(recipe.phases)) < len(recipe.phases):
         problems.append(f"phases: {', '.join(recipe.phases)} names a phase twice.")
     if recipe.quantize.serve not in (*recipe.quantize.types, "F16"):
@@ -326,10 +295,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
     for field in dataclasses.fields(Columns):
         if getattr(recipe.data.columns, field.name) is not None and getattr(recipe.data, field.name) is None:
             problems.append(f"data.columns.{field.name}: there is no data.{field.name} whose columns it could name.")
-    if "dpo" in recipe.phases and recipe.data.dpo is None:
-        problems.append("data.dpo: missing, and phases names 'dpo'; give a file, or set phases = [\"sft\"].")
+    problems += _preference_contradictions(recipe)
     problems += _grpo_contradictions(recipe) if "grpo" in recipe.phases else []
-    order = tuple(phase for phase in ("sft", "dpo", "grpo") if phase in recipe.phases)
+    order = tuple(phase for phase in ("sft", *PREFERENCES, "grpo") if phase in recipe.phases)
     if set(order) == set(recipe.phases) and recipe.phases != order and recipe.phases[0] == "sft":
         problems.append(f"phases: they run in the order {', '.join(order)}, each continuing the adapter of the one before.")
     if recipe.starter.heads % recipe.starter.kv_heads:
@@ -339,14 +307,24 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if not recipe.name.replace("-", "").replace("_", "").isalnum() or not recipe.name.isascii():
         problems.append(f"name: {recipe.name!r} may have only ASCII letters, digits, '-' and '_'; it names files.")
     if recipe.base == STARTER:
-        limits = {
-            phase: getattr(recipe, phase).max_tokens
-            for phase in ("sft", "dpo", *(["grpo"] if "grpo" in recipe.phases else []))
-        }
-        for phase, tokens in limits.items():
+        for phase in recipe.phases:
+            tokens = getattr(recipe, phase).max_tokens
             if tokens > recipe.starter.context_tokens:
                 limit = recipe.starter.context_tokens
                 problems.append(f"{phase}.max_tokens: {tokens} exceeds starter.context_tokens {limit}.")
+    return problems
+
+
+def _preference_contradictions(recipe: Recipe) -> list[str]:
+    found = [phase for phase in recipe.phases if phase in PREFERENCES]
+    if len(found) > 1:
+        return [f"phases: {' and '.join(found)} learn the same in different ways; name one of them."]
+    problems = []
+    if found and recipe.triplets is None and not (found == ["kto"] and recipe.data.kto is not None):
+        or_kto = ", or data.kto" if found == ["kto"] else ""
+        problems.append(f'data.dpo: missing{or_kto}, and phases names {found[0]!r}; give a file, or set phases = ["sft"].')
+    if found == ["kto"] and recipe.data.kto is not None and recipe.data.dpo is not None:
+        problems.append("data.kto: KTO learns from this file or from the triplets of data.dpo; give one of them.")
     return problems
 
 
@@ -360,8 +338,12 @@ def _grpo_contradictions(recipe: Recipe) -> list[str]:
     if (grpo.batch_rows * grpo.accumulate) % grpo.answers:
         step = f"a step of grpo.batch_rows = {grpo.batch_rows} times grpo.accumulate = {grpo.accumulate}"
         problems.append(f"grpo.answers: {step} answers holds no whole groups of {grpo.answers}.")
-    if len({each.function for each in rewards.own}) < len(rewards.own):
-        problems.append("grpo.rewards.own: names a function twice; give it once, with the sum of the weights.")
+    names = [each.function.name for each in rewards.own]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        problems.append(
+            f"grpo.rewards.own: names {', '.join(twice)} twice, also if in two folders; give a function once, with the sum"
+            " of the weights, or give each a name of its own."
+        )
     if grpo.answer_tokens >= grpo.max_tokens:
         problems.append(f"grpo.answer_tokens: {grpo.answer_tokens} leaves no room for a prompt in grpo.max_tokens.")
     if rewards.length is not None and rewards.length.least_words > rewards.length.most_words:

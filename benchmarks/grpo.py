@@ -20,15 +20,15 @@ from typing import Any
 
 import click
 
-from appliance import artifacts, config
-from appliance import recipe as recipes
+from appliance import config
 from appliance.console import Command, emit, json_option, note
-from appliance.data import check
+from appliance.data import formats
 from appliance.errors import DataError, StepFailed
+from appliance.training import curve
 from benchmarks import about, sentiment
 
 ERRORS_WANTED = 2.0
-PART = 5
+COLUMNS = {"prompt": "aspects", "reference": "text"}  # of lines with labels
 SHORTEST, LONGEST = 20, 90  # characters of a sentence
 # A small starter that has seen each sentence a few times: it writes German, and has much to learn.
 RECIPE = """
@@ -47,6 +47,7 @@ layers = 4
 hidden = 192
 feed_forward = 512
 heads = 3
+kv_heads = 1
 context_tokens = 192
 row_tokens = 128
 epochs = 10
@@ -107,13 +108,13 @@ class Review:
 def grpo(folder: Path, reviews: Path | None, rows: int, seeds: int, as_json: bool) -> None:
     """Train by GRPO in FOLDER under several seeds, and compare the rewards of the first steps with those of the last."""
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["APPLIANCE_ARTIFACTS"] = str(root := folder.resolve() / "artifacts")
+    os.environ["APPLIANCE_ARTIFACTS"] = str(folder.resolve() / "artifacts")
     config.apply_quiet_environment()
     every = read(reviews) if reviews else made_up()
     accuracy = sentiment.train(folder / "sentiment", [(each.text, each.polarity) for each in every])
     note(f"sentiment: {accuracy:.1%} of sentences that it was not trained on are judged as their label says")
     encoder = run("convert", "onnx", folder / "sentiment", "--name", "sentiment")["artifact"]
-    recipe = write(folder, root, balanced(every, rows), encoder)
+    recipe = write(folder, balanced(every, rows), encoder)
     base, adapter = (run("train", recipe, "--phase", phase)["artifact"] for phase in ("base", "sft"))
     curves = []
     for seed in range(1, seeds + 1):
@@ -130,15 +131,13 @@ def grpo(folder: Path, reviews: Path | None, rows: int, seeds: int, as_json: boo
 
 def read(path: Path) -> list[Review]:
     """Sentences whose labels agree on one polarity."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        labels, _, text = line.partition("\t")
-        pairs = [label.removeprefix("__label__").rsplit(":", 1) for label in labels.split()]
-        polarities = {polarity for _, polarity in pairs}
-        if len(polarities) == 1 and SHORTEST <= len(text) <= LONGEST:
-            aspects = ", ".join(sorted({aspect for aspect, _ in pairs}))
-            found.append(Review(aspects, polarities.pop(), text.strip()))
-    if not found:
+    rows = formats.examine(path, "grpo", COLUMNS).rows([])
+    every = [Review(row["prompt"][0]["content"], row["columns"]["polarities"], row["reference"]) for row in rows]
+    if not (
+        found := [
+            each for each in every if each.polarity and "," not in each.polarity and SHORTEST <= len(each.text) <= LONGEST
+        ]
+    ):
         raise DataError(f"{path} has no line of the form __label__ASPECT:polarity<TAB>text.")
     return found
 
@@ -166,8 +165,8 @@ def balanced(reviews: Sequence[Review], rows: int) -> list[Review]:
     return kept
 
 
-def write(folder: Path, root: Path, reviews: Sequence[Review], encoder: str) -> Path:
-    """The recipe with its files, and the dataset of their rows."""
+def write(folder: Path, reviews: Sequence[Review], encoder: str) -> Path:
+    """The recipe with its files."""
     sft = [
         {"messages": [{"role": "user", "content": each.prompt}, {"role": "assistant", "content": each.text}]}
         for each in reviews
@@ -177,21 +176,6 @@ def write(folder: Path, root: Path, reviews: Sequence[Review], encoder: str) -> 
     write_lines(folder / "grpo.jsonl", grpo)
     path = folder / "recipe.toml"
     path.write_text(RECIPE.format(encoder=json.dumps(str(encoder))), encoding="utf-8")
-    plan = check.plan(recipes.load(path))
-    if plan.existing(root) is None:
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": row["prompt"]}],
-                "reference": row["reference"],
-                "columns": {"sentiment": row["sentiment"]},
-                "line": line,
-            }
-            for line, row in enumerate(grpo, 1)
-        ]
-        with artifacts.create(plan, root) as draft:
-            write_lines(draft.path / "sft.jsonl", [{**row, "line": line} for line, row in enumerate(sft, 1)])
-            write_lines(draft.path / "grpo.jsonl", rows)
-            write_lines(draft.path / "defects.jsonl", [])
     return path
 
 
@@ -219,7 +203,7 @@ def compare(curves: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]
     names = [key for key in curves[0][0] if key == "reward" or (key.startswith("rewards/") and key.endswith("/mean"))]
     for key in sorted(names):
         name = key.removeprefix("rewards/").removesuffix("/mean")
-        parts = [(fifth(curve, key, 0), fifth(curve, key, -1)) for curve in curves]
+        parts = [[[point[key] for point in part] for part in curve.fifths(each)] for each in curves]
         first, last = [value for each, _ in parts for value in each], [value for _, each in parts for value in each]
         error = (statistics.variance(first) / len(first) + statistics.variance(last) / len(last)) ** 0.5
         means = (statistics.fmean(first), statistics.fmean(last))
@@ -229,11 +213,6 @@ def compare(curves: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]
             figures |= {f"{name} gain, seed {seed}": gain for seed, gain in enumerate(gains, 1)}
     figures["groups without spread"] = statistics.fmean(point["frac_reward_zero_std"] for each in curves for point in each)
     return figures
-
-
-def fifth(curve: Sequence[Mapping[str, float]], key: str, which: int) -> list[float]:
-    size = max(2, len(curve) // PART)
-    return [point[key] for point in (curve[:size] if which == 0 else curve[-size:])]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """Recipes: what is read from where, and what is said of mistakes."""
 
+import dataclasses
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from appliance import recipe as recipes
 from appliance.errors import RecipeError
+from appliance.training_settings import Dpo, Grpo, Kto, Lora, Orpo, Phase, Sft
 from tests import tiny_recipe
 from tests.running import call
 
+PHASES = {"lora": Lora, "sft": Sft, "dpo": Dpo, "kto": Kto, "orpo": Orpo, "grpo": Grpo}
 SHELTER = Path(__file__).parents[1] / "recipes" / "shelter" / "recipe.toml"
 
 
@@ -54,6 +59,21 @@ def test_starter_settings_apply_to_the_starter_alone(path: Path) -> None:
     assert recipes.load(path, ["sft.epochs=4"]).sft.epochs == 4
 
 
+def test_documented_defaults_are_those_that_hold() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    stated = re.findall(r"^\| `(\w+)\.(\w+)` \| (\S+) \|", text, re.M)
+    assert len(stated) == 12
+    for section, key, value in stated:
+        fields = {field.name: field.default for field in dataclasses.fields(PHASES[section])}
+        assert tomllib.loads(f"value = {value}")["value"] == fields[key], f"{section}.{key}"
+    shared = {field.name for field in dataclasses.fields(Phase)} & {key for section, key, _ in stated if section == "sft"}
+    for kind in (Dpo, Kto, Orpo, Grpo):
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+        assert {key: defaults[key] for key in shared} == {
+            field.name: field.default for field in dataclasses.fields(Sft) if field.name in shared
+        }
+
+
 def test_several_mistakes_are_reported_together(path: Path) -> None:
     path.write_text(
         tiny_recipe.RECIPE.replace("[lora]\nrank", "[lora]\nrankk").replace("[sft]\nepochs = 10", "[sft]\nepochs = 0")
@@ -89,7 +109,7 @@ def test_several_mistakes_are_reported_together(path: Path) -> None:
         ("data.sft=3", "data.sft: expected Path, found 3"),
         ("data.columns.grpo.prompt=q", "data.columns.grpo: there is no data.grpo whose columns it could name"),
         ("data.columns.sft.prompt=", "data.columns.sft.prompt: must not be empty"),
-        ("data.columns.faq.prompt=q", "data.columns.faq: unknown key; known keys: dpo, grpo, heldout, sft"),
+        ("data.columns.faq.prompt=q", "data.columns.faq: unknown key; known keys: dpo, grpo, heldout, kto, sft"),
         ("base=", "base: must not be empty"),
     ],
 )
@@ -104,6 +124,12 @@ def test_preferences_are_needed_for_dpo_only(path: Path) -> None:
     path.write_text(tiny_recipe.RECIPE.replace('dpo = "dpo.jsonl"\n', ""))
     assert "data.dpo: missing, and phases names 'dpo'" in refused(path)
     assert recipes.load(path, ['phases=["sft"]']).data.dpo is None
+
+
+def test_only_phases_that_run_must_fit_the_starter(path: Path) -> None:
+    small = ["starter.context_tokens=128", "sft.max_tokens=128"]
+    assert "dpo.max_tokens: 256 exceeds starter.context_tokens 128" in refused(path, *small)
+    assert recipes.load(path, [*small, 'phases=["sft"]']).dpo.max_tokens == 256
 
 
 @pytest.mark.parametrize(

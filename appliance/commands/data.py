@@ -117,9 +117,9 @@ def split(
         emit({"state": state, "files": files}, as_json, "\n".join(f"{path} ({state})" for path in files.values()))
         return
     dataset = checking.check(loaded, config.artifacts_root(), strict=False)
-    rows = {kind: checking.read_rows(dataset.path, kind) for kind in splitting.KINDS}
+    rows = splitting.read(loaded, {kind: checking.read_rows(dataset.path, kind) for kind in splitting.KINDS})
     chosen_seed = loaded.seed if seed is None else seed
-    parts = splitting.divide(splitting.read(loaded, rows), loaded.languages, validation, chosen_seed)
+    parts = splitting.divide(rows, loaded.languages, validation, chosen_seed)
     state = splitting.write(loaded, parts, files, force=force)
     for part in parts:
         note(splitting.in_words(part))

@@ -21,9 +21,12 @@ def list_runs(as_json: bool) -> None:
     lines = []
     for row in rows:
         validation = "" if row["validation_loss"] is None else f", validation {row['validation_loss']:.3f}"
+        reached = f"loss {runs.shown(row['final_loss'])}{validation}"  # of GRPO it says nothing
+        if row["reward"] is not None:
+            reached = f"reward {runs.shown(row['reward'])}"
         lines.append(
             f"{row['name']:<36} {row['phase']:<5} {row['made_at'] or row['state']:<20}"
-            f" {runs.shown(row['rows']):>7} rows {row['steps']:>6} steps  loss {runs.shown(row['final_loss'])}{validation}"
+            f" {runs.shown(row['rows']):>7} rows {row['steps']:>6} steps  {reached}"
             f"  {human_seconds(row['seconds'] or 0)}  {row['machine'] or ''}".rstrip()
         )
     emit({"runs": rows}, as_json, "\n".join(lines) or f"No training runs in {root}; `appliance train RECIPE` makes one.")
@@ -75,5 +78,5 @@ def diagnose(name: str, as_json: bool) -> None:
         "findings": [asdict(finding) for finding in findings],
         "page": report if report.is_file() else None,
     }
-    said = [f"- {finding}" for finding in findings] or [run_files.NOTHING]
+    said = [f"- {finding}" for finding in findings] or [run_files.nothing(points)]
     emit(result, as_json, "\n".join([f"{run.name}: {words}", *said, *([str(report)] if report.is_file() else [])]))

@@ -1,5 +1,7 @@
-"""`appliance train`: the starter base, SFT, DPO and GRPO; each phase continues the one before."""
+"""`appliance train`: the starter base, SFT, DPO (or KTO, or ORPO) and GRPO; each phase continues the one before."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,17 +10,19 @@ import click
 from appliance import artifacts, config
 from appliance import recipe as recipes
 from appliance.artifacts import Plan
+from appliance.commands import launching
 from appliance.commands.options import dry_run_option, set_option
 from appliance.console import Command, emit, json_option
 from appliance.errors import ArtifactError, NotAvailableYet, RecipeError
 from appliance.recipe import STARTER, Recipe
 from appliance.training import processes
+from appliance.training_settings import PREFERENCES, Phase
 
 if TYPE_CHECKING:
     from appliance.training.lock import Lock
     from appliance.training.model import Base
 
-PHASES = ("base", "sft", "dpo", "grpo", "passages")
+PHASES = ("base", "sft", *PREFERENCES, "grpo", "passages")
 
 
 @click.command(cls=Command)
@@ -34,6 +38,12 @@ PHASES = ("base", "sft", "dpo", "grpo", "passages")
     "--from-lock",
     type=click.Path(path_type=Path),
     help="Repeat the run of this run.lock.json, instead of training a RECIPE.",
+)
+@click.option(
+    "--launch",
+    type=click.Path(path_type=Path),
+    metavar="YAML",
+    help="Run this command in the processes of an accelerate configuration, as deploy/accelerate has some.",
 )
 @click.option(
     "--report-to",
@@ -54,16 +64,21 @@ def train(
     metrics_port: int | None,
     metrics_host: str,
     from_lock: Path | None,
+    launch: Path | None,
     report_to: tuple[str, ...],
     sets: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train the phases of a recipe: base (the starter only), sft, dpo, grpo. Under `accelerate launch`, on several cards."""
+    """Train the phases of a recipe: base (the starter only), sft, dpo (or kto, orpo), grpo; --launch: on several cards."""
+    if launch is not None:
+        launching.launch(launch, sys.argv[1:])
     if not dry_run or processes.count() > 1:
         config.apply_quiet_environment()
     with processes.together():
         loaded, steps, locked = processes.from_first(lambda: _asked(recipe, sets, phase, from_lock))
+        if not dry_run:
+            processes.from_first(lambda: _require(loaded, steps))
         result: dict[str, Any] = {}
         from appliance.training import metrics, trackers
 
@@ -100,7 +115,7 @@ def _locked(file: Path, sets: tuple[str, ...]) -> "Lock":
     locked = lock.read(file, sets)
     name = locked.recipe.base
     lock.require_inputs(locked, None if name == STARTER else model.locate(name, config.artifacts_root()).path)
-    for difference in lock.differences(locked):
+    for difference in lock.differences(locked, _plans(locked.recipe, config.artifacts_root())[locked.written["phase"]]):
         processes.note(f"differs here: {difference}")
     return locked
 
@@ -122,10 +137,23 @@ def _asked_of_recipe(path: Path, sets: tuple[str, ...], phase: str | None) -> tu
         raise RecipeError(f"--phase base makes the starter only; this recipe's base is {recipe.base!r}.")
     if phase not in (None, "base", *recipe.phases):
         raise RecipeError(f"--phase {phase}: the recipe's phases are {', '.join(recipe.phases)}.")
-    for section, settings in (("sft", recipe.sft), ("dpo", recipe.dpo), ("grpo", recipe.grpo)):
-        if section == phase or (phase is None and section in recipe.phases):
-            processes.share(settings.batch_rows, settings.accumulate, section)
-    return recipe, [phase] if phase else [*(["base"] if recipe.base == STARTER else []), *recipe.phases]
+    steps = [phase] if phase else [*(["base"] if recipe.base == STARTER else []), *recipe.phases]
+    for section, settings in _sections(recipe, steps).items():
+        processes.share(settings.batch_rows, settings.accumulate, section)
+    return recipe, steps
+
+
+def _sections(recipe: Recipe, steps: Sequence[str]) -> dict[str, Phase]:
+    """The recipe's settings of phases; the base has some of its own."""
+    return {step: getattr(recipe, step) for step in steps if step != "base"}
+
+
+def _require(recipe: Recipe, steps: Sequence[str]) -> None:
+    """Raises for settings that this machine cannot do, of all phases: not after hours of the first."""
+    from appliance.training import kernels
+
+    for section, settings in _sections(recipe, steps).items():
+        kernels.require(section, settings)
 
 
 def _run_phase(phase: str, recipe: Recipe, *, resume: bool, restart: bool, dry_run: bool) -> dict[str, Any]:
@@ -153,7 +181,7 @@ def _found(phase: str, recipe: Recipe, root: Path) -> tuple[dict[str, Plan], art
 def _plans(recipe: Recipe, root: Path) -> dict[str, Plan]:
     """What each phase will make; nothing is loaded for it."""
     from appliance.data import check
-    from appliance.training import dpo, grpo, model, sft, starter
+    from appliance.training import grpo, model, preference_phase, sft, starter
 
     plans = {"data": check.plan(recipe)}
     dataset = artifacts.identity(plans["data"].location(root))
@@ -163,7 +191,9 @@ def _plans(recipe: Recipe, root: Path) -> dict[str, Plan]:
     else:
         base = model.locate(recipe.base, root).identity
     plans["sft"] = sft.plan(recipe, dataset, base)
-    plans["dpo"] = dpo.plan(recipe, dataset, base, artifacts.identity(plans["sft"].location(root)))
+    if name := recipe.preference_phase:
+        continued = plans["sft"].location(root)
+        plans[name] = preference_phase.plan(recipe, name, dataset, base, artifacts.identity(continued))
     if "grpo" in recipe.phases:
         continued = _continued("grpo", recipe, root, plans)
         plans["grpo"] = grpo.plan(recipe, dataset, base, artifacts.identity(continued))
@@ -174,8 +204,8 @@ def _continued(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -
     """Where the adapter lies, or will lie, that a phase after SFT continues."""
     if phase == "grpo" and recipe.grpo.adapter is not None:
         return recipe.grpo.adapter
-    before = "dpo" if phase == "grpo" and "dpo" in recipe.phases else "sft"
-    return plans[before].location(root)
+    before = recipe.preference_phase if phase == "grpo" else None
+    return plans[before or "sft"].location(root)
 
 
 def _make(
@@ -193,7 +223,7 @@ def _train(
     phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan], *, resume: bool, restart: bool
 ) -> artifacts.Artifact:
     from appliance.data import check
-    from appliance.training import dpo, grpo, sft, starter
+    from appliance.training import grpo, preference_phase, sft, starter
 
     dataset = processes.from_first(lambda: check.check(recipe, root, strict=False).path)
     if phase == "base":
@@ -202,12 +232,13 @@ def _train(
     base, adapter = processes.from_first(lambda: _inputs(phase, recipe, root, plans))
     if phase == "sft":
         return sft.train(recipe, dataset, base, root, resume=resume, restart=restart)
-    train = dpo.train if phase == "dpo" else grpo.train
-    return train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
+    if phase in PREFERENCES:
+        return preference_phase.train(recipe, phase, dataset, base, adapter, root, resume=resume, restart=restart)
+    return grpo.train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
 
 
 def _inputs(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -> tuple["Base", Path]:
-    """The base, and the adapter that DPO or GRPO continues (SFT starts from the base alone), both as they were made."""
+    """The base, and the adapter that a later phase continues (SFT starts from the base alone), both as they were made."""
     from appliance.training import model
 
     base = model.locate(str(_whole(plans["base"], root, "base")) if recipe.base == STARTER else recipe.base, root)
@@ -215,7 +246,7 @@ def _inputs(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -> t
     if phase == "sft":
         return base, base.path
     adapter = _continued(phase, recipe, root, plans)
-    for before in ("sft", "dpo"):
+    for before in [name for name in ("sft", *PREFERENCES) if name in plans]:
         if adapter == plans[before].location(root):
             _whole(plans[before], root, before)
     if not (adapter / "adapter_config.json").is_file():

@@ -36,7 +36,7 @@ from appliance.findings import Finding
 from appliance.recipe import Recipe
 from appliance.text.words import telling
 
-REVISION = 2  # raised when the same dataset would give another report
+REVISION = 3  # raised when the same dataset would give another report
 FREQUENT_WORDS = 20
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
@@ -50,8 +50,9 @@ def plan(recipe: Recipe, dataset: str, base: Path | None) -> Plan:
     """The report's identity; `dataset` is the dataset's id, `base` the folder whose tokenizer is counted with."""
     tokenizer = artifacts.identity(base) if base else None
     inputs = {"revision": REVISION, "tokenizer": tokenizer, "files": check.file_names(recipe)}
-    limits = {"max_tokens": _limits(recipe), "answer_tokens": recipe.grpo.answer_tokens, "truncate": recipe.sft.truncate}
-    settings = {"languages": list(recipe.languages), "seed": recipe.seed, **limits}
+    limits = {phase: getattr(recipe, phase).max_tokens for phase in _phases(recipe).values()}
+    others = {"answer_tokens": recipe.grpo.answer_tokens, "truncate": recipe.sft.truncate}
+    settings = {"languages": list(recipe.languages), "seed": recipe.seed, "max_tokens": limits, **others}
     return Plan(kind="report", name=f"{recipe.name}-audit", inputs=inputs, parents=[dataset], config=settings)
 
 
@@ -77,21 +78,7 @@ def read_findings(made: Artifact) -> list[Finding]:
 
 def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
     """Everything that the report says."""
-    rows: list[Text] = []
-    fields: list[Field] = []
-    limits: dict[str, Field] = {}  # by kind, what must fit into max_tokens
-    refused: list[Finding] = []
-    for kind, file in check.file_names(recipe).items():
-        own = check.read_rows(dataset.path, kind)
-        if own:
-            measured = lengths.measure(kind, file, own, meter)
-            read = texts.read(kind, file, own)
-            fields += measured.fields
-            limits[kind] = measured.fields[-1]
-            refused += lengths.check_template(file, [read[number] for number in measured.refused])
-            rows += read
-    if meter.unit != "tokens":
-        limits = {}
+    rows, fields, limited, refused = _read(recipe, dataset, meter)
     if len(rows) > MANY_ROWS:
         note(f"audit: {len(rows):,} rows; this takes some minutes")
     heard = spoken.listen(rows, recipe.languages)
@@ -101,7 +88,7 @@ def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
     subjects = topics.find([row.asked for row in rows], heard.of_row, recipe.seed, private)
     findings = [
         *_defects(check.read_defects(dataset)),
-        *_too_long(recipe, limits),
+        *_too_long(recipe, limited),
         *refused,
         *personal.find(rows, recipe.languages),
         *contradictions.find(rows, personal.regions_of(recipe.languages)),
@@ -115,7 +102,7 @@ def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
         findings=sorted(findings, key=lambda each: each.level != "problem"),
         unit=meter.about,
         fields=fields,
-        suggested_max_tokens=_suggested(recipe, limits, fields),
+        suggested_max_tokens=_suggested(recipe, limited, fields),
         languages={file: dict(Counter(counts).most_common()) for file, counts in heard.counts.items()},
         topics=subjects.topics,
         frequent=_frequent(rows, heard.of_row, private),
@@ -124,6 +111,30 @@ def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
         random_leaks=compared.random_leaks,
         sampled=_sampled(len(rows), meter),
     )
+
+
+def _read(
+    recipe: Recipe, dataset: Artifact, meter: Meter
+) -> tuple[list[Text], list[Field], dict[str, Field], list[Finding]]:
+    """All rows, their lengths, by phase what must fit into its `max_tokens`, and rows that the chat template refuses.
+
+    Apart, so that the rows as they stand in the dataset are forgotten.
+    """
+    rows: list[Text] = []
+    fields: list[Field] = []
+    limited: dict[str, Field] = {}
+    refused: list[Finding] = []
+    phases = _phases(recipe)
+    for kind, file in check.file_names(recipe).items():
+        own = check.read_rows(dataset.path, kind)
+        if own:
+            measured, read = lengths.measure(kind, file, own, meter), texts.read(kind, file, own)
+            fields += measured.fields
+            if kind in phases and meter.unit == "tokens":
+                limited[phases[kind]] = measured.fields[-1]
+            refused += lengths.check_template(file, [read[number] for number in measured.refused])
+            rows += read
+    return rows, fields, limited, refused
 
 
 def _defects(defects: Sequence[Defect]) -> list[Finding]:
@@ -150,34 +161,32 @@ def _defects(defects: Sequence[Defect]) -> list[Finding]:
     ]
 
 
-def _limits(recipe: Recipe) -> dict[str, int]:
-    return {"sft": recipe.sft.max_tokens, "dpo": recipe.dpo.max_tokens, "grpo": recipe.grpo.max_tokens}
+def _phases(recipe: Recipe) -> dict[str, str]:
+    """The phase that reads the rows of a kind, and whose `max_tokens` they must fit into."""
+    return {"sft": "sft", "dpo": recipe.preference_phase or "dpo", "kto": "kto", "grpo": "grpo"}
 
 
-def _answer_tokens(recipe: Recipe, kind: str) -> int:
+def _answer_tokens(recipe: Recipe, phase: str) -> int:
     """What a row must leave free: a prompt for rewards has no answer yet."""
-    return recipe.grpo.answer_tokens if kind == "grpo" else 0
+    return recipe.grpo.answer_tokens if phase == "grpo" else 0
 
 
-def _too_long(recipe: Recipe, measured: Mapping[str, Field]) -> list[Finding]:
+def _too_long(recipe: Recipe, limited: Mapping[str, Field]) -> list[Finding]:
     found = []
-    for kind, limit in _limits(recipe).items():
-        if kind in measured:
-            is_cut = kind == "sft" and recipe.sft.truncate
-            answer = _answer_tokens(recipe, kind)
-            found += lengths.check_limit(kind, measured[kind], limit, answer_tokens=answer, is_cut=is_cut)
+    for phase, field in limited.items():
+        limit, answer = getattr(recipe, phase).max_tokens, _answer_tokens(recipe, phase)
+        is_cut = phase == "sft" and recipe.sft.truncate
+        found += lengths.check_limit(phase, field, limit, answer_tokens=answer, is_cut=is_cut)
     return found
 
 
-def _suggested(recipe: Recipe, measured: Mapping[str, Field], fields: Sequence[Field]) -> dict[str, int]:
+def _suggested(recipe: Recipe, limited: Mapping[str, Field], fields: Sequence[Field]) -> dict[str, int]:
     """Limits that hold every row, by the recipe's keys: for training, and for the longest answer when serving."""
     limits = {
-        f"{kind}.max_tokens": lengths.suggested(measured[kind], _answer_tokens(recipe, kind))
-        for kind in _limits(recipe)
-        if kind in measured
+        f"{phase}.max_tokens": lengths.suggested(field, _answer_tokens(recipe, phase)) for phase, field in limited.items()
     }
-    answers = [field for field in fields if field.name in ("assistant", "chosen")]
-    if measured and answers:
+    answers = [field for field in fields if field.name in ("assistant", "chosen", "completion")]
+    if limited and answers:
         limits["serve.max_tokens"] = max(lengths.suggested(field) for field in answers)
     return limits
 

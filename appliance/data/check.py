@@ -1,7 +1,7 @@
 """Checks every row of a recipe's files and writes the dataset that all later steps read.
 
-The dataset artifact holds `sft.jsonl`, `heldout.jsonl`, `dpo.jsonl`, `grpo.jsonl`, `faq.jsonl`, each in its normal form
-(`shapes.py`), and `defects.jsonl`. Rows are read and written one by one, so that a large file needs little memory.
+The dataset holds `sft.jsonl`, `heldout.jsonl`, `dpo.jsonl`, `kto.jsonl`, `grpo.jsonl`, `faq.jsonl`, each in its
+normal form (`shapes.py`), and `defects.jsonl`. Rows are read and written one by one, so a large file needs little memory.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from appliance import artifacts
 from appliance.artifacts import Artifact, Plan
 from appliance.config import plain
-from appliance.data import examples, formats, texts
+from appliance.data import formats, texts
 from appliance.data.columns import Map
 from appliance.data.defects import place
 from appliance.data.formats import Defect, Reading, Row
@@ -87,9 +87,9 @@ def each_row(dataset: Path, name: str) -> Iterator[Row]:
 def files(recipe: Recipe) -> dict[str, Path]:
     """The recipe's files of rows, by their key in `[data]`; of phases that it has."""
     data = recipe.data
-    dpo = data.dpo if "dpo" in recipe.phases else None
+    kto = data.kto if "kto" in recipe.phases else None
     grpo = data.grpo if "grpo" in recipe.phases else None
-    every = {"sft": data.sft, "heldout": data.heldout, "dpo": dpo, "grpo": grpo, "faq": data.faq}
+    every = {"sft": data.sft, "heldout": data.heldout, "dpo": recipe.triplets, "kto": kto, "grpo": grpo, "faq": data.faq}
     return {name: path for name, path in every.items() if path is not None}
 
 
@@ -181,8 +181,7 @@ class _Tally:
 
 def _refuse(defects: Sequence[Defect]) -> None:
     if defects:
-        listed = examples.some([str(defect) for defect in defects], MOST_REFUSED)
-        raise DataError(several(listed, "--strict, and the data has defects"))
+        raise DataError(several([*map(str, defects)], "--strict, and the data has defects", MOST_REFUSED))
 
 
 def _write_lines(path: Path, rows: Iterator[Mapping[str, Any]]) -> None:

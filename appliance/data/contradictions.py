@@ -128,7 +128,7 @@ def _pushed_down(rows: Sequence[Text], stated: Stated) -> list[Finding]:
         Finding(
             kind="true_facts_rejected",
             level="problem",
-            what=f"{examples.rows(len(found))} have a correct address in the rejected answer: {examples.listed(named)}."
+            what=f"A correct address stands in the rejected answer of {examples.rows(len(found))}: {examples.listed(named)}."
             f" In {alone:,} of them the chosen answer does not give it",
             remedy="Preferences push down what is rejected, true or not: leave the address out of the rejected answer, or"
             " make it the wrong one.",

@@ -28,6 +28,7 @@ PURPOSES: Mapping[str, Purpose] = {
     "sft": "conversations",
     "heldout": "conversations",
     "dpo": "preferences",
+    "kto": "judgements",
     "grpo": "references",
     "faq": "questions",
 }

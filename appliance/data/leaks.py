@@ -27,6 +27,7 @@ def find(rows: Sequence[Text], seed: int) -> Compared:
     random_leaks: dict[str, Leak] = {}
     compared = [row for row in rows if row.kind != "faq"]
     likeness = duplicates.compare(compared)
+    is_held = any(row.kind == "heldout" for row in compared)
     start = 0
     for file, each in itertools.groupby(compared, key=lambda row: row.file):
         own = list(each)
@@ -37,7 +38,8 @@ def find(rows: Sequence[Text], seed: int) -> Compared:
         findings += [*_same_prompts(own, here.openings), *_near(own, here.wholes)]
         if len(own) >= MINIMUM_ROWS:
             random_leaks[file] = here.random_leak(round(HELDOUT * len(own)), seed)
-            findings += _random_split(file, own, here.groups.tolist(), random_leaks[file])
+            if own[0].kind != "sft" or not is_held:  # who holds rows out already is told by `_heldout` what leaks
+                findings += _random_split(file, own, here.groups.tolist(), random_leaks[file])
     findings += _heldout(compared, likeness)
     return Compared(findings, random_leaks)
 
@@ -62,9 +64,9 @@ def _same_prompts(rows: Sequence[Text], openings: Alike) -> list[Finding]:
         Finding(
             kind="duplicate_prompts",
             level="notice",
-            what=f"{rows[0].file}: {repeated:,} of {len(rows):,} rows repeat the opening question of another"
-            f" ({exact:,} to the letter), at most {len(groups[0])} rows share one; {answers:,} of these"
-            f" {len(groups):,} questions have different answers",
+            what=f"{rows[0].file}: the opening question of another row again in {repeated:,} of {len(rows):,} rows"
+            f" ({exact:,} to the letter; at most {len(groups[0])} rows share one), with different answers to {answers:,} of"
+            f" {len(groups):,} such questions",
             remedy="Keep the best answer to each, or make the questions say what the answers depend on;"
             " `appliance data split` keeps them on one side.",
             count=repeated,
@@ -86,7 +88,8 @@ def _near(rows: Sequence[Text], wholes: Alike) -> list[Finding]:
         return []
     pairs = [(group[0], group[1]) for group in _together(rows, codes.tolist())][: examples.MOST]
     first = {code: row for row, code in zip(reversed(rows), reversed(codes.tolist()), strict=True)}
-    pairs += [(first[one], first[other]) for one, other in wholes.pairs[: examples.MOST].tolist()]
+    _, places = numpy.unique(wholes.pairs[:, 0], return_index=True)  # one of each: a row may be like hundreds of others
+    pairs += [(first[one], first[other]) for one, other in wholes.pairs[places[: examples.MOST]].tolist()]
     return [
         Finding(
             kind="near_duplicates",

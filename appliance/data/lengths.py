@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.data import examples
-from appliance.data.formats import Row
+from appliance.data.defects import Row, place
 from appliance.data.texts import Text
 from appliance.findings import Finding
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
@@ -22,6 +22,7 @@ LONGEST_ROWS = 1_000
 ROUND_TO = 64
 CHUNK_ROWS = 1_000
 WHOLE = "whole row"
+ANSWERS = {"dpo": ("chosen", "rejected"), "kto": ("completion",), "grpo": ("reference",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,11 @@ class Field:
     file: str
     name: str
     values: Sequence[int]
-    longest: int  # over all rows, also where `values` are a sample
+    longest_rows: Sequence[tuple[str, int]]  # place and length, the longest first; of all rows, also where `values` are not
+
+    @property
+    def longest(self) -> int:
+        return self.longest_rows[0][1]
 
     @property
     def percentiles(self) -> list[int]:
@@ -129,8 +134,13 @@ def measure(kind: str, file: str, rows: Sequence[Row], meter: Meter) -> Measured
     measured = []
     for name, texts in {**fields, "prompt" if kind == "grpo" else WHOLE: wholes}.items():
         values = _longest(meter, [texts[number] for number in sample])
-        among = _longest(meter, [texts[number] for number in longest])
-        measured.append(Field(file, name, values, max([*values, *among])))
+        counted = dict(zip(longest, _longest(meter, [texts[number] for number in longest]), strict=True))
+        counted |= zip(sample, values, strict=True)
+        order = sorted(counted, key=lambda number: -counted[number])[:LONGEST_ROWS]
+        places = [
+            (f"{file}:{place(rows[number]['line'], rows[number].get('item', 0))}", counted[number]) for number in order
+        ]
+        measured.append(Field(file, name, values, places))
     return Measured(measured, [number for number, (_, is_refused) in enumerate(read) if is_refused])
 
 
@@ -146,6 +156,8 @@ def _whole(kind: str, row: Row, meter: Meter) -> tuple[list[str], bool]:
         return [f"{row['question']}\n{row['answer']}"], False
     if kind == "dpo":  # the prompt is joined with either answer
         conversations = [[*row["prompt"], {"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")]
+    elif kind == "kto":
+        conversations = [[*row["prompt"], {"role": "assistant", "content": row["completion"]}]]
     else:
         conversations = [row["prompt"] if kind == "grpo" else row["messages"]]
     try:
@@ -156,10 +168,9 @@ def _whole(kind: str, row: Row, meter: Meter) -> tuple[list[str], bool]:
 
 def _fields(kind: str, rows: Sequence[Row]) -> dict[str, Sequence[Sequence[str]]]:
     """The texts of each field, row by row; several turns of one role are answers, or questions, of their own."""
-    if kind in ("dpo", "grpo"):
-        names = ("chosen", "rejected") if kind == "dpo" else ("reference",)
-        prompts = {"prompt": [[joined(row["prompt"])] for row in rows]} if kind == "dpo" else {}
-        return {**prompts, **{name: [[row[name]] for row in rows] for name in names}}
+    if kind in ANSWERS:
+        prompts = {} if kind == "grpo" else {"prompt": [[joined(row["prompt"])] for row in rows]}
+        return {**prompts, **{name: [[row[name]] for row in rows] for name in ANSWERS[kind]}}
     if kind == "faq":
         return {name: [[row[name]] for row in rows] for name in ("question", "answer")}
     return {role: [_said(row["messages"], role) for row in rows] for role in ("system", "user", "assistant")}
@@ -175,24 +186,26 @@ def suggested(field: Field, answer_tokens: int = 0) -> int:
 
 
 def check_limit(
-    kind: str, field: Field, limit_tokens: int, *, answer_tokens: int = 0, is_cut: bool = False
+    phase: str, field: Field, limit_tokens: int, *, answer_tokens: int = 0, is_cut: bool = False
 ) -> list[Finding]:
     """Rows that training would refuse, or cut where the recipe says so; `answer_tokens` are to be left for an answer."""
     if field.longest + answer_tokens <= limit_tokens:
         return []
-    over = sum(value + answer_tokens > limit_tokens for value in field.values)
-    rest = f" and {kind}.answer_tokens {answer_tokens:,}" if answer_tokens else ""
-    then = "cut at their end, which leaves the end of an answer untaught" if is_cut else "refused"
+    places = [place for place, length in field.longest_rows if length + answer_tokens > limit_tokens]
+    over = max(len(places), sum(value + answer_tokens > limit_tokens for value in field.values))
+    rest = f" and {phase}.answer_tokens {answer_tokens:,}" if answer_tokens else ""
+    fate = "cut at its end, and the end of the answer is not learned" if is_cut else "refused"
     return [
         Finding(
             kind="too_long",
-            level="problem",
+            level="notice" if is_cut else "problem",
             what=f"{field.file}: the longest {field.name.removeprefix('whole ')} has {field.longest:,} tokens,"
-            f" {kind}.max_tokens is {limit_tokens:,}{rest}; {examples.rows(over)} of {len(field.values):,} measured"
-            f" are longer and will be {then}",
-            remedy=f"Set {kind}.max_tokens = {suggested(field, answer_tokens)}, or shorten those rows; 99 % fit into"
+            f" {phase}.max_tokens is {limit_tokens:,}{rest}; what is longer is {fate}: {examples.rows(over)} of"
+            f" {len(field.values):,} measured",
+            remedy=f"Set {phase}.max_tokens = {suggested(field, answer_tokens)}, or shorten those rows; 99 % fit into"
             f" {field.percentiles[-1] + answer_tokens:,}.",
             count=over,
+            examples=examples.first(places),
             figures={"longest": field.longest, "suggested": suggested(field, answer_tokens)},
         )
     ]

@@ -105,7 +105,7 @@ def find(rows: Sequence[Text], languages: Sequence[str]) -> list[Finding]:
                 Finding(
                     kind=f"personal_{kind.name}",
                     level="problem",
-                    what=f"{examples.rows(len(holders))} hold {kind.said}",
+                    what=f"In {examples.rows(len(holders))}: {kind.said}",
                     remedy="Take it out or put an invented one in its place; a model may repeat to anybody what it was"
                     " trained on.",
                     count=len(holders),

@@ -2,6 +2,7 @@
 
     conversations   {"messages": [{"role", "content"}, ...]}                       sft, heldout
     preferences     {"prompt": [messages], "chosen": str, "rejected": str}         dpo
+    judgements      {"prompt": [messages], "completion": str, "label": bool}       kto
     references      {"prompt": [messages], "reference": str, "columns": {...}}     grpo
     questions       {"question": str, "answer": str, "metadata": {...}}            faq
 
@@ -24,7 +25,9 @@ from appliance.data.messages import (
     require_turns,
 )
 
-Purpose = Literal["conversations", "preferences", "references", "questions"]
+Purpose = Literal["conversations", "preferences", "judgements", "references", "questions"]
+# What a column of a CSV file, or another program, may have in place of true and false.
+YES_AND_NO = {**dict.fromkeys(("true", "1", "yes", "good"), True), **dict.fromkeys(("false", "0", "no", "bad"), False)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,15 @@ def sharegpt_preference(row: Row, report: Report) -> Row:
     return _preference(row, messages, report)
 
 
+def judged_answer(row: Row, report: Report) -> Row:
+    prompt = read_prompt(row.get("prompt"), "prompt", report)
+    answer = read_answer(row.get("completion"), "completion", report, prompt)
+    label = YES_AND_NO.get(str(row.get("label")).strip().lower())
+    if label is None:
+        raise SetAside(f"label: expected true or false, found {shown(row.get('label'))}")
+    return {"prompt": prompt, "completion": answer, "label": label}
+
+
 def prompt_and_reference(row: Row, report: Report) -> Row:
     prompt = read_prompt(row.get("prompt"), "prompt", report)
     reference = read_text(row.get("reference"), "reference", report)
@@ -132,6 +144,7 @@ TRIPLETS = Shape(
     (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     preference_triplet,
 )
+JUDGED = Shape("judged answers", "judgements", (("prompt", "completion", "label"),), judged_answer)
 REFERENCES = Shape("prompt and reference", "references", (("prompt", "reference"),), prompt_and_reference, keeps_others=True)
 SHAPES = (
     Shape("chat messages", "conversations", (("messages",),), chat_messages),
@@ -146,6 +159,7 @@ SHAPES = (
         sharegpt_preference,
         ("system",),
     ),
+    JUDGED,
     REFERENCES,
     Shape(
         "questions and answers",
@@ -156,4 +170,9 @@ SHAPES = (
     ),
 )
 # What a map of columns leads to.
-BY_PURPOSE: Mapping[Purpose, Shape] = {"conversations": PAIRS, "preferences": TRIPLETS, "references": REFERENCES}
+BY_PURPOSE: Mapping[Purpose, Shape] = {
+    "conversations": PAIRS,
+    "preferences": TRIPLETS,
+    "judgements": JUDGED,
+    "references": REFERENCES,
+}

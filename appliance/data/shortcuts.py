@@ -19,6 +19,7 @@ DOMINATES = 2.5  # times in a row, on average
 ENDS_IN_ANSWERS = 2 / 3
 OWN_SHARE = 0.8  # of all rows with the word
 MINIMUM_ROWS = 40
+MOST_CONCERNED = 0.25  # of the rows; where more have such a word, each row has a subject of its own
 SAMPLE_ROWS = 20_000
 
 FORMS: dict[str, Callable[[str], bool]] = {
@@ -34,7 +35,7 @@ FORMS: dict[str, Callable[[str], bool]] = {
 def find(rows: Sequence[Text]) -> list[Finding]:
     """All shortcuts found."""
     triplets = [row for row in rows if row.kind == "dpo"]
-    asked = [row for row in rows if row.kind in ("sft", "dpo", "grpo")]
+    asked = [row for row in rows if row.kind in ("sft", "dpo", "kto", "grpo")]
     public = [row for row in rows if row.kind == "faq"]
     return [*_length(triplets), *_form(triplets), *_premise(asked, public), *_word(asked, public)]
 
@@ -151,7 +152,8 @@ def _word(rows: Sequence[Text], faq: Sequence[Text]) -> list[Finding]:
             continue
         if sum(word in telling(row.answer) for row in holders) >= ENDS_IN_ANSWERS * len(holders):
             slices.append((times[word] / len(holders), word, holders))
-    if not slices:
+    concerned_rows = {id(row) for _, _, holders in slices for row in holders}
+    if not slices or len(concerned_rows) > MOST_CONCERNED * len(rows):
         return []
     slices.sort(key=lambda each: (-each[0], each[1]))
     public = {word for row in faq for word in telling(row.whole)}

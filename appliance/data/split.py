@@ -22,7 +22,7 @@ from appliance.recipe import Recipe
 from appliance.text import languages
 
 LEAST_GAIN = 1e-9  # what rounding could make of none
-KINDS = ("sft", "dpo", "grpo")
+KINDS = ("sft", "dpo", "kto", "grpo")
 Key = tuple[str, ...]
 
 
@@ -30,7 +30,7 @@ Key = tuple[str, ...]
 class Part:
     """One of the recipe's files, divided. Leaks: of this split, and of random splits of the same size."""
 
-    kind: str  # sft, dpo or grpo
+    kind: str  # of KINDS
     rows: Sequence[Text]
     is_heldout: Sequence[bool]
     strata: Sequence[tuple[str, str]]  # language, topic
@@ -53,7 +53,7 @@ class Part:
 
 
 def divide(parts: Mapping[str, Sequence[Text]], spoken: Sequence[str], share: float, seed: int) -> list[Part]:
-    """Divides rows by kind (sft, dpo, grpo); `spoken` are the languages to tell apart.
+    """Divides rows by kind (`KINDS`); `spoken` are the languages to tell apart.
 
     Raises `DataError` when the rows of a kind are so alike that none can be held out. Prompts for rewards may be: they are
     divided so that none is held out in another file, and a few may repeat without end.

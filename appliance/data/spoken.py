@@ -61,7 +61,7 @@ def _mixed(rows: Sequence[tuple[Text, str, str]]) -> list[Finding]:
         Finding(
             kind="answer_in_another_language",
             level="problem",
-            what=f"{examples.rows(len(rows))} are answered in another language than they were asked in:"
+            what=f"The answer is in another language than the question in {examples.rows(len(rows))}:"
             f" {examples.listed(parts)}",
             remedy="Look at each: rewrite the answer in the language of the question, unless it asked for a translation.",
             count=len(rows),
@@ -78,7 +78,7 @@ def _undeclared(rows: Sequence[tuple[Text, str]], spoken: Sequence[str]) -> list
         Finding(
             kind="undeclared_language",
             level="notice",
-            what=f"{examples.rows(len(rows))} are answered in a language that the recipe does not name:"
+            what=f"The answer is in a language that the recipe does not name in {examples.rows(len(rows))}:"
             f" {examples.listed(parts)}",
             remedy=f"Add it to languages (now {', '.join(spoken)}), so that it is measured too, or take the rows out.",
             count=len(rows),

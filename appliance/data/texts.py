@@ -12,10 +12,10 @@ SHORT_CHARACTERS = 12  # "Hello" opens many conversations without making them al
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One row. `asked` has all turns of the user, `answer` all of the assistant, the chosen answer of a triplet, or the
-    reference; `beside` what stands with them: system turns, further columns, the metadata of a question in the FAQ."""
+    """One row. `asked` has all turns of the user, `answer` all of the assistant, the chosen answer of a triplet, one judged
+    good, or the reference; `beside` what stands with them: system turns, further columns, the metadata of the FAQ."""
 
-    kind: str  # sft, heldout, dpo, grpo, faq
+    kind: str  # sft, heldout, dpo, kto, grpo, faq
     file: str
     line: int
     opening: str
@@ -50,17 +50,20 @@ def read(kind: str, file: str, rows: Sequence[Row]) -> list[Text]:
 def read_one(kind: str, file: str, row: Row) -> Text:
     """One row of a dataset."""
     if kind == "faq":
-        opening = asked = row["question"]
+        opening, asked, rejected = row["question"], row["question"], ""
         answer, beside = row["answer"], "\n".join(_strings(row["metadata"]))
     else:
         messages = row["messages"] if "messages" in row else row["prompt"]
         opening, asked = _questions(messages)
+        rejected = row.get("rejected", "")
         said = _said(messages, "assistant")
         wanted = row.get("chosen", row.get("reference"))
+        if kind == "kto":
+            wanted, rejected = (row["completion"], "") if row["label"] else ("", row["completion"])
         # The assistant's turns inside a prompt are not what is learned.
         answer, earlier = ("\n".join(said), []) if wanted is None else (wanted, said)
         beside = "\n".join([*_said(messages, "system"), *earlier, *_strings(row.get("columns", {}))])
-    return Text(kind, file, row["line"], opening, asked, answer, row.get("rejected", ""), beside, row.get("item", 0))
+    return Text(kind, file, row["line"], opening, asked, answer, rejected, beside, row.get("item", 0))
 
 
 def _questions(messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:

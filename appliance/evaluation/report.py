@@ -7,6 +7,7 @@ from appliance.artifacts import Artifact
 from appliance.console import human_bytes, human_seconds
 from appliance.evaluation.asking import Session
 from appliance.recipe import STARTER, Recipe
+from appliance.training_settings import PREFERENCES
 
 STARTER_WARNING = (
     "The base is the **starter**, made on the spot from this recipe's files. It is for trying the appliance: it repeats"
@@ -56,21 +57,13 @@ def _data(dataset: Artifact) -> list[str]:
 def _training(made: Mapping[str, Artifact]) -> list[str]:
     lines = ["| phase | steps | loss, first step | loss, last twentieth | time |", "|---|---|---|---|---|"]
     for phase in [
-        name for name in ("base", "sft", "dpo", "grpo") if "steps" in (made[name].results if name in made else {})
+        name for name in ("base", "sft", *PREFERENCES, "grpo") if "steps" in (made[name].results if name in made else {})
     ]:
         results, seconds = made[phase].results, made[phase].manifest["seconds"]
         losses = f"{results['first_loss']:.3f} | {results['final_loss']:.3f}"
         lines.append(f"| {phase} | {results['steps']} | {losses} | {human_seconds(seconds)} |")
-    if "dpo" in made:
-        dpo = made["dpo"].results
-        lines += [
-            "",
-            f"Preference accuracy over {dpo['rows']} triplets (chosen answer likelier per token):"
-            f" {dpo['accuracy_before']:.1%} before DPO, {dpo['accuracy_after']:.1%} after; by"
-            f" {dpo['margin_before_nats']:.2f} nats a token before, {dpo['margin_after_nats']:.2f} after."
-            f" The chosen answer gained on the rejected one in {dpo['reward_accuracy']:.1%}."
-            f" Length alone would decide {dpo['chosen_longer']:.1%}.",
-        ]
+    for name in [phase for phase in PREFERENCES if phase in made]:
+        lines += ["", _preferred(name.upper(), made[name].results)]
     if "grpo" in made:
         grpo = made["grpo"].results
         lines += [
@@ -82,10 +75,32 @@ def _training(made: Mapping[str, Artifact]) -> list[str]:
     return lines + _samples(made)
 
 
+def _preferred(method: str, results: Mapping[str, Any]) -> str:
+    """What a phase of preferences did, from triplets or from judged answers."""
+    if "accuracy_before" not in results:
+        return (
+            f"By {method} wanted answers became likelier by {results['good_gain_nats']:+.2f} nats a token, unwanted ones by"
+            f" {results['bad_gain_nats']:+.2f} (the wanted one gained more in {results['reward_accuracy']:.1%} of pairs)."
+        )
+    shorter = (
+        f" Where the chosen answer is the shorter one: {results['accuracy_shorter_before']:.1%} before,"
+        f" {results['accuracy_shorter_after']:.1%} after."
+        if "accuracy_shorter_after" in results
+        else ""
+    )
+    return (
+        f"Preference accuracy over {results['rows']} triplets (chosen answer likelier per token):"
+        f" {results['accuracy_before']:.1%} before {method}, {results['accuracy_after']:.1%} after; by"
+        f" {results['margin_before_nats']:.2f} nats a token before, {results['margin_after_nats']:.2f} after."
+        f" The chosen answer gained on the rejected one in {results['reward_accuracy']:.1%}."
+        f" Length alone would decide {results['accuracy_by_length']:.1%}.{shorter}"
+    )
+
+
 def _samples(made: Mapping[str, Artifact]) -> list[str]:
     import json
 
-    adapter = next(made[phase] for phase in ("grpo", "dpo", "sft") if phase in made)
+    adapter = next(made[phase] for phase in ("grpo", *PREFERENCES, "sft") if phase in made)
     lines = ["", "Base beside adapter, greedy, on a training question in each language:", ""]
     for sample in json.loads((adapter.path / "samples.json").read_text(encoding="utf-8")):
         lines += [f"- **{sample['language']}** {_line(sample['question'])}"]

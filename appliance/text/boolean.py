@@ -51,7 +51,6 @@ class Reading:
     problems: Sequence[Problem]
     terms: int
     operators: int
-    depth: int  # of the innermost group
 
     @property
     def score(self) -> float:
@@ -66,7 +65,7 @@ def read(query: str, dialect: Dialect) -> Reading:
         reader.take(token)
     reader.finish(len(query))
     problems = sorted(reader.problems, key=lambda problem: problem.position)
-    return Reading(problems, reader.terms, reader.operators, reader.depth)
+    return Reading(problems, reader.terms, reader.operators)
 
 
 # In order: the first that fits is taken. What is unclosed or belongs to no rule comes last, as "wrong".
@@ -155,7 +154,7 @@ class _Reader:
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
         self.problems: list[Problem] = []
-        self.terms = self.operators = self.depth = 0
+        self.terms = self.operators = 0
         self._open: list[Token] = []
         self._wants: Token | None = None
         self._last: Token | None = None  # but for spaces
@@ -193,7 +192,6 @@ class _Reader:
         if self._dialect == "ovid" and self._last is not None and self._last.kind in ("close", "after") and not self._wants:
             self._say(token, "an operator is missing before it")
         self._open.append(token)
-        self.depth = max(self.depth, len(self._open))
         self._wants = None
 
     def _closing(self, token: Token) -> None:

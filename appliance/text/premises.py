@@ -1,7 +1,7 @@
 """Circumstances that a person may state about himself, by their words in Dutch, English, German, Polish and Arabic.
 
 A few rows that share one of them teach a model to assume it of everybody; those rows may be in several languages, where
-no word is the same. Words are stems: they match whatever goes on behind them.
+no word is the same. Words are stems: they match whatever goes on behind them, but for those that end in "$".
 """
 
 import re
@@ -18,7 +18,7 @@ STEMS = {
         " اغتصاب"
     ),
     "psychiatry": ("psychiatrisch psychose schizofren psychiatric psychosis psychiatrisch psychiatrycz مصحة الذهان"),
-    "illness": "hiv kanker tuberculos cancer krebs nowotwor gruźlic السرطان الإيدز",
+    "illness": "hiv$ kanker tuberculos cancer krebs nowotwor gruźlic السرطان الإيدز",
     "no papers": (
         "ongedocumenteerd zonder_papieren uitgeprocedeerd undocumented without_papers papierlos bez_dokumentów بلا_أوراق"
         " بدون_أوراق"
@@ -30,7 +30,8 @@ STEMS = {
 
 
 def _pattern(stems: str) -> re.Pattern[str]:
-    either = "|".join(re.escape(stem).replace("_", r"\s+") for stem in stems.split())
+    ends = [(stem.removesuffix("$"), r"\b" if stem.endswith("$") else "") for stem in stems.split()]
+    either = "|".join(re.escape(stem).replace("_", r"\s+") + end for stem, end in ends)
     return re.compile(rf"(?<!\w)({either})\w*", re.IGNORECASE)
 
 

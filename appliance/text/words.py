@@ -16,8 +16,20 @@ def words(text: str) -> list[str]:
 
 
 def telling(text: str) -> list[str]:
-    """The words of a text that say what it is about."""
-    return [word for word in words(text) if len(word) > 2 and EVERY_STOP_WORD.isdisjoint((word, APOSTROPHE.split(word)[0]))]
+    """The words of a text that say what it is about; without what is elided before them ("l'art" is about "art")."""
+    bare = [_without_elision(word) for word in words(text)]
+    return [word for word in bare if len(word) > 2 and not _is_stop_word(word)]
+
+
+def _is_stop_word(word: str) -> bool:
+    """A contraction with "not" says as little as the verb in it."""
+    first, *rest = APOSTROPHE.split(word, maxsplit=1)
+    return word in EVERY_STOP_WORD or first in EVERY_STOP_WORD or (rest == ["t"] and first.endswith("n"))
+
+
+def _without_elision(word: str) -> str:
+    first, *rest = APOSTROPHE.split(word, maxsplit=1)
+    return rest[0] if rest and len(first) <= 2 else word
 
 
 def normal(text: str) -> str:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from appliance.data import examples
 from appliance.data.check import read_rows
 from appliance.data.formats import Row
 from appliance.errors import DataError
 from appliance.recipe import Recipe
-from appliance.training import labels, preferences, processes, prompts, reward_linter, validation
+from appliance.training import labels, preference_phase, processes, prompts, reward_linter
 from appliance.training import model as models
 from appliance.training.labels import LabelledRow
 from appliance.training.model import Base
@@ -45,12 +46,12 @@ def read(recipe: Recipe, dataset: Path, base: Base) -> Conversations:
     tokenizer = models.load_tokenizer(base.path)
     template = models.marked_template(base.path, tokenizer)
     kept, labelled = _label(tokenizer, rows, template, recipe, recipe.data.sft)
-    chosen = validation.choose(read_rows(dataset, "heldout"), recipe.sft.validation_rows)
+    chosen = examples.spread(read_rows(dataset, "heldout"), recipe.sft.validation_rows)
     heldout: list[LabelledRow] = []
     if chosen and recipe.data.heldout:
         _, heldout = _label(tokenizer, chosen, template, recipe, recipe.data.heldout)
-    if "dpo" in recipe.phases:
-        preferences.tokenize_checked(tokenizer, dataset, recipe)
+    if recipe.preference_phase:
+        preference_phase.check(tokenizer, dataset, recipe, recipe.preference_phase)
     if "grpo" in recipe.phases:  # and rewards that cannot be trained with
         asked = prompts.read_checked(tokenizer, dataset, recipe)
         reward_linter.lint(registry.build(recipe, asked), asked, [], recipe.languages)

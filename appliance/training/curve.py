@@ -3,6 +3,7 @@
 Pure: neither torch nor a trainer is known here.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -10,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from appliance.errors import ArtifactError
+
+T = TypeVar("T")
 
 LOSS = "loss.jsonl"
 # The standard deviation of normal noise is 1.4826 times its median absolute deviation (Rousseeuw and Croux 1993), and a
@@ -35,13 +38,29 @@ class Point:
     rows: tuple[int, ...] = ()
     reward: float | None = None
     equal_rewards: float | None = None  # share of the groups (GRPO) whose completions all got the same reward
-    memory_bytes: int | None = None
-    tokens_per_second: float | None = None
+    preferred: float | None = None  # share of the pairs (DPO) whose chosen answer gained on the rejected one
+    margin: float | None = None  # by how much, in rewards
     seconds: float | None = None
     validation_seconds: float | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """The loss is exactly 0, and so is its gradient: no token had a label, or DPO has nothing left to learn."""
+        return self.loss == 0 and not self.gradient_norm
 
-FIELDS = {"grad_norm": "gradient_norm", "frac_reward_zero_std": "equal_rewards"}  # as trainers name them
+    def __str__(self) -> str:
+        rows = f", rows {', '.join(map(str, self.rows))}" if self.rows else ""
+        norm = "" if self.gradient_norm is None else f", gradient norm {self.gradient_norm:.2g}"
+        return f"step {self.step} (loss {self.loss:.3f}{norm}{rows})"
+
+
+FIELDS = {  # as trainers name them
+    "grad_norm": "gradient_norm",
+    "frac_reward_zero_std": "equal_rewards",
+    "rewards/accuracies": "preferred",
+    "rewards/margins": "margin",
+}
+MOST_BLOCKS = 1000
 
 
 def read(folder: Path) -> list[Point]:
@@ -65,6 +84,12 @@ def point(line: dict[str, Any]) -> Point:
     return Point(**values)
 
 
+def fifths(steps: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """The first and the last fifth of a run's steps, one at least: what is compared where single steps are noisy."""
+    size = max(1, len(steps) // 5)
+    return steps[:size], steps[-size:]
+
+
 def noise(values: Sequence[float]) -> float:
     """The standard deviation of the noise of a series, by its differences: a trend does not count, nor do a few outliers."""
     return DEVIATION_OF_DIFFERENCES * median(abs(b - a) for a, b in itertools.pairwise(values))
@@ -82,6 +107,16 @@ def trend(values: Sequence[float]) -> float:
 def logarithms(values: Sequence[float]) -> list[float]:
     """The noise of a loss grows with the loss, so that it is steady in logarithms."""
     return [math.log(max(value, TINY)) for value in values]
+
+
+def thinned(points: Sequence[Point]) -> Sequence[Point]:
+    """A long run as at most a thousand points, with the median loss of as many steps each: a look costs no more than one."""
+    size = -(-len(points) // MOST_BLOCKS)
+    if size < 2:
+        return points
+    starts = range(len(points) % size, len(points), size)
+    blocks = [points[start : start + size] for start in starts]
+    return [dataclasses.replace(block[size // 2], loss=median(point.loss for point in block)) for block in blocks]
 
 
 def levels(values: Sequence[float], width: int) -> list[float]:

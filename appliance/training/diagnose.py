@@ -5,10 +5,10 @@ Pure: no torch, no files. The same function looks at a run while it trains (`is_
 
 import math
 from collections.abc import Sequence
-from statistics import mean, median
+from statistics import median
 
 from appliance.findings import Finding
-from appliance.training import curve
+from appliance.training import curve, judged
 from appliance.training.curve import DEVIATION_OF_MEDIAN, Point
 
 # Fewer steps say nothing: the noise itself is estimated from about as many.
@@ -37,35 +37,30 @@ KNOWN_LOSS = 0.1  # nats per token: who starts there knows the answers, and has 
 # A curve that settles (exponentially, within a third of the run) makes 5 % of its way in the last quarter, a straight line
 # 25 %.
 STILL_FALLING_SHARE = 0.15
-ZERO_ADVANTAGE_SHARE = 0.5  # half the groups give no gradient: half the time is wasted
 VALIDATION_SHARE = 0.2
 
 
 def diagnose(points: Sequence[Point], *, is_running: bool = False) -> list[Finding]:
     """The findings, the gravest first; none for a run that is as it should be, or too short to say."""
     if any(point.reward is not None for point in points):
-        findings = [*_equal_rewards(points)]
-        return findings or (_flat_reward(points) if not is_running else [])
-    learning = [point for point in points if not _is_masked(point)]
-    findings = [*_masked(points), *_slow_validation(points)]
+        findings = [*judged.equal_rewards(points)]
+        return findings or (judged.flat_reward(points) if not is_running else [])
+    is_preference = any(point.margin is not None for point in points)
+    learning = [point for point in points if not point.is_empty]
+    findings = [*(judged.saturated(points) if is_preference else _masked(points)), *_slow_validation(points)]
     if len(learning) < FEWEST_STEPS:
         return findings
     findings += [*_spikes(learning), *_different_distributions(learning)]
-    if lost := _lost_level(learning, is_running=is_running):
+    if lost := _lost_level(curve.thinned(learning), is_running=is_running):
         return [lost, *findings]
     findings += _overfitting(learning)
     if is_running or any(finding.kind == "overfitting" for finding in findings):
         return findings
-    return [*findings, *(_no_learning(learning) or _too_early(learning))]
-
-
-def _is_masked(point: Point) -> bool:
-    """No token of the batch had a label: the loss is exactly 0, and so is its gradient."""
-    return point.loss == 0 and not point.gradient_norm
+    return [*findings, *((judged.no_preference if is_preference else _no_learning)(learning) or _too_early(learning))]
 
 
 def _masked(points: Sequence[Point]) -> list[Finding]:
-    empty = [point for point in points if _is_masked(point)]
+    empty = [point for point in points if point.is_empty]
     if not empty:
         return []
     every = len(empty) == len(points)
@@ -78,7 +73,7 @@ def _masked(points: Sequence[Point]) -> list[Finding]:
             remedy="Look at the rows: the assistant's turn is missing or empty, or was cut off, or the chat template"
             " marks nothing as the assistant's.",
             count=len(empty),
-            examples=[_where(point) for point in empty[:5]],
+            examples=[str(point) for point in empty[:5]],
             figures={"masked_steps": len(empty), "steps": len(points)},
         )
     ]
@@ -90,6 +85,8 @@ def _spikes(points: Sequence[Point]) -> list[Finding]:
     last = -SPIKE_BACK_STEPS
     for i in range(FEWEST_STEPS, len(points)):
         usual = median(logs[max(0, i - BEFORE_STEPS) : i])
+        if logs[i] - usual <= math.log(SPIKE_FACTOR):
+            continue
         limit = max(SPIKE_DEVIATIONS * curve.noise(logs[max(0, i - NOISE_STEPS) : i]), math.log(SPIKE_FACTOR))
         after = logs[i + 1 : i + 1 + 2 * SPIKE_BACK_STEPS]
         is_back = len(after) >= SPIKE_BACK_STEPS and median(after) - usual < limit / 2
@@ -114,7 +111,7 @@ def _spikes(points: Sequence[Point]) -> list[Finding]:
             remedy="Read these rows: a wrong language, a broken answer or a text unlike the others makes such a step."
             " If they are right, lower max_gradient_norm.",
             count=len(found),
-            examples=[_where(points[i]) for _, i in sorted(found, reverse=True)[:5]],
+            examples=[str(points[i]) for _, i in sorted(found, reverse=True)[:5]],
             figures={"step": points[worst].step, "loss": points[worst].loss, "times_usual": factor},
         )
     ]
@@ -132,7 +129,8 @@ def _lost_level(points: Sequence[Point], *, is_running: bool) -> Finding | None:
         if value < best:
             best, best_at = value, i
         is_sure = value - best > LEVEL_DEVIATIONS * sigma * value
-        lost.append((value - best) / max(level[0] - best, 0.1 * level[0]) if is_sure else 0.0)
+        learned = max(level[0] - best, 0.1 * level[0], curve.TINY)
+        lost.append((value - best) / learned if is_sure else 0.0)
         bests.append(best_at)
     if lost[-1] >= LOST_SHARE:
         return _divergence(points, level, bests[-1], width) if not is_running or min(lost[-width:]) >= LOST_SHARE else None
@@ -186,12 +184,12 @@ def _overfitting(points: Sequence[Point]) -> list[Finding]:
     later = values[best + 1 :]
     if len(later) < 2:
         return []
-    last = median(later[-3:])
-    is_sure = math.log(last / values[best]) > OVERFIT_DEVIATIONS * curve.noise(curve.logarithms(values[best:]))
+    last, lowest = median(later[-3:]), max(values[best], curve.TINY)
+    is_sure = math.log(max(last, curve.TINY) / lowest) > OVERFIT_DEVIATIONS * curve.noise(curve.logarithms(values[best:]))
     began = measured[best][0]
     width = max(3, len(points) // 20)
     then, now = (median(_around(points, i, width)) for i in (began, len(points) - 1))
-    if last / values[best] - 1 < OVERFIT_SHARE or (len(later) > 3 and not is_sure) or now > then * (1 + OVERFIT_SHARE):
+    if last / lowest - 1 < OVERFIT_SHARE or (len(later) > 3 and not is_sure) or now > then * (1 + OVERFIT_SHARE):
         return []
     return [
         Finding(
@@ -238,11 +236,13 @@ def _no_learning(points: Sequence[Point]) -> list[Finding]:
     losses = [point.loss for point in points]
     count = max(5, len(losses) // 10)
     first, last = median(losses[:count]), median(losses[len(losses) // 2 :])
+    if first < KNOWN_LOSS:
+        return []
     unsure = 3 * DEVIATION_OF_MEDIAN * curve.noise(curve.logarithms(losses)) / math.sqrt(count)
     fell = 1 - last / first
     is_hidden = fell <= min(unsure, FLAT_MOST) and curve.trend(losses) > SURE_TREND
-    was_fast = 1 - last / median(losses[:3]) > FAST_SHARE
-    if first < KNOWN_LOSS or was_fast or not (fell <= FLAT_SHARE or is_hidden):
+    was_fast = 1 - last / max(median(losses[:3]), curve.TINY) > FAST_SHARE
+    if was_fast or not (fell <= FLAT_SHARE or is_hidden):
         return []
     norms = [point.gradient_norm for point in points if point.gradient_norm is not None]
     rates = [point.learning_rate for point in points if point.learning_rate is not None]
@@ -287,45 +287,6 @@ def _too_early(points: Sequence[Point]) -> list[Finding]:
     ]
 
 
-def _equal_rewards(points: Sequence[Point]) -> list[Finding]:
-    shares = [point.equal_rewards for point in points if point.equal_rewards is not None]
-    if len(shares) < 3 or (share := median(shares)) < ZERO_ADVANTAGE_SHARE:
-        return []
-    return [
-        Finding(
-            kind="zero_advantage",
-            level="problem",
-            what=f"In {share:.0%} of the groups all completions got the same reward: their advantage is 0, and nothing is"
-            " learned from them",
-            remedy="Take a reward with degrees instead of right or wrong, or more completions a prompt.",
-            count=sum(each >= ZERO_ADVANTAGE_SHARE for each in shares),
-            examples=[_where(point) for point in points if (point.equal_rewards or 0) >= ZERO_ADVANTAGE_SHARE][:3],
-            figures={"share": share},
-        )
-    ]
-
-
-def _flat_reward(points: Sequence[Point]) -> list[Finding]:
-    """The last fifth's mean reward is not above the first fifth's by two standard errors."""
-    rewards = [point.reward for point in points if point.reward is not None]
-    fifth = len(rewards) // 5
-    if fifth < 5:
-        return []
-    first, last = mean(rewards[:fifth]), mean(rewards[-fifth:])
-    if last - first > 2 * curve.noise(rewards) * math.sqrt(2 / fifth):
-        return []
-    return [
-        Finding(
-            kind="no_learning",
-            level="problem",
-            what=f"The reward did not rise: {first:.3f} in the first fifth of the steps, {last:.3f} in the last",
-            remedy="Raise learning_rate, lower beta, or take more completions a prompt; see what gets which reward.",
-            count=len(rewards),
-            figures={"first_reward": first, "last_reward": last},
-        )
-    ]
-
-
 def _slow_validation(points: Sequence[Point]) -> list[Finding]:
     spent = sum(point.validation_seconds or 0 for point in points)
     total = sum(point.seconds or 0 for point in points)
@@ -340,12 +301,6 @@ def _slow_validation(points: Sequence[Point]) -> list[Finding]:
             figures={"share": share},
         )
     ]
-
-
-def _where(point: Point) -> str:
-    rows = f", rows {', '.join(map(str, point.rows))}" if point.rows else ""
-    norm = "" if point.gradient_norm is None else f", gradient norm {point.gradient_norm:.2g}"
-    return f"step {point.step} (loss {point.loss:.3f}{norm}{rows})"
 
 
 def _norm(points: Sequence[Point], at: int, width: int = 1) -> str:

@@ -12,16 +12,17 @@ from typing import Any
 
 from appliance.errors import RecipeError
 from appliance.recipe import Recipe
-from appliance.training import rungs, simulation, stream, streamed_head
+from appliance.training import adapters, rungs, simulation, stream, streamed_head
 from appliance.training.rungs import Rung
 from appliance.training.simulation import Setting, Shape
 
 MIB = 1 << 20
+# Of bitsandbytes: weights a scale, scales a scale, and two tables of 256 values.
 NF4_BLOCK, NF4_NESTED_BLOCK, NF4_TABLES_BYTES = (
     64,
     256,
     2 * 1024,
-)  # bitsandbytes: weights a scale, scales a scale, two tables
+)
 CONTEXT_BYTES = 450 * MIB  # of CUDA and its libraries, where there is no card to ask: 300 to 500 MiB by driver and card
 SPARE = 0.04  # of a card's memory: what the allocator rounds up and cannot join again
 ADAM_BYTES = 8  # two moments in 32 bits
@@ -60,7 +61,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What is trained on: the largest micro-batch, whether several make a step, and whether a frozen adapter is compared with."""
+    """What is trained on: the largest micro-batch, whether several make a step, whether a frozen adapter is beside it."""
 
     shape: Shape
     accumulates: bool
@@ -74,7 +75,7 @@ def ladder(recipe: Recipe, config: Any, work: Work, device: Device) -> list[Fit]
 
 
 def chosen(fits: Sequence[Fit], name: str) -> Fit | None:
-    """The rung that the recipe names, or the first that fits; raises `RecipeError` for one that this device does not have."""
+    """The rung that the recipe names, or the first that fits; raises `RecipeError` for one that it has not."""
     if name == "auto":
         return next((fit for fit in fits if fit.fits), None)
     for fit in fits:
@@ -118,9 +119,7 @@ class Model:
         return Fit(rung, shown, memory, device.available_bytes, device.available_memory_bytes)
 
     def _adapt(self, model: Any) -> Any:
-        from appliance.training import sft
-
-        return sft.add_adapter(model, self._recipe, is_skeleton=True)
+        return adapters.add(model, self._recipe.lora, is_skeleton=True)
 
     @functools.lru_cache(maxsize=16)  # noqa: B019  (as long as the ladder is computed)
     def _step(self, setting: Setting, shape: Shape) -> simulation.Step:

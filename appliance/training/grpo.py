@@ -13,11 +13,12 @@ from typing import Any
 from appliance import artifacts
 from appliance.artifacts import Artifact, Plan
 from appliance.config import plain
+from appliance.data import examples
 from appliance.data.check import read_rows
 from appliance.errors import ApplianceError, ArtifactError, TrainingFailed
 from appliance.findings import Finding
 from appliance.recipe import Recipe
-from appliance.training import curve, dpo, loop, processes, reward_linter, run_files, samples
+from appliance.training import adapters, curve, loop, processes, reward_linter, run_files, samples
 from appliance.training import model as models
 from appliance.training import prompts as prompting
 from appliance.training.labels import render_ids
@@ -27,8 +28,7 @@ from appliance.training.rewards import reward as rewarding
 from appliance.training.rewards.reward import Answer, Prompt, Reward
 
 REVISION = 1  # raised when the same data and settings would give another adapter
-FINDINGS = "reward_findings.json"
-PART = 5  # the first and the last fifth of the steps are compared
+FINDINGS = run_files.REWARD_FINDINGS
 
 
 def plan(recipe: Recipe, dataset: str, base: str, adapter: str) -> Plan:
@@ -53,8 +53,8 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
     with processes.draft(identity, root, keep_partial=checkpoint is not None) as draft:
         loop.prepare()
         set_seed(recipe.seed)
-        model = dpo.continue_adapter(base, adapter)
-        groups = sample(model, tokenizer, prompting.spread(prompts, recipe.grpo.lint_prompts), recipe)
+        model = adapters.continued(base, adapter)
+        groups = sample(model, tokenizer, examples.spread(prompts, recipe.grpo.lint_prompts), recipe)
         findings = processes.from_first(lambda: reward_linter.lint(rewards, prompts, groups, recipe.languages))
         _tell(findings, draft.path)
         trainer = _trainer(model, tokenizer, prompts, rewards, recipe, draft.path)
@@ -146,15 +146,19 @@ def _trainer(
     per_step = grpo.batch_rows * grpo.accumulate // grpo.answers
     places = prompting.order(len(prompts), grpo.epochs, per_step, recipe.seed)
     data = Dataset.from_list([{"prompt": [dict(m) for m in prompts[i].messages], "row": i} for i in places])
-    functions = [_function(reward, prompts) for reward in rewards]
+    functions = [_function(reward, prompts, tokenizer) for reward in rewards]
     return GRPOTrainer(model=model, reward_funcs=functions, args=arguments, train_dataset=data, processing_class=tokenizer)
 
 
-def _function(reward: Reward, prompts: Sequence[Prompt]) -> Callable[..., list[rewarding.Value]]:
-    """The reward as TRL calls it; each answer brings its own row."""
+def _function(reward: Reward, prompts: Sequence[Prompt], tokenizer: Any) -> Callable[..., list[rewarding.Value]]:
+    """The reward as TRL calls it; each answer brings its own row.
 
-    def score(completions: Sequence[Any], row: Sequence[int], **_: Any) -> list[rewarding.Value]:
-        answers = [Answer(prompts[i], completion[0]["content"]) for i, completion in zip(row, completions, strict=True)]
+    The text comes from the tokens, as in `sample`: TRL's own has no thinking where the tokenizer can parse answers.
+    """
+
+    def score(completion_ids: Sequence[Sequence[int]], row: Sequence[int], **_: Any) -> list[rewarding.Value]:
+        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        answers = [Answer(prompts[i], text) for i, text in zip(row, texts, strict=True)]
         found = reward.score(answers)
         if (what := rewarding.malformed(found, len(answers))) is not None:
             raise TrainingFailed(f"The reward {reward.name} {what}. It was tried before training and did well then.")
@@ -168,10 +172,9 @@ def _outcome(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """What the rewards did, from the first fifth of the steps to the last."""
     lines = curve.read_lines(folder)
     loop.plot(lines, folder / "reward.png", "grpo", "reward")
-    fifth = max(1, len(lines) // PART)
 
     def course(key: str) -> tuple[float, float]:
-        first, last = ([point[key] for point in part if key in point] for part in (lines[:fifth], lines[-fifth:]))
+        first, last = ([point[key] for point in part if key in point] for part in curve.fifths(lines))
         return _mean(first), _mean(last)
 
     first, last = course("reward")

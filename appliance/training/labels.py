@@ -114,9 +114,9 @@ def require_lengths(
     """Raises `DataError` naming every row longer than the limit; `lengths` holds (line, tokens)."""
     long = [f"{file} line {line}: {tokens} tokens" for line, tokens in lengths if tokens > limit_tokens]
     if long:
-        shown = [*long[:MOST_SHOWN], *([f"and {len(long) - MOST_SHOWN} more"] if len(long) > MOST_SHOWN else [])]
-        heading = f"Longer than {setting} = {limit_tokens} (shorten the row, or raise {setting}{otherwise})"
-        raise DataError(several(shown, heading))
+        longest = max(tokens for _, tokens in lengths)
+        heading = f"Longer than {setting} = {limit_tokens} (shorten the row, or raise {setting} to {longest}{otherwise})"
+        raise DataError(several(long, heading, MOST_SHOWN))
 
 
 def _mask_by_markers(

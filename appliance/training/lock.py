@@ -5,9 +5,10 @@ It holds no time and no figure that was measured: a run that is repeated on the 
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from appliance.artifacts import Plan
 from appliance.errors import ArtifactError, DataError, several
 from appliance.recipe import STARTER, Recipe
 from appliance.training import processes
+from appliance.training.rewards import registry
 
 LOCK = "run.lock.json"
 SCHEMA = 1
 OF_A_MODEL = (".safetensors", ".json", ".jinja", ".model", ".txt")  # not the curve beside a starter, which holds times
 WEIGHTS = "adapter_model.safetensors"
-REQUIRED = {"phase", "artifact", "recipe", "data", "base", "versions", "code_sha256", "weights_sha256"}
+REQUIRED = {"phase", "artifact", "digest", "parents", "recipe", "data", "base", "versions", "code_sha256", "weights_sha256"}
 # Packages whose version can change what is computed; of the others the lock only keeps it.
 COMPUTING = (
     "torch",
@@ -57,7 +59,14 @@ class Lock:
 
 
 def describe(recipe: Recipe, identity: Plan, phase: str, folder: Path, dataset: Path, base: Path) -> dict[str, Any]:
-    """What the lock file of an adapter says; `folder` holds its weights already."""
+    """What the lock file of an adapter says; `folder` holds its weights already.
+
+    GRPO has `rewards`, with encoders and functions by content, and `adapter`, the sha256 of one that the recipe names.
+    """
+    judged: dict[str, Any] = {"rewards": registry.identities(recipe)} if phase == "grpo" else {}
+    continued = recipe.grpo.adapter if phase == "grpo" else None
+    if continued is not None:
+        judged["adapter"] = artifacts.digest_file(continued / WEIGHTS)
     return {
         "schema": SCHEMA,
         "phase": phase,
@@ -67,6 +76,7 @@ def describe(recipe: Recipe, identity: Plan, phase: str, folder: Path, dataset: 
         "recipe": config.plain(recipe),
         "data": artifacts.load(dataset).manifest["inputs"]["files"],
         "base": {"name": recipe.base, "files": base_files(base)},
+        **judged,
         "weights_sha256": artifacts.digest_file(folder / WEIGHTS),
         "code_sha256": code_digest(),
         "versions": versions(),
@@ -94,7 +104,7 @@ def read(path: Path, sets: Sequence[str]) -> Lock:
 
 
 def require_inputs(lock: Lock, base: Path | None) -> None:
-    """Raises `DataError` where the data is another than was locked, or the base model; `base` is None for the starter."""
+    """Raises `DataError` where data, base, rewards or adapter are other than was locked; `base` is None for the starter."""
     problems = []
     for name, expected in lock.written["data"].items():
         path = getattr(lock.recipe.data, name)
@@ -107,18 +117,50 @@ def require_inputs(lock: Lock, base: Path | None) -> None:
         found = base_files(base)
         changed = [name for name, sha256 in lock.written["base"]["files"].items() if found.get(name) != sha256]
         problems += [f"{base / name} is another than the base that was locked" for name in changed]
-    if problems:
+    if problems := [*problems, *_other_rewards(lock), *_other_adapter(lock)]:
         raise DataError(several(problems, f"{lock.path} cannot be repeated"))
 
 
-def differences(lock: Lock) -> list[str]:
-    """What here may compute something else than was locked, in words."""
+def _other_rewards(lock: Lock) -> list[str]:
+    """Encoders and functions that changed; a weight or another setting is changed on purpose, with --set."""
+    then = lock.written.get("rewards", {})
+    now = registry.identities(lock.recipe) if then else {}
+    return [
+        f"grpo.rewards.{name} has {key} {now.get(name, {}).get(key, 'none')}, locked {entries[key]}"
+        for name, entries in then.items()
+        for key in ("encoder", "function")
+        if key in entries and now.get(name, {}).get(key) != entries[key]
+    ]
+
+
+def _other_adapter(lock: Lock) -> list[str]:
+    expected, folder = lock.written.get("adapter"), lock.recipe.grpo.adapter
+    if expected is None or folder is None:
+        return []
+    if not (folder / WEIGHTS).is_file():
+        return [f"{folder} is no adapter; name the folder with --set grpo.adapter=FOLDER"]
+    actual = artifacts.digest_file(folder / WEIGHTS)
+    if actual == expected:
+        return []
+    digests = f"sha256 {actual[:12]}…, locked {expected[:12]}…"
+    return [f"{folder} is another: {digests}; name the folder with --set grpo.adapter=FOLDER"]
+
+
+def differences(lock: Lock, identity: Plan) -> list[str]:
+    """What here may compute something else than was locked, in words; `identity` is what would be made here."""
     now, then = versions(), lock.written["versions"]
     said = [f"{name} {now.get(name)} (locked {then.get(name)})" for name in COMPUTING if now.get(name) != then.get(name)]
     if code_digest() != lock.written["code_sha256"]:
         said.append(f"the appliance's code {__version__} (locked {then.get('edge-appliance')})")
+    if identity.digest != lock.written["digest"]:
+        parents = ", ".join(f"{new} (locked {old})" for new, old in _pairs(identity, lock) if new != old)
+        said.append(f"what is trained: {f'from {parents}' if parents else 'its settings, or the revision of its phase'}")
     here, there = machine(), lock.written["machine"]
     return said + [f"{key} {here[key]} (locked {there.get(key)})" for key in here if here[key] != there.get(key)]
+
+
+def _pairs(identity: Plan, lock: Lock) -> Iterator[tuple[str | None, str | None]]:
+    return itertools.zip_longest(identity.parents, lock.written["parents"])
 
 
 def base_files(base: Path) -> dict[str, str]:

@@ -19,16 +19,26 @@ from appliance.training import curve, processes, trackers
 from appliance.training import model as models
 from appliance.training.batches import Batches
 from appliance.training.curve import LOSS
-from appliance.training.metrics import Phase
+from appliance.training.metrics import Phase as Measured
 from appliance.training.recorder import Recorder
 from appliance.training.validation import Validation
+from appliance.training_settings import Phase
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete"  # written into a checkpoint after everything else, so that a killed save is never resumed from
 SHARDS = "pytorch_model_fsdp*"  # accelerate's name for the weights in a checkpoint of a sharded model
 
+# transformers' names (training_args.py, `OptimizerNames`; trainer_utils.py, `SchedulerType`).
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "adafactor": "adafactor",
+}
+SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
-def arguments(folder: Path, phase: Any, seed: int) -> dict[str, Any]:
+
+def arguments(folder: Path, phase: Phase, seed: int) -> dict[str, Any]:
     """Trainer arguments common to all phases; `phase` is the recipe's section.
 
     The batch is this process's share of it; raises `RecipeError` when there is none.
@@ -36,7 +46,7 @@ def arguments(folder: Path, phase: Any, seed: int) -> dict[str, Any]:
     import torch
 
     section = type(phase).__name__.lower()
-    batch_rows, accumulate = processes.share(phase.batch_rows, getattr(phase, "accumulate", 1), section)
+    batch_rows, accumulate = processes.share(phase.batch_rows, phase.accumulate, section)
     kind = models.weight_type()
     return {
         "output_dir": str(folder / CHECKPOINTS),
@@ -44,9 +54,11 @@ def arguments(folder: Path, phase: Any, seed: int) -> dict[str, Any]:
         "per_device_train_batch_size": batch_rows,
         "gradient_accumulation_steps": accumulate,
         "learning_rate": phase.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": getattr(phase, "warmup_ratio", 0.03),
-        "max_grad_norm": getattr(phase, "max_gradient_norm", 1.0),
+        "optim": OPTIMIZERS[phase.optimizer],
+        "lr_scheduler_type": SCHEDULERS[phase.scheduler],
+        "warmup_steps": phase.warmup_ratio,
+        "max_grad_norm": phase.max_gradient_norm,
+        "use_liger_kernel": phase.liger,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # a diverged step must be seen, not logged as 0
         "save_strategy": "steps",
@@ -68,8 +80,9 @@ def prepare() -> None:
     """Sets torch's threads (on busy or quota-limited cores it collapses otherwise) and silences what no user could mend."""
     import torch
 
-    # transformers 5.23 warns of names that trl 1.16 and peft 0.21 still use.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+    # transformers 5.23 warns of names that trl 1.16 and peft 0.21 still use, trl 1.16 of what its version 2 will not have.
+    for name in ("gradient_checkpointing", "use_liger_kernel"):
+        warnings.filterwarnings("ignore", message=f".*{name}.*", category=FutureWarning)
     torch.set_num_threads(max(1, device.usable_cores() // processes.local_count()))
 
 
@@ -140,12 +153,18 @@ def train(
 
 
 def finish(folder: Path) -> None:
-    """Removes the checkpoints: last of all, since until then a killed run resumes from them."""
+    """Removes the checkpoints: last of all, since until then a killed run resumes from them.
+
+    They go in one step: what is left of one whose removal was cut off must not be resumed from.
+    """
     if processes.is_first() and (folder / CHECKPOINTS).exists():  # a run that stopped early may have none
-        shutil.rmtree(folder / CHECKPOINTS)
+        doomed = (folder / CHECKPOINTS).rename(folder / f"{CHECKPOINTS}.removed")
+        shutil.rmtree(doomed)
 
 
 def _clear_after(folder: Path, last_step: int) -> None:
+    for half in folder.glob(f".{LOSS}.*"):  # a curve that was being written
+        half.unlink()
     for each in (folder / CHECKPOINTS).glob("checkpoint-*"):
         if not (each / COMPLETE).exists():  # a save that was cut off
             shutil.rmtree(each)
@@ -163,7 +182,8 @@ def _outcome(folder: Path, label: str) -> dict[str, Any]:
 def _keep_steps(path: Path, last_step: int) -> None:
     """Drops the lines after the checkpoint, which will be written again; the last may be cut off."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step))
+    kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step)
+    artifacts.write_atomically(path, kept)  # it cannot be had again
 
 
 def _callback(
@@ -176,7 +196,7 @@ def _callback(
 
         def __init__(self) -> None:
             self.progress: Progress | None = None
-            self.phase: Phase | None = None
+            self.phase: Measured | None = None
             self.recorder: Recorder | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -184,7 +204,7 @@ def _callback(
                 validation.begin(state.max_steps)
             if processes.is_first():
                 self.progress = Progress(label, state.max_steps, first_step)
-                self.phase = Phase(label, state.max_steps, first_step)
+                self.phase = Measured(label, state.max_steps, first_step)
                 self.recorder = Recorder(folder, label, state.max_steps, self.progress.say)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002

@@ -1,7 +1,6 @@
 """The prompts of GRPO: read from the dataset, checked for length, and laid out in the order in which they are trained on."""
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +41,3 @@ def order(prompts: int, epochs: int, per_step: int, seed: int) -> list[int]:
     while len(places) % per_step:
         places += chance.sample(range(prompts), min(prompts, -len(places) % per_step))
     return places
-
-
-def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """So many of them, evenly from the first to the last."""
-    step = max(1, len(prompts) // count)
-    return list(prompts[::step][:count])

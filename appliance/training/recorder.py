@@ -16,7 +16,9 @@ from appliance import console
 from appliance.training import curve, diagnose
 from appliance.training.curve import LOSS, Point
 
-CHECK_STEPS = 10  # between two looks at the curve, and a fiftieth of the run at least: a look costs as the curve is long
+CHECK_STEPS = (
+    10  # between two looks at the curve, and a fiftieth of the run at least: a look costs in proportion to the steps
+)
 
 
 class Recorder:

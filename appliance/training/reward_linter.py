@@ -7,13 +7,16 @@ that follow length, or that keywords win. Rewards are tried on answers made up f
 
 import dataclasses
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
+from appliance.data import examples
+from appliance.data.defects import shown
 from appliance.errors import VerificationFailed, several
 from appliance.findings import Finding
 from appliance.text.stop_words import stop_words
+from appliance.text.words import PART
 from appliance.training.rewards import reward as rewarding
 from appliance.training.rewards.reward import Answer, Prompt, Reward, Value
 
@@ -28,6 +31,12 @@ SOUP_WORDS = (4, 8, 16, 32, 64)
 SOUP_EFFECT = 0.5  # of a reward's whole range, that mere length may move it
 STUFFED_SHARE = 0.9  # of the reference's reward, that keywords alone may get
 REPEATED_GAIN = 1.05
+TRICKS = {  # kinds of made-up answers that are no answers, in words
+    "keywords": "keywords in any order",
+    "padded": "keywords among words that no reference has",
+    "repeated": "words three times over",
+}
+LETTERS = "bcdfghjklmnpqrstvwxz"  # which make no word together
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +56,8 @@ def lint(
     Raises `VerificationFailed` with every reason for which a reward cannot be trained with.
     """
     chosen = _different(prompts)
-    findings = _refuse(rewards, chosen)
     kinds = _made_up(chosen, languages)
+    findings = _refuse(rewards, chosen, kinds, groups)
     tried = [
         _Tried(
             each.name,
@@ -66,8 +75,13 @@ def lint(
     return findings
 
 
-def _refuse(rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> list[Finding]:
-    """Each prompt with its own reference and with its neighbour's, all in one call."""
+def _refuse(
+    rewards: Sequence[Reward],
+    prompts: Sequence[Prompt],
+    kinds: Mapping[str, Sequence[Answer]],
+    groups: Sequence[Sequence[Answer]],
+) -> list[Finding]:
+    """Each prompt with its own reference and with its neighbour's, all in one call; and all answers that there are."""
     neighbours = [*prompts[1:], prompts[0]]
     answers = [
         Answer(prompt, text.reference) for pair in (prompts, neighbours) for prompt, text in zip(prompts, pair, strict=True)
@@ -75,24 +89,21 @@ def _refuse(rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> list[Findin
     refused: list[str] = []
     findings: list[Finding] = []
     for each in rewards:
-        reason = _malformed(each, answers) or _malformed(each, answers[:1])
-        if reason is None:
+        try:
             together = _scores(each, answers)
-            reason = _borrowed(each, answers, together)
-            findings += [] if reason else _unsteady(each, answers, together)
-        if reason:
-            refused.append(f"{each.name}: {reason}.")
+            for kind, made_up in kinds.items():
+                _scores(each, made_up, f" ({kind})")
+            for group in groups:
+                _scores(each, group, f" (sampled, line {group[0].prompt.line})")
+            if reason := _borrowed(each, answers, together):
+                refused.append(f"{each.name}: {reason}.")
+            else:
+                findings += _unsteady(each, answers, together)
+        except VerificationFailed as error:
+            refused.append(str(error))
     if refused:
         raise VerificationFailed(several(refused, "A reward cannot be trained with"))
     return findings
-
-
-def _malformed(reward: Reward, answers: Sequence[Answer]) -> str | None:
-    try:
-        found = reward.score(answers)
-    except Exception as error:  # the user's own function may raise anything
-        return f"raised {type(error).__name__} ({error}) for {len(answers)} answers"
-    return rewarding.malformed(found, len(answers))
 
 
 def _borrowed(reward: Reward, answers: Sequence[Answer], together: Sequence[Value]) -> str | None:
@@ -120,7 +131,7 @@ def _borrowed(reward: Reward, answers: Sequence[Answer], together: Sequence[Valu
 def _unsteady(reward: Reward, answers: Sequence[Answer], together: Sequence[Value]) -> list[Finding]:
     again = _scores(reward, answers)
     if not all(map(_same, together, again)):
-        what = f"{reward.name} gives the same answers other values when it is asked again."
+        what = f"{reward.name} gives the same answers other values when it is asked again"
         return [Finding("not_repeatable", "problem", what, "Take chance out of it, or a resumed run will differ.")]
     alone = [_scores(reward, [answer])[0] for answer in answers]
     moved = [i for i in range(len(answers)) if not _same(together[i], alone[i])]
@@ -130,7 +141,7 @@ def _unsteady(reward: Reward, answers: Sequence[Answer], together: Sequence[Valu
         Finding(
             "depends_on_batch",
             "problem",
-            f"{reward.name} gives {len(moved)} of {len(answers)} answers another value alone than beside others.",
+            f"{reward.name} gives {len(moved)} of {len(answers)} answers another value alone than beside others",
             "Fit what it fits (a vectorizer, a mean) once on all rows, not on those of a call.",
             count=len(moved),
             examples=[
@@ -144,9 +155,7 @@ def _unsteady(reward: Reward, answers: Sequence[Answer], together: Sequence[Valu
 def _different(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Some prompts, with different references as far as there are any."""
     by_reference = {prompt.reference: prompt for prompt in reversed(prompts)}
-    spread = list(by_reference.values())[::-1]
-    step = max(1, len(spread) // MOST_PROMPTS)
-    return spread[::step][:MOST_PROMPTS]
+    return examples.spread(list(by_reference.values())[::-1], MOST_PROMPTS)
 
 
 def _made_up(prompts: Sequence[Prompt], languages: Sequence[str]) -> dict[str, list[Answer]]:
@@ -155,16 +164,22 @@ def _made_up(prompts: Sequence[Prompt], languages: Sequence[str]) -> dict[str, l
     ignored = stop_words(languages)
     vocabulary = [word for prompt in prompts for word in prompt.reference.split()]
 
-    def keywords(text: str) -> str:
-        words = [word for word in re.findall(r"\w+", text) if word.casefold() not in ignored] or text.split()
-        chance.shuffle(words)
-        return " ".join(words * 2)
+    def keywords(text: str) -> list[str]:
+        words = [word for word in PART.findall(text) if word.casefold() not in ignored] or text.split()
+        return chance.sample(words, len(words))
+
+    def padded(text: str) -> list[str]:
+        """As many words as the reference has, though most say nothing."""
+        words = keywords(text)
+        missing = max(1, len(text.split()) - len(words))
+        return [*words, *("".join(chance.choices(LETTERS, k=7)) for _ in range(missing))]
 
     kinds = {
         "reference": [prompt.reference for prompt in prompts],
         "another": [prompt.reference for prompt in (*prompts[1:], prompts[0])],
         "repeated": [" ".join([prompt.reference] * 3) for prompt in prompts],
-        "keywords": [keywords(prompt.reference) for prompt in prompts],
+        "keywords": [" ".join(keywords(prompt.reference) * 2) for prompt in prompts],
+        "padded": [" ".join(padded(prompt.reference)) for prompt in prompts],
         "empty": ["" for _ in prompts],
     }
     kinds |= {f"soup {count}": [" ".join(chance.choices(vocabulary, k=count)) for _ in prompts] for count in SOUP_WORDS}
@@ -190,7 +205,7 @@ def _constant(tried: _Tried) -> list[Finding]:
     every = [value for values in tried.made_up.values() for value in values]
     if max(every) - min(every) > FLAT:
         return []
-    what = f"{tried.name} gives {every[0]:.3g} to references, to nonsense and to nothing alike."
+    what = f"{tried.name} gives {every[0]:.3g} to references, to nonsense and to nothing alike"
     return [Finding("constant", "problem", what, "It cannot teach anything; mend it, or leave it out.")]
 
 
@@ -203,7 +218,7 @@ def _spread(tried: _Tried, groups: Sequence[Sequence[Answer]]) -> list[Finding]:
         Finding(
             "no_spread",
             "problem",
-            f"{tried.name} gives all answers the same in {len(flat)} of {len(tried.sampled)} groups, which teach nothing.",
+            f"{tried.name} gives all answers the same in {len(flat)} of {len(tried.sampled)} groups, which teach nothing",
             "Take a graded reward instead of all or nothing, a higher grpo.temperature, or more grpo.answers.",
             count=len(flat),
             examples=[f"line {groups[i][0].prompt.line}" for i in flat[:3]],
@@ -219,7 +234,7 @@ def _length(tried: _Tried, lengths: Sequence[Sequence[int]]) -> list[Finding]:
     centred = [value - sum(values) / len(values) for values in tried.sampled for value in values]
     words = [count - sum(counts) / len(counts) for counts in lengths for count in counts]
     sampled = rank_correlation(centred, words) if len(words) >= FEWEST_SAMPLES else 0.0
-    soups = [_mean(tried.made_up[f"soup {count}"]) for count in SOUP_WORDS]
+    soups = [fmean(tried.made_up[f"soup {count}"]) for count in SOUP_WORDS]
     every = [value for values in tried.made_up.values() for value in values]
     effect = (max(soups) - min(soups)) / (max(every) - min(every)) if max(every) > min(every) else 0.0
     nonsense = rank_correlation(soups, SOUP_WORDS) if effect >= SOUP_EFFECT else 0.0
@@ -231,7 +246,7 @@ def _length(tried: _Tried, lengths: Sequence[Sequence[int]]) -> list[Finding]:
             "length_driven",
             "problem",
             f"{tried.name} gives more to {more} answers, nearly whatever they say (rank correlation with length"
-            f" {sampled:.2f} among sampled answers, {nonsense:.2f} on words without sense).",
+            f" {sampled:.2f} among sampled answers, {nonsense:.2f} on words without sense)",
             "The model will learn length; bound it with the reward `length`, or divide by what grows with it.",
             figures={"sampled_correlation": sampled, "nonsense_correlation": nonsense},
         )
@@ -239,22 +254,23 @@ def _length(tried: _Tried, lengths: Sequence[Sequence[int]]) -> list[Finding]:
 
 
 def _keywords(tried: _Tried) -> list[Finding]:
-    means = {kind: _mean(values) for kind, values in tried.made_up.items()}
+    means = {kind: fmean(values) for kind, values in tried.made_up.items()}
     whole = means["reference"] - means["empty"]
     if whole <= FLAT:
         return []
-    stuffed, repeated = ((means[kind] - means["empty"]) / whole for kind in ("keywords", "repeated"))
-    if stuffed < STUFFED_SHARE and repeated < REPEATED_GAIN:
+    shares = {kind: (means[kind] - means["empty"]) / whole for kind in TRICKS}
+    limits = {kind: REPEATED_GAIN if kind == "repeated" else STUFFED_SHARE for kind in TRICKS}
+    over = {kind: share for kind, share in shares.items() if share >= limits[kind]}
+    if not over:
         return []
-    is_stuffed = stuffed >= max(STUFFED_SHARE, repeated)
-    trick, share = ("keywords in any order", stuffed) if is_stuffed else ("words three times over", repeated)
+    best = max(over, key=lambda kind: over[kind])
     return [
         Finding(
             "keyword_stuffing",
             "problem",
-            f"{tried.name} gives a reference's {trick} {share:.0%} of what the reference itself gets.",
+            f"{tried.name} gives a reference's {TRICKS[best]} {over[best]:.0%} of what the reference itself gets",
             "The model will learn to pile up words; weigh it beside another reward, or punish repetition.",
-            figures={"keywords_share": stuffed, "repeated_share": repeated},
+            figures={f"{kind}_share": share for kind, share in shares.items()},
         )
     ]
 
@@ -275,8 +291,16 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     return float(spearmanr(first, second).statistic)
 
 
-def _scores(reward: Reward, answers: Sequence[Answer]) -> list[Value]:
-    return rewarding.values(reward.score(answers))
+def _scores(reward: Reward, answers: Sequence[Answer], which: str = "") -> list[Value]:
+    """Raises `VerificationFailed` unless that is one finite number, or None, for each."""
+    try:
+        found = reward.score(answers)
+    except Exception as error:  # the user's own function may raise anything
+        what = f"raised {type(error).__name__} ({shown(str(error))}) for {len(answers)} answers"
+        raise VerificationFailed(f"{reward.name}: {what}{which}.") from error
+    if (wrong := rewarding.malformed(found, len(answers))) is not None:
+        raise VerificationFailed(f"{reward.name}: {wrong}{which}.")
+    return rewarding.values(found)
 
 
 def _numbers(reward: Reward, answers: Sequence[Answer]) -> list[float]:
@@ -292,7 +316,3 @@ def _same(first: Value, second: Value) -> bool:
 
 def _shown(value: Value) -> str:
     return "none" if value is None else f"{value:.3f}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -1,6 +1,7 @@
 """What an adapter's folder holds for people: `run.html`, a model card (`README.md`), and the lock file. Entry: `write`."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,21 @@ from appliance.recipe import Recipe
 from appliance.training import curve, diagnose, lock, processes
 from appliance.training.curve import Point
 from appliance.training.model import Base
+from appliance.training_settings import PREFERENCES
 
 REPORT, CARD = "run.html", "README.md"
 SAMPLES = "samples.json"
+REWARD_FINDINGS = "reward_findings.json"
 VERIFIED = {
     "sft": "Before the first step every label was held against the messages, as token ids: only answers are learned.",
-    "dpo": "Preferences were scored before and after training; both figures are in `manifest.json`.",
+    **dict.fromkeys(PREFERENCES, "Preferences were scored before and after training; both figures are in `manifest.json`."),
     "grpo": "The rewards were tried before the first step, on references and on the model's own answers"
-    " (`reward_findings.json`).",
+    f" (`{REWARD_FINDINGS}`).",
 }
 NOTHING = "Nothing stands out: no spike, no divergence, no sign of overfitting."
+NOTHING_OF_REWARDS = "Nothing stands out: completions of a group differ in reward, and it rose, or the run is too short."
+PART = 5  # of a curve of rewards the first and the last fifth are compared: single steps say little
+REWARD_MEAN = re.compile(r"rewards/[^/]+/mean")  # as TRL logs each reward of GRPO
 # Figures of `loss.jsonl` in one chart each, by the y axis; those of a phase that has none are left out.
 CHARTS: Mapping[str, Sequence[str]] = {
     "learning rate": ("learning_rate",),
@@ -50,13 +56,17 @@ def page(folder: Path, title: str, locked: Mapping[str, Any], results: Mapping[s
     """The report of one run as HTML."""
     points = curve.read(folder)
     findings = diagnose.diagnose(points)
-    said: list[Part] = [*map(Found, findings)] if findings else [NOTHING]
+    said: list[Part] = [*map(Found, findings)] if findings else [nothing(points)]
     words: list[Part] = [in_words(points), *said]
     figures: list[Sequence[str | int | float]] = [
-        (name, value if isinstance(value, int) else f"{value:.4g}") for name, value in results.items() if _is_number(value)
+        (name, value if isinstance(value, int) else float(f"{value:.4g}"))
+        for name, value in results.items()
+        if _is_number(value)
     ]
+    tried = [Found(finding) for finding in reward_findings(folder)]
     sections = [
         Section("What the curve says", words),
+        *([Section("What was said of the rewards before the first step", tried)] if tried else []),
         Section("Curves", charts(folder, findings)),
         Section("Answers before and after", _samples(folder)),
         Section("Results", [Table(("figure", "value"), figures)]),
@@ -71,6 +81,10 @@ def charts(folder: Path, findings: Sequence[Finding]) -> list[Part]:
     losses = {"training": series(lines, "loss"), "validation": series(lines, "validation_loss")}
     shown = {name: points for name, points in losses.items() if points}
     parts: list[Part] = [curves(shown, x="step", y="loss", caption="Loss, by step", marks=marks)]
+    by_reward = {key: key.split("/")[1] for key in lines[-1] if REWARD_MEAN.fullmatch(key)} if lines else {}
+    if by_reward:
+        found = {name: series(lines, key) for key, name in by_reward.items()}
+        parts.append(curves(found, x="step", y="reward", caption="Each reward, before its weight, by step"))
     for name, keys in CHARTS.items():
         found = {key: points for key in keys if (points := series(lines, key))}
         if found:
@@ -84,10 +98,26 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, fl
     return [(line["step"], line[key]) for line in lines if key in line]
 
 
+def reward_findings(folder: Path) -> list[Finding]:
+    """What the reward linter said of a run of GRPO."""
+    path = folder / REWARD_FINDINGS
+    return [Finding(**each) for each in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+
+
+def nothing(points: Sequence[Point]) -> str:
+    """What is said where nothing was found; of GRPO's curve other things are asked."""
+    return NOTHING_OF_REWARDS if any(point.reward is not None for point in points) else NOTHING
+
+
 def in_words(points: Sequence[Point]) -> str:
     """The curve in one or two sentences."""
     if not points:
         return "No step was made yet."
+    rewards = [point.reward for point in points if point.reward is not None]
+    if rewards:
+        fifth = max(1, len(rewards) // PART)
+        first, last = (sum(part) / fifth for part in (rewards[:fifth], rewards[-fifth:]))
+        return f"In {points[-1].step} steps the mean reward went from {first:.3f} (first fifth) to {last:.3f} (last fifth)."
     losses = [point.loss for point in points]
     tail = losses[-max(1, len(losses) // 20) :]
     said = f"In {points[-1].step} steps the loss went from {losses[0]:.3f} to {sum(tail) / len(tail):.3f}."
@@ -96,21 +126,19 @@ def in_words(points: Sequence[Point]) -> str:
         best, step = min(measured)
         first, last = measured[0][0], measured[-1][0]
         said += f" On held-out rows it was {first:.3f} first, {best:.3f} at best (step {step}), {last:.3f} last."
-    rewards = [point.reward for point in points if point.reward is not None]
-    if rewards:
-        said += f" The reward went from {rewards[0]:.3f} to {rewards[-1]:.3f}."
     return said
 
 
 def card(folder: Path, locked: Mapping[str, Any], results: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """A model card in Markdown, with the front matter that hubs and tools read."""
     recipe, phase = locked["recipe"], locked["phase"]
+    base = _without_folders(locked["base"]["name"])
     points = curve.read(folder)
-    findings = [f"- {each}" for each in diagnose.diagnose(points)] or [NOTHING]
+    findings = [f"- {each}" for each in (*diagnose.diagnose(points), *reward_findings(folder))] or [nothing(points)]
     rows = ", ".join(f"{count} {name}" for name, count in data.get("rows", {}).items())
     spoken = ", ".join(f"{code} {count}" for code, count in data.get("languages", {}).items())
     files = [f"| `data.{name}` | `{sha256}` |" for name, sha256 in locked["data"].items()]
-    front = ["---", "library_name: peft", f"base_model: {json.dumps(locked['base']['name'])}", "language:"]
+    front = ["---", "library_name: peft", f"base_model: {json.dumps(base)}", "language:"]
     front += [*(f"- {code}" for code in recipe["languages"]), "tags:", "- lora", f"- {phase}", "---"]
     settings = [f"| {name} | {value} |" for name, value in _settings(locked)]
     verified = [
@@ -122,7 +150,7 @@ def card(folder: Path, locked: Mapping[str, Any], results: Mapping[str, Any], da
     sections = [
         "\n".join(front),
         f"# {recipe['name']}, {phase}",
-        f"A LoRA adapter of rank {recipe['lora']['rank']} for `{locked['base']['name']}`, trained with the appliance"
+        f"A LoRA adapter of rank {recipe['lora']['rank']} for `{base}`, trained with the appliance"
         f" {locked['versions']['edge-appliance']} on {locked['machine']['device']}. It is of use with this base only.",
         "## Data",
         f"{rows} rows. Languages of the answers: {spoken or 'unknown'}. {data.get('fixed', 0)} defects were repaired,"
@@ -140,11 +168,29 @@ def card(folder: Path, locked: Mapping[str, Any], results: Mapping[str, Any], da
 
 
 def _settings(locked: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The recipe's values that this phase used."""
-    recipe = locked["recipe"]
+    """The recipe's values that this phase used; files by their names, since others may read it."""
+    recipe = _without_folders(locked["recipe"])
     sections = {name: recipe[name] for name in ("lora", locked["phase"])}
-    nested = [(f"{name}.{key}", str(value)) for name, values in sections.items() for key, value in values.items()]
-    return [("base", recipe["base"]), ("seed", str(recipe["seed"])), *nested]
+    return [("base", recipe["base"]), ("seed", str(recipe["seed"])), *_flat(sections, "")]
+
+
+def _flat(table: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
+    """Settings by their dotted names, without those that are not set."""
+    flat: list[tuple[str, str]] = []
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat += _flat(value, f"{prefix}{key}.")
+        elif value is not None and value != []:
+            flat.append((f"{prefix}{key}", str(value)))
+    return flat
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _figures(results: Mapping[str, Any]) -> str:

@@ -14,8 +14,12 @@ from appliance.training.curve import LOSS
 from appliance.training.lock import LOCK
 
 KINDS = ("adapter", "base")  # a starter is trained too
-# Figures of a manifest that say how a run went, as `list` and `compare` show them.
-FIGURES = ("rows", "steps", "final_loss", "best_validation_loss", "kept_step")
+# Figures of a manifest that say how a run went, as `compare` shows them; each phase has its own.
+FIGURES = (
+    *("rows", "steps", "final_loss", "best_validation_loss", "kept_step"),
+    *("accuracy_before", "accuracy_after", "margin_before_nats", "margin_after_nats", "reward_accuracy"),
+    *("reward_first", "reward_last", "reward_spread", "flat_groups"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class Run:
             "rows": results.get("rows"),
             "steps": results.get("steps", len(points)),
             "final_loss": results.get("final_loss", points[-1].loss if points else None),
+            "reward": results.get("reward_last", points[-1].reward if points else None),
             "validation_loss": results.get("best_validation_loss", min(validations, default=None)),
             "seconds": None if seconds is None else round(seconds, 1),
             "machine": f"{machine['device']} ({machine['threads']} threads)" if machine else None,
@@ -70,9 +75,10 @@ def load(folder: Path) -> Run:
 def find(name: str, root: Path) -> Run:
     """A run by its folder, its name or its id; also one that is not finished. Raises `ArtifactError`."""
     places = [Path(name), root / name, *(root / kind / name for kind in KINDS)]
-    for place in (each for path in places for each in (path, path.with_name(path.name + artifacts.PARTIAL))):
+    whole = [path.resolve() for path in places]
+    for place in (each for path in whole for each in (path, path.parent / f"{path.name}{artifacts.PARTIAL}")):
         if (place / LOSS).is_file():
-            return load(place.resolve())
+            return load(place)
     raise ArtifactError(f"There is no training run {name} in {root}; `appliance runs list` says which there are.")
 
 
@@ -114,7 +120,8 @@ def shown(value: Any) -> str:
 def _settings(run: Run) -> dict[str, Any]:
     """The resolved recipe where there is a lock file, else the settings in the manifest; and the hashes of the data."""
     table = {**run.locked.get("recipe", run.manifest.get("config", {}))}
-    table.pop("data", None)  # where the files lay; what was in them counts
+    columns = table.pop("data", {}).get("columns")  # not where the files lay: what was in them counts, and how it was read
+    table["data"] = {"columns": columns}
     hashes = {f"data.{name}": sha256[:12] for name, sha256 in run.locked.get("data", {}).items()}
     return {**_flat(table, ""), **hashes}
 

@@ -1,25 +1,29 @@
 """Greedy answers of the base beside those of the adapter, so that a person sees what training changed."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from appliance.data.questions import training_questions
+from appliance.data import personal
+from appliance.data.questions import Question, training_questions
 from appliance.recipe import Recipe
 from appliance.training import processes
 from appliance.training.labels import render_ids
 
 ANSWER_TOKENS = 120
+CANDIDATES = 8  # questions of a language, of which the first is asked that holds no personal data
 
 
 def write(model: Any, tokenizer: Any, rows: list[dict[str, Any]], recipe: Recipe, folder: Path) -> None:
     """`samples.json`: one training question in each language, the answer trained for, the base's and the adapter's.
 
-    Every process must call it, since a sharded model answers only through all; the first one writes.
+    Others may read it, so that a row with personal data is not taken; a language with nothing else has no sample. Every
+    process must call it, since a sharded model answers only through all; the first one writes.
     """
     samples = []
     model.eval()
-    for question in training_questions(rows, recipe.languages, per_language=1):
+    for question in _questions(rows, recipe.languages):
         prompt = [{"role": "user", "content": question.question}]
         with model.disable_adapter():
             base = answer(model, tokenizer, prompt)
@@ -35,6 +39,24 @@ def write(model: Any, tokenizer: Any, rows: list[dict[str, Any]], recipe: Recipe
     if processes.is_first():
         text = json.dumps(samples, indent=2, ensure_ascii=False) + "\n"
         (folder / "samples.json").write_text(text, encoding="utf-8")
+
+
+def _questions(rows: list[dict[str, Any]], languages: Sequence[str]) -> list[Question]:
+    """The middle one of each language, or the next to it."""
+    chosen = []
+    candidates = training_questions(rows, languages, CANDIDATES)
+    for language in languages:
+        found = [each for each in candidates if each.language == language]
+        from_the_middle = sorted(range(len(found)), key=lambda at: abs(2 * at + 1 - len(found)))
+        fitting = (found[at] for at in from_the_middle if not _is_personal(found[at], languages))
+        chosen += [each for each in (next(fitting, None),) if each is not None]
+    return chosen
+
+
+def _is_personal(question: Question, languages: Sequence[str]) -> bool:
+    """Whether anything in it looks like personal data; an organisation's own number counts too."""
+    text, regions = f"{question.question}\n{question.answer}", personal.regions_of(languages)
+    return any(any(True for _ in kind.values(text, regions)) for kind in personal.KINDS)
 
 
 def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:

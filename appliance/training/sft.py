@@ -8,7 +8,7 @@ from appliance.artifacts import Artifact, Plan
 from appliance.config import plain
 from appliance.data.check import read_rows
 from appliance.recipe import Recipe
-from appliance.training import batches, conversations, loop, processes, run_files, samples
+from appliance.training import adapters, batches, conversations, loop, packing, processes, run_files, samples
 from appliance.training import model as models
 from appliance.training.conversations import Conversations
 from appliance.training.labels import LabelledRow
@@ -38,7 +38,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
     with processes.draft(identity, root, keep_partial=checkpoint is not None) as draft:
         loop.prepare()
         set_seed(recipe.seed)
-        model = add_adapter(models.load_model(base.path), recipe)
+        model = adapters.add(models.load_model(base.path), recipe.lora)
         trainer = _trainer(model, read.tokenizer, read.labelled, recipe, draft.path)
         watched = _validation(recipe, dataset, read)
         if watched:
@@ -57,6 +57,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
 
 def _read(recipe: Recipe, dataset: Path, base: Base, root: Path) -> Conversations:
     loop.require_space(base.path, root)
+    adapters.check(base.path, recipe.lora)
     return conversations.read(recipe, dataset, base)
 
 
@@ -65,23 +66,6 @@ def _validation(recipe: Recipe, dataset: Path, read: Conversations) -> Validatio
     if not read.heldout:
         return None
     return Validation(read.heldout, len(read_rows(dataset, "heldout")), recipe.sft, read.tokens)
-
-
-def add_adapter(model: Any, recipe: Recipe, *, is_skeleton: bool = False) -> Any:
-    """A fresh LoRA adapter on every linear layer but the head (Hu et al. 2021; `all-linear` after QLoRA).
-
-    `is_skeleton`: the model has no contents, and the adapter needs none.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, lora, low_cpu_mem_usage=is_skeleton)
 
 
 def _trainer(model: Any, tokenizer: Any, labelled: list[LabelledRow], recipe: Recipe, folder: Path) -> Any:
@@ -93,9 +77,13 @@ def _trainer(model: Any, tokenizer: Any, labelled: list[LabelledRow], recipe: Re
         gradient_checkpointing=models.has_gpu(),
         max_length=None,  # lengths were checked; the trainer must not cut
         dataset_kwargs={"skip_prepare_dataset": True},  # tokens and labels are ours, verified
+        padding_free=recipe.sft.packing,
         remove_unused_columns=False,  # `batches` wants the line
     )
     data = Dataset.from_list(
         [{"input_ids": row.input_ids, "labels": row.labels, batches.LINE: row.line} for row in labelled]
     )
-    return SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    if recipe.sft.packing:
+        packing.require_apart(trainer)
+    return trainer

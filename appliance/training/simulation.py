@@ -1,7 +1,7 @@
-"""What a training step holds in memory beside the weights, found by computing the step without data (torch's fake tensors).
+"""What a training step holds in memory beside the weights, found by computing it without data (torch's fake tensors).
 
-The model's own code runs, with the recipe's adapters, forward and backward, on tensors that have shapes and no contents; what
-lives is added up as it comes and goes. So every architecture counts as it is, and nothing is loaded. Main entry: `step`.
+The model's own code runs, with the recipe's adapters, forward and backward, on tensors that have shapes and no contents;
+what lives is added up as it comes and goes. Every architecture counts as it is; nothing is loaded. Main entry: `step`.
 """
 
 import json
@@ -198,7 +198,7 @@ class _Widened(torch.autograd.Function):  # type: ignore[misc]
 
 
 class _InPlaceHead(torch.autograd.Function):  # type: ignore[misc]
-    """Holds what TRL's Triton kernels hold: logits of a tile, which become their own gradient, and the states' in 32 bits."""
+    """Holds what TRL's Triton kernels hold: logits of a tile, which become their gradient, and the states' in 32 bits."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from appliance.data.check import read_rows
 from appliance.recipe import Recipe, Starter
 from appliance.training import loop
 from appliance.training.model import TRAINING_TEMPLATE
+from appliance.training_settings import Phase
 
 REVISION = 1  # raised when the same data would give another model
 # The pre-tokenizer of Qwen2 (tokenizer.json of Qwen/Qwen2.5-0.5B), which llama.cpp knows as "qwen2".
@@ -176,14 +177,22 @@ def _trainer(model: Any, tokenizer: Any, rows: list[list[int]], recipe: Recipe, 
 
     from appliance.training.optimizer import MuonWithAdamW
 
-    settings = loop.arguments(folder, recipe.starter, recipe.seed)
+    shape = recipe.starter
+    phase = Phase(
+        epochs=shape.epochs,
+        learning_rate=shape.learning_rate,
+        batch_rows=shape.batch_rows,
+        accumulate=1,
+        checkpoint_steps=shape.checkpoint_steps,
+    )
+    settings = loop.arguments(folder, phase, recipe.seed)
     # A few million parameters need no card.
     unusual = {"use_cpu": True, "bf16": False, "fp16": False, "include_num_input_tokens_seen": "all"}
     arguments = TrainingArguments(**{**settings, **unusual})
     optimizer = MuonWithAdamW(
         model,
-        muon_learning_rate=recipe.starter.matrix_learning_rate,
-        learning_rate=recipe.starter.learning_rate,
+        muon_learning_rate=shape.matrix_learning_rate,
+        learning_rate=shape.learning_rate,
     )
     return Trainer(
         model=model,

@@ -58,7 +58,7 @@ class LayerStream:
         size = max(layer.size_bytes for layer in self._layers)
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(SLOTS)]
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        _keep_off_device(model, device)
+        keep_ends_off(model, device, layers_too=True)
         for index, layer in enumerate(self._layers):
             layer.forward = self._streamed(index, layer)
 
@@ -312,14 +312,19 @@ def _adapters(layer: nn.Module) -> Sequence[nn.Parameter]:
     return [parameter for each in added if isinstance(each, nn.Module) for parameter in each.parameters()]
 
 
-def _keep_off_device(model: Any, device: torch.device) -> None:
-    """Everything small goes to the device; embedding and head do not, and tokens are looked up where they lie."""
+def keep_ends_off(model: Any, device: torch.device, *, layers_too: bool = False) -> None:
+    """Everything but embedding and head goes to the device, and tokens are looked up where they lie.
+
+    `layers_too`: nor do the frozen weights of the layers.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     kept = [module for module in (embedding, head) if module is not None]
     off = {id(tensor) for module in kept for tensor in [*module.parameters(), *module.buffers()]}
-    off |= {id(parameter) for layer in decoder_layers(model) for parameter in layer.parameters()}
     for layer in decoder_layers(model):
-        off -= {id(parameter) for parameter in _adapters(layer)}
+        if layers_too:
+            off |= {id(parameter) for parameter in layer.parameters()} - {id(parameter) for parameter in _adapters(layer)}
+        else:
+            layer.to(device)  # four bits know how to take their scales along
     for module in model.modules():
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and id(tensor) not in off:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from appliance.recipe import Sft
 from appliance.training import curve, labels, processes
 from appliance.training import model as models
 from appliance.training.labels import LabelledRow
+from appliance.training_settings import Sft
 
 # A row is read once, where a step of LoRA computes it (1) and the gradients of its activations (1). A tenth of the time is
 # aimed at, since rows are read one by one here; past a fifth the diagnosis says so.
@@ -29,12 +29,6 @@ class Best:
     step: int
     loss: float
     later: int  # validations since
-
-
-def choose(rows: Sequence[Any], count: int) -> list[Any]:
-    """`count` rows, evenly over the file, so that each of its parts has its share."""
-    count = min(count, len(rows))
-    return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def every(reading_tokens: int, step_tokens: float, steps: int) -> int:

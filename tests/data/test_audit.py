@@ -2,14 +2,16 @@
 
 import json
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from appliance import recipe as recipes
-from appliance.data import audit, check
+from appliance.data import audit, check, shortcuts
 from appliance.data.lengths import Meter
 from appliance.data.report import Audit
+from appliance.data.texts import Text
 from tests import tiny_recipe
 from tests.data import planted
 from tests.running import call
@@ -124,7 +126,9 @@ def test_lengths_in_tokens_of_the_base(tmp_path: Path, root: Path, base: Path) -
     assert made.suggested_max_tokens == {"sft.max_tokens": 448, "dpo.max_tokens": 64, "serve.max_tokens": 448}
     (finding,) = [each for each in made.findings if each.kind == "too_long"]
     assert "the longest row has 420 tokens, sft.max_tokens is 256" in finding.what  # 14 + 400, and 3 of the template a turn
+    assert "what is longer is refused: 1 row of 80 measured" in finding.what
     assert "Set sft.max_tokens = 448" in finding.remedy
+    assert (finding.level, finding.examples) == ("problem", ["sft.jsonl:4"])
     answers = next(field for field in made.fields if field.file == "sft.jsonl" and field.name == "assistant")
     assert answers.longest == 400
 
@@ -139,22 +143,6 @@ def test_every_answer_is_measured_alone_and_every_triplet_both_ways(tmp_path: Pa
     assert longest["sft.jsonl", "whole row"] == 3 * (1 + 70) + 6 * 3
     assert longest["dpo.jsonl", "whole row"] > 150
     assert made.suggested_max_tokens == {"sft.max_tokens": 256, "dpo.max_tokens": 192, "serve.max_tokens": 192}
-
-
-def test_what_happens_to_long_rows_is_what_the_recipe_says(tmp_path: Path, root: Path, base: Path) -> None:
-    rows = planted.clean()
-    rows.answer(3, "woord " * 400)
-    path = rows.write(tmp_path / "recipe")
-    said = {
-        cut: next(
-            finding.what
-            for finding in examine(path, root, base, "sft.max_tokens=256", f"sft.truncate={cut}").findings
-            if finding.kind == "too_long"
-        )
-        for cut in ("true", "false")
-    }
-    assert "will be cut at their end" in said["true"]
-    assert "will be refused" in said["false"]
 
 
 def test_tokenizer_that_cuts_and_pads_measures_whole_rows(tmp_path: Path, root: Path, base: Path) -> None:
@@ -259,6 +247,47 @@ def test_languages_are_counted_alike_everywhere(tmp_path: Path, root: Path) -> N
     strata = json.loads(call("data", "split", path, "--json").stdout)["figures"]["sft"]["strata"]
     assert audited["fr"] == 1
     assert checked == audited == {name: each["rows"] for name, each in strata.items() if ":" not in name}
+
+
+def test_rows_that_the_recipe_cuts_are_no_problem(tmp_path: Path, root: Path, base: Path) -> None:
+    rows = planted.clean()
+    rows.answer(3, "woord " * 400)
+    made = examine(rows.write(tmp_path / "recipe"), root, base, "sft.max_tokens=256", "sft.truncate=true")
+    (finding,) = [each for each in made.findings if each.kind == "too_long"]
+    assert (finding.level, finding.examples) == ("notice", ["sft.jsonl:4"])
+    assert "what is longer is cut at its end" in finding.what
+
+
+def test_who_holds_rows_out_is_not_told_of_random_splits(tmp_path: Path, root: Path) -> None:
+    rows = planted.clean()
+    for row in range(6):
+        rows.ask(20 + row, rows.said(row, 0).replace(".", " ja."))
+    assert "random_split_leaks" in {each.kind for each in examine(rows.write(tmp_path / "all"), root).findings}
+    rows.heldout = planted.clean(seed=7, rows=10).sft
+    assert not examine(rows.write(tmp_path / "divided"), root).findings
+
+
+def test_near_copies_of_one_row_are_one_example(tmp_path: Path, root: Path) -> None:
+    rows = planted.clean()
+    for row, source in ((20, 0), (22, 0), (24, 0), (31, 1)):
+        rows.ask(row, f"{rows.said(source, 0)} {('ja', 'nee', 'zo')[row % 3]}")
+        rows.answer(row, rows.said(source, 1))
+    (finding,) = [each for each in examine(rows.write(tmp_path), root).findings if each.kind == "near_duplicates"]
+    assert len({place.partition(" ")[0] for place in finding.examples}) == len(finding.examples)
+    assert "sft.jsonl:2 ~ 32" in finding.examples
+
+
+def test_rows_with_a_subject_each_are_no_slices() -> None:
+    words = planted.Writer(1)
+    subjects = ["tulip", "harbour", "violin", "glacier", "beehive", "lantern", "saddle", "walnut", "compass", "mustard"]
+    rows = []
+    for line in range(1, 101):
+        subject = f"{subjects[line // 2 % 10]}{'abcdefghij'[line // 20]}"  # two rows have it, one after the other
+        answer = f"The {subject} is here. {words.two(planted.ENGLISH)} And the {subject} stays a {subject}."
+        rows.append(Text("sft", "sft.jsonl", line, "", f"What of the {subject}?", answer))
+    few = [*rows[:4], *(replace(row, asked="What of it?", answer=words.two(planted.ENGLISH)) for row in rows[4:])]
+    assert [finding.kind for finding in shortcuts.find(rows)] == []
+    assert [finding.kind for finding in shortcuts.find(few)] == ["rare_word"]
 
 
 def test_lengths_of_a_sample_keep_the_longest(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,7 @@ def test_many_defects_are_counted_and_kept_but_not_all_shown(recipe: Path, root:
     assert len(check.read_defects(dataset(root))) == 120
     strict = call("data", "check", recipe, "--strict")
     assert "sft.jsonl:100: " in strict.stderr
+    assert "120 problems:" in strict.stderr
     assert "and 20 more" in strict.stderr
 
 

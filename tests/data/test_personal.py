@@ -51,11 +51,15 @@ def test_system_turns_and_further_columns_are_read() -> None:
     rows = {
         "sft": {"messages": [*told, answer]},
         "dpo": {"prompt": told, "chosen": "Hier.", "rejected": "Daar."},
+        "kto": {"prompt": told, "completion": "Hier.", "label": True},
         "grpo": {"prompt": question, "reference": "Hier.", "columns": {"note": [secret]}},
     }
     for kind, each in rows.items():
         (read,) = texts.read(kind, f"{kind}.jsonl", [{**each, "line": 1}])
         assert found(read) == {"personal_phone": 1}, kind
+    for label in (True, False):
+        judged = {"prompt": question, "completion": secret, "label": label, "line": 1}
+        assert found(*texts.read("kto", "kto.jsonl", [judged])) == {"personal_phone": 1}
     earlier = [*question, {"role": "assistant", "content": secret}, *question]
     (read,) = texts.read("dpo", "dpo.jsonl", [{"prompt": earlier, "chosen": "Hier.", "rejected": "Daar.", "line": 1}])
     assert found(read) == {"personal_phone": 1}

@@ -193,6 +193,34 @@ def test_unusable_row_is_set_aside_with_its_line(tmp_path: Path, name: str, good
     assert of_row[-1].action == "set aside"
 
 
+JUDGED = {"prompt": "hoi", "completion": "dag", "label": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        ({}, True),
+        ({"label": False}, False),
+        ({"label": "False "}, False),
+        ({"label": 1}, True),
+        ({"completion": [SAY]}, True),
+    ],
+)
+def test_judged_answers(tmp_path: Path, change: Any, label: bool) -> None:
+    reading = examine(tmp_path, "kto", {**JUDGED, **change})
+    assert str(reading) == "rows.jsonl: judged answers (JSON lines)"
+    defects: list[Defect] = []
+    assert list(reading.rows(defects)) == [{"prompt": [ASK], "completion": "dag", "label": label, "line": 1}]
+    assert not defects
+
+
+@pytest.mark.parametrize("label", ["maybe", None, 2, ""])
+def test_judged_answer_without_a_judgement(tmp_path: Path, label: Any) -> None:
+    rows, defects = read(tmp_path, "kto", JUDGED, {**JUDGED, "prompt": "en?", "label": label})
+    assert len(rows) == 1
+    assert "label: expected true or false, found" in defects[0].what
+
+
 def test_key_of_every_row_is_said_once_and_of_some_rows_each_time(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b", "id": 1}, {"prompt": "c", "completion": "d", "id": 2, "note": "x"}]
     assert str(examine(tmp_path, "sft", *rows)) == "rows.jsonl: prompt and completion (JSON lines); not used: id"
@@ -213,6 +241,8 @@ def test_key_of_every_row_is_said_once_and_of_some_rows_each_time(tmp_path: Path
         ),
         ("sft", PREFERENCES[0][1], "They are those of preference triplets"),
         ("sft", PREFERENCES[0][1], "that is read as data.dpo. Known for data.sft"),
+        ("sft", JUDGED, "They are those of judged answers (prompt, completion, label): that is read as data.kto."),
+        ("kto", {"prompt": "a"}, "Known for data.kto: judged answers (prompt, completion, label); name the columns in"),
         ("sft", PREFERENCES[5][1], "They are those of ShareGPT preferences"),
         ("dpo", {"messages": [ASK, SAY]}, "They are those of chat messages (messages): that is read as data.sft."),
         ("faq", {"prompt": "a"}, "questions and answers (vraag, antwoord or question, answer); or rename the keys."),

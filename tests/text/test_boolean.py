@@ -84,7 +84,7 @@ def test_malformed(dialect: Dialect, query: str, character: int, said: str) -> N
 
 def test_parts_are_counted() -> None:
     reading = read('("a b" OR c) AND (d OR (e AND f))', "lucene")
-    assert (reading.terms, reading.operators, reading.depth) == (5, 4, 2)
+    assert (reading.terms, reading.operators) == (5, 4)
 
 
 def test_every_mistake_costs() -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from appliance.training import curve as curves
 from appliance.training.curve import Point
 from appliance.training.diagnose import FEWEST_STEPS, diagnose
 
@@ -146,6 +147,71 @@ def test_low_rate_and_no_gradient_are_told_apart() -> None:
     assert "the learning rate (0.0002 at most) is too low" in diagnose(too_slow(1))[0].what
     frozen = [Point(step=each.step, loss=each.loss, gradient_norm=0.0) for each in too_slow(1)]
     assert "every gradient is 0" in diagnose(frozen)[0].what
+
+
+def preferences(seed: int, margin: Shape, *, fall: float = 0.02) -> list[Point]:
+    """DPO from ln 2 on, whose margins are what `margin` says, and noise."""
+    chance = random.Random(seed)
+    points = []
+    for step in range(1, 101):
+        gained = chance.gauss(margin(step / 100), 0.03)
+        points.append(
+            Point(
+                step=step,
+                loss=math.log(2) - fall * step / 100 + chance.gauss(0, 0.002),
+                gradient_norm=1.0,
+                preferred=1.0 if gained > 0 else 0.25,
+                margin=gained,
+            )
+        )
+    return points
+
+
+def test_preferences_are_judged_by_their_margin() -> None:
+    """The loss hardly falls from ln 2 while nearly every chosen answer gains."""
+    for seed in SEEDS:
+        assert "no_learning" not in [finding.kind for finding in diagnose(preferences(seed, lambda part: 0.05 * part))], seed
+        (finding,) = diagnose(preferences(seed, lambda _: -0.01, fall=0.0))
+        assert finding.kind == "no_learning"
+        assert "(margin of rewards, sure to 0.0" in finding.what
+        assert "loss" not in finding.what
+
+
+def test_preferences_without_anything_left_to_learn() -> None:
+    points = preferences(0, lambda part: 3 * part)
+    for at in (91, 95, 99):
+        points = changed(points, at, loss=0.0, gradient_norm=0.0)
+    found = {finding.kind: finding for finding in diagnose(points)}
+    assert "masked_rows" not in found
+    assert found["saturated"].count == 3
+    assert "label" not in found["saturated"].what
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-12, 0.05, 1.0, 9.0]), min_size=20, max_size=60), st.booleans(), st.booleans())
+def test_loss_of_exactly_nothing_is_read(losses: list[float], has_validation: bool, is_running: bool) -> None:
+    points = [
+        Point(step=step, loss=loss, gradient_norm=0.5, epoch=0.5, validation_loss=loss if has_validation else None)
+        for step, loss in enumerate(losses, 1)
+    ]
+    diagnose(points, is_running=is_running)
+
+
+@pytest.mark.parametrize("kind", ["divergence", "rate_too_high"])
+def test_long_run_is_judged_by_a_thousand_medians(kind: str) -> None:
+    shapes: dict[str, Shape] = {
+        "divergence": lambda part: settled(part) + (6 * (part - 0.6) if part > 0.6 else 0),
+        "rate_too_high": lambda part: 1.2 + 1.3 * math.exp(-part * 40) + 2.5 * math.exp(-(((part - 0.35) / 0.15) ** 2)),
+    }
+    points = curve(shapes[kind], 0, steps=7001)
+    shown = curves.thinned(points)
+    assert len(shown) <= 1000
+    assert [each.step for each in shown] == sorted({each.step for each in shown})
+    assert shown[-1].step > 6990
+    assert curves.thinned(points[:1000]) == points[:1000]
+    (finding,) = diagnose(points)
+    assert finding.kind == kind
+    steps = {"divergence": (3900, 4700), "rate_too_high": (2100, 2800)}[kind]
+    assert steps[0] <= finding.figures["began_step" if kind == "divergence" else "peak_step"] <= steps[1]
 
 
 def test_reward_that_does_not_rise() -> None:

@@ -12,9 +12,10 @@ import pytest
 from appliance import artifacts
 from appliance import recipe as recipes
 from appliance.artifacts import digest_of
-from appliance.data import check, formats
 from appliance.errors import RecipeError
-from appliance.training import grpo, loop, prompts
+from appliance.training import adapters, grpo, lock, loop, prompts, run_files
+from appliance.training.rewards import reward as rewarding
+from appliance.training.rewards.reward import Reward
 from tests import tiny_recipe
 from tests.running import call
 
@@ -50,29 +51,15 @@ def many_e(completions, wanted, **_):
     return [text.count(letter) / (2 + len(text)) for text, letter in zip(texts, wanted, strict=True)]
 """
 ROWS = [
-    {"prompt": tiny_recipe.messages(turns[:1]), "reference": turns[1], "columns": {"wanted": "e"}, "line": line}
-    for line, turns in enumerate(tiny_recipe.CONVERSATIONS, 1)
+    {"prompt": tiny_recipe.messages(turns[:1]), "reference": turns[1], "wanted": "e"} for turns in tiny_recipe.CONVERSATIONS
 ]
 
 
 def write(folder: Path, recipe: str = RECIPE, mine: str = MINE) -> Path:
     path = tiny_recipe.write(folder, recipe)
-    tiny_recipe.write_lines(folder / "grpo.jsonl", [{**row["columns"], **row} for row in ROWS])
+    tiny_recipe.write_lines(folder / "grpo.jsonl", ROWS)
     (folder / "mine.py").write_text(mine)
     return path
-
-
-def make_dataset(path: Path, root: Path, *sets: str) -> Path:
-    """The dataset as `data check` leaves it, with the prompts of GRPO."""
-    plan = check.plan(recipes.load(path, sets))
-    with artifacts.create(plan, root) as draft:
-        for name, read in (("sft", formats.read_conversations), ("faq", formats.read_faq)):
-            suffix = "json" if name == "faq" else "jsonl"
-            tiny_recipe.write_lines(draft.path / f"{name}.jsonl", read(path.parent / f"{name}.{suffix}", []))
-        tiny_recipe.write_lines(draft.path / "grpo.jsonl", ROWS)
-        tiny_recipe.write_lines(draft.path / "defects.jsonl", [])
-        draft.results.update(rows={"sft": len(tiny_recipe.CONVERSATIONS)}, languages={}, fixed=0, set_aside=0)
-    return plan.location(root)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,11 +83,11 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """The tiny recipe trained by SFT and GRPO; nobody may change it."""
     folder = tmp_path_factory.mktemp("tuned")
     root, path = folder / "artifacts", write(folder / "recipe")
-    make_dataset(path, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("APPLIANCE_ARTIFACTS", str(root))
-        for phase in ("base", "sft", "grpo"):
-            result = call("train", path, "--phase", phase, "--json")
+        steps = (("data", "check", path), *(("train", path, "--phase", phase) for phase in ("base", "sft", "grpo")))
+        for step in steps:
+            result = call(*step, "--json")
             assert result.exit_code == 0, result.stderr
     return Tuned(root, path, Path(json.loads(result.stdout)["artifact"]), result.stderr)
 
@@ -138,7 +125,7 @@ def test_curve_has_each_reward(tuned: Tuned) -> None:
 def test_artifact_holds_one_adapter_and_no_checkpoint(tuned: Tuned) -> None:
     assert {each.name for each in tuned.grpo.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "manifest.json"),
-        *("loss.jsonl", "loss.png", "reward.png", "samples.json", grpo.FINDINGS),
+        *("loss.jsonl", "loss.png", "reward.png", "samples.json", grpo.FINDINGS, run_files.REPORT, lock.LOCK),
     }
     findings = json.loads((tuned.grpo / grpo.FINDINGS).read_text())
     assert len(findings) == tuned.results()["findings"]
@@ -146,11 +133,10 @@ def test_artifact_holds_one_adapter_and_no_checkpoint(tuned: Tuned) -> None:
 
 def test_it_starts_from_the_adapter_of_sft(tuned: Tuned) -> None:
     """As it is before the first step, by hash; what is kept is another."""
-    from appliance.training import dpo
     from appliance.training.model import Base
 
     sft, base = (next(path for path in tuned.root.glob(each) if path.is_dir()) for each in ("adapter/tiny-sft-*", "base/*"))
-    model = dpo.continue_adapter(Base(base, ""), sft)
+    model = adapters.continued(Base(base, ""), sft)
     loaded = {
         key.replace(".default.", "."): digest_of(value.detach().tolist())
         for key, value in model.named_parameters()
@@ -159,6 +145,44 @@ def test_it_starts_from_the_adapter_of_sft(tuned: Tuned) -> None:
     assert loaded == weights(sft) != weights(tuned.grpo)
     parents = artifacts.load(tuned.grpo).manifest["parents"]
     assert parents[1:] == [f"base/{base.name}", f"adapter/{sft.name}"]
+
+
+def test_each_phase_starts_from_the_adapter_of_the_one_before(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SFT, DPO, GRPO: what is loaded, by hash, is what was saved, and each phase changes it."""
+    from appliance.training import dpo
+
+    text = RECIPE.replace('phases = ["sft", "grpo"]', 'phases = ["sft", "dpo", "grpo"]')
+    path = write(tmp_path / "recipe", text.replace('sft = "sft.jsonl"', 'sft = "sft.jsonl"\ndpo = "dpo.jsonl"'))
+    loaded: list[dict[str, str]] = []
+    real = dpo.continue_adapter
+
+    def watched(*arguments: Any) -> Any:
+        model = real(*arguments)
+        own = {key: value for key, value in model.named_parameters() if ".default." in key}
+        loaded.append({key.replace(".default.", "."): digest_of(value.detach().tolist()) for key, value in own.items()})
+        return model
+
+    monkeypatch.setattr(dpo, "continue_adapter", watched)
+    made = {}
+    epochs = [part for phase in ("sft", "dpo", "grpo") for part in ("--set", f"{phase}.epochs=1")]
+    for phase in ("sft", "dpo", "grpo"):
+        base = next(tuned.root.glob("base/*"))
+        result = call("train", path, "--phase", phase, "--set", f"base={base}", *epochs, "--json")
+        assert result.exit_code == 0, result.stderr
+        made[phase] = Path(json.loads(result.stdout)["artifact"])
+    assert loaded == [weights(made["sft"]), weights(made["dpo"])]
+    assert len({digest_of(weights(folder)) for folder in made.values()}) == 3
+    for phase, before in (("dpo", "sft"), ("grpo", "dpo")):
+        assert artifacts.load(made[phase]).manifest["parents"][-1] == f"adapter/{made[before].name}"
+
+
+def test_pipeline_trains_it_after_the_others(tuned: Tuned) -> None:
+    result = call("run", tuned.recipe, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    steps = [step["step"] for step in json.loads(result.stdout)["steps"]]
+    assert steps[steps.index("sft") :][:3] == ["sft", "grpo", "merge"]
 
 
 def test_first_loss_is_that_of_equal_models(tuned: Tuned) -> None:
@@ -225,6 +249,38 @@ def test_second_round_continues_its_own_adapter(tuned: Tuned, root: Path) -> Non
     assert curve(second.path)[0]["kl"] == pytest.approx(0, abs=1e-5)
 
 
+def test_repeated_from_its_lock_file(tuned: Tuned, root: Path, tmp_path: Path) -> None:
+    """To the byte, with the rewards and the adapter that were locked, and with no others."""
+    tuned.copy(root, with_grpo=True)
+    locked = json.loads((tuned.grpo / lock.LOCK).read_text())
+    recipe = tmp_path / "recipe"
+    shutil.copytree(tuned.recipe.parent, recipe)
+    sets = [
+        f"grpo.adapter={next(root.glob('adapter/tiny-sft-*'))}",
+        f"grpo.rewards.own=[{{function='{recipe}/mine:many_e'}}]",
+    ]
+    arguments = [part for each in sets for part in ("--set", each)]
+    made = call("train", recipe / "recipe.toml", "--phase", "grpo", *arguments, "--set", "grpo.epochs=1", "--json")
+    assert made.exit_code == 0, made.stderr
+    folder = Path(json.loads(made.stdout)["artifact"])
+    written = json.loads((folder / lock.LOCK).read_text())
+    assert written["rewards"]["mine:many_e"] == locked["rewards"]["mine:many_e"]
+    assert written["adapter"] == artifacts.digest_file(next(root.glob("adapter/tiny-sft-*")) / lock.WEIGHTS)
+    assert "adapter" not in locked
+
+    again = call("train", "--from-lock", folder, "--dry-run", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert "differs here" not in again.stderr
+    assert json.loads(again.stdout)["state"] == "unchanged"
+    changed = call("train", "--from-lock", folder, "--dry-run", "--set", "grpo.beta=0.5")
+    assert "differs here: what is trained: its settings" in changed.stderr
+    (recipe / "mine.py").write_text(f"{MINE}\n# another\n")
+    other = call("train", "--from-lock", folder, "--dry-run", "--set", f"grpo.adapter={tuned.grpo}")
+    assert other.exit_code == 1
+    assert "grpo.rewards.mine:many_e has function mine:many_e@" in other.stderr
+    assert f"{tuned.grpo} is another: sha256" in other.stderr
+
+
 def test_adapter_of_another_base_is_refused(tuned: Tuned, root: Path, tmp_path: Path) -> None:
     tuned.copy(root, with_grpo=True)
     other = root / "adapter" / "tiny-grpo-000000000000"
@@ -271,6 +327,19 @@ def test_another_text_of_a_reward_is_another_adapter(tuned: Tuned, tmp_path: Pat
     assert planned("other", f"{MINE}\n") != planned("same", MINE)
 
 
+def test_reward_reads_the_tokens(tuned: Tuned) -> None:
+    """TRL's own text is what a tokenizer's parser leaves of an answer: without its thinking."""
+    from appliance.training import model as models
+
+    tokenizer = models.load_tokenizer(next(tuned.root.glob("base/*")))
+    rows = rewarding.prompts([{"line": 1, "prompt": [], "reference": "a"}])
+    score = grpo._function(
+        Reward("itself", 1.0, lambda asked: [float("desk" in each.text) for each in asked]), rows, tokenizer
+    )
+    ids = tokenizer("the desk")["input_ids"]
+    assert score(completions=[[{"content": "parsed"}]], completion_ids=[ids], row=[0]) == [1.0]
+
+
 def test_every_prompt_comes_once_an_epoch() -> None:
     places = prompts.order(10, epochs=3, per_step=4, seed=7)
     assert len(places) == 32
@@ -288,6 +357,9 @@ def test_every_prompt_comes_once_an_epoch() -> None:
         (["grpo.answer_tokens=128"], "leaves no room for a prompt in grpo.max_tokens"),
         (['phases=["sft","grpo","dpo"]', "data.dpo=x"], "phases: they run in the order sft, dpo, grpo"),
         (["grpo.rewards.length.least_words=101"], "grpo.rewards.length.least_words: 101 exceeds most_words = 100"),
+        (['grpo.rewards.own=[{function="a/mine:f"},{function="b/mine:f"}]'], "names mine:f twice, also if in two folders"),
+        (["grpo.warmup_ratio=1.0"], "grpo.warmup_ratio: 1.0 is out of range"),
+        (["sft.warmup_ratio=1.0"], "sft.warmup_ratio: 1.0 is out of range"),
         (["grpo.rewards.sentiment_match.weight=1"], "grpo.rewards.sentiment_match.encoder: missing"),
         (["grpo.rewards.lenght.weight=1"], "grpo.rewards.lenght: unknown key; did you mean 'length'?"),
         (["grpo.rewards.boolean_syntax.dialect=sql"], "'sql' is not one of 'lucene', 'pubmed', 'ovid'"),

@@ -16,7 +16,7 @@ from appliance import recipe as recipes
 from appliance.data import formats
 from appliance.data.formats import CONTROL_TOKEN
 from appliance.errors import DataError, VerificationFailed
-from appliance.training import conversations, labels, loop, preferences, sft, starter
+from appliance.training import adapters, conversations, labels, loop, preferences, sft, starter
 from appliance.training import model as models
 from appliance.training.labels import IGNORED, LabelledRow
 from tests import tiny_recipe
@@ -257,7 +257,7 @@ def test_padding_of_a_real_batch_has_no_label(trained: Trained, root: Any) -> No
     rows = [row(tiny_recipe.messages(turns), line) for line, turns in enumerate(tiny_recipe.CONVERSATIONS, 1)]
     labelled = labels.label_conversations(tokenizer, rows, models.marked_template(base, tokenizer))
     loop.prepare()
-    model = sft.add_adapter(models.load_model(base), recipe)
+    model = adapters.add(models.load_model(base), recipe.lora)
     trainer = sft._trainer(model, tokenizer, labelled, recipe, root)
     padded = 0
     for batch in trainer.get_train_dataloader():
@@ -288,6 +288,13 @@ def test_template_that_rewrites_earlier_turns_is_refused() -> None:
 def test_control_tokens_of_the_base_are_refused() -> None:
     with pytest.raises(DataError, match=r"line 3: '<\|im_end\|>'"):
         labels.label_conversations(TOKENIZER, [row(tiny_recipe.messages(("a", "b<|im_end|>c")), 3)], None)
+
+
+def test_all_rows_that_are_too_long_are_counted_and_some_named() -> None:
+    lengths = [(line, 1000 + line) for line in range(1, 31)]
+    with pytest.raises(DataError, match=r"raise sft\.max_tokens to 1030\), 30 problems:") as caught:
+        labels.require_lengths(lengths, 1000, "sft.max_tokens", "sft.jsonl")
+    assert "sft.jsonl line 20: 1020 tokens\n  - and 10 more" in str(caught.value)
 
 
 @pytest.mark.parametrize("phase", ["sft", "dpo"])

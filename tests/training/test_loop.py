@@ -57,6 +57,33 @@ def test_loss_curve_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
+def test_loss_curve_is_whole_at_any_moment(tmp_path: Path) -> None:
+    """Whoever has it open reads the old one to its end, and a crash in between would find that one."""
+    path = tmp_path / loop.LOSS
+    whole = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 8))
+    path.write_text(whole)
+    with path.open() as before:
+        loop._keep_steps(path, 2)
+        assert before.read() == whole
+    (tmp_path / f".{loop.LOSS}.123").write_text("{")  # of a run that was killed while it wrote
+    loop._clear_after(tmp_path, 2)
+    assert [each.name for each in tmp_path.iterdir()] == [loop.LOSS]
+
+
+def test_removal_that_was_cut_off_leaves_nothing_to_resume_from(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = checkpoint(root, 10)
+    (newest / "optimizer.pt").touch()
+
+    def cut_off(folder: Path) -> None:
+        next(folder.rglob("optimizer.pt")).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.shutil, "rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        loop.finish(PLAN.partial(root))
+    assert loop.resume_point(PLAN, root, resume=True, restart=False) is None
+
+
 def test_divergence_is_an_error(tmp_path: Path) -> None:
     from types import SimpleNamespace
 

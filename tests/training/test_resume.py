@@ -89,6 +89,44 @@ def test_resumed_equals_uninterrupted(
     assert_same_as_uninterrupted(trained, phase, root)
 
 
+@pytest.mark.parametrize(
+    ("phase", "step", "sets"),
+    [
+        ("sft", 5, ("sft.epochs=3", "sft.optimizer=adamw_8bit", "sft.packing=true", "lora.dora=true", "lora.dropout=0.1")),
+        ("sft", 5, ("sft.epochs=3", "sft.optimizer=adafactor", "sft.scheduler=linear", "lora.targets=mlp")),
+        ("kto", 2, ("kto.epochs=4", "kto.accumulate=1", "kto.checkpoint_steps=2")),
+        ("orpo", 2, ("orpo.epochs=4", "orpo.accumulate=1", "orpo.checkpoint_steps=2")),
+    ],
+    ids=["8 bits, packed, DoRA", "adafactor", "kto", "orpo"],
+)
+def test_resumed_equals_uninterrupted_with_other_settings(
+    trained: Trained,
+    root: Path,
+    phase: str,
+    step: int,
+    sets: tuple[str, ...],
+    interrupt: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    phases = () if phase == "sft" else (f'phases=["sft", "{phase}"]', f"{phase}.max_tokens=256")
+    flags = ["--phase", phase, *(flag for each in (*phases, *sets) for flag in ("--set", each))]
+    made = []
+    for name in ("whole", "again"):
+        folder = root / name
+        trained.copy(folder, "base", *(("sft",) if phase != "sft" else ()))
+        monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(folder))
+        if name == "again":
+            interrupt(step)
+            assert call("train", trained.recipe, *flags).exit_code == 130
+        result = call("train", trained.recipe, *flags, "--resume", "--json")
+        assert result.exit_code == 0, result.stderr
+        assert (f"continuing after step {step}" in result.stderr) == (name == "again")
+        made.append(Path(json.loads(result.stdout)["artifact"]))
+    whole, again = made
+    assert (again / WEIGHTS["sft"]).read_bytes() == (whole / WEIGHTS["sft"]).read_bytes()
+    assert artifacts.load(again).results == artifacts.load(whole).results
+
+
 @pytest.mark.parametrize("phase", SLOW)
 def test_killed_and_resumed_equals_uninterrupted(trained: Trained, root: Path, phase: str) -> None:
     trained.copy(root, *NEEDED[phase])

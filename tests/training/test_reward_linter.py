@@ -10,6 +10,7 @@ import pytest
 from appliance import reward_settings as settings
 from appliance.errors import VerificationFailed
 from appliance.findings import Finding
+from appliance.text.stop_words import stop_words
 from appliance.training import reward_linter
 from appliance.training.rewards import own, registry
 from appliance.training.rewards.reward import Answer, Reward
@@ -28,6 +29,7 @@ def groups(texts: Sequence[str] = REFERENCES) -> list[list[Answer]]:
 
 def lint(*rewards: Reward, sampled: Sequence[Sequence[Answer]] | None = None) -> dict[str, Finding]:
     found = reward_linter.lint(rewards, ROWS, groups() if sampled is None else sampled, ["de"])
+    assert not [finding.what for finding in found if finding.what.endswith(".")]  # who shows it ends the sentence
     return {finding.kind: finding for finding in found}
 
 
@@ -74,6 +76,49 @@ def test_what_is_no_number_is_refused(function: Callable[[Answer], Any], said: s
     assert said in refused(score_by(function))
 
 
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda answer: len(answer.prompt.reference) / len(answer.text), 'raised ZeroDivisionError ("division by zero")'),
+        (lambda answer: len(answer.text) or float("nan"), "returned nan for answer 1"),
+    ],
+)
+def test_what_fails_on_no_answer_is_refused(function: Callable[[Answer], Any], said: str) -> None:
+    """A model may say nothing at any step, also in the last one of a night."""
+    text = refused(score_by(function))
+    assert said in text
+    assert text.endswith("(empty).")
+
+
+def test_what_fails_on_a_sampled_answer_is_refused() -> None:
+    sampled = groups()
+    odd = sampled[3][2].text
+    said = refused(score_by(lambda answer: 1 / (answer.text != odd)))
+    assert "raised ZeroDivisionError" in said
+    said_with_samples = f"(sampled, line {sampled[3][0].prompt.line})"
+    assert said_with_samples in said
+
+
+def test_refusal_shows_no_whole_row() -> None:
+    """An exception's text is the function's, and may be a reference with all that is in it."""
+
+    def looking_up(answer: Answer) -> float:
+        return {"nothing": 1.0}[answer.prompt.reference]
+
+    said = refused(score_by(looking_up))
+    assert "raised KeyError" in said
+    assert REFERENCES[0] not in said
+
+
+def test_prompts_are_tried_from_the_whole_file() -> None:
+    rows = prompts([f"Antwort Nummer {i}" for i in range(15)])
+    seen: set[int] = set()
+    reward = score_by(lambda answer: seen.add(answer.prompt.line) or float(len(answer.text)))
+    reward_linter.lint([reward], rows, [], ["de"])
+    assert len(seen) == reward_linter.MOST_PROMPTS
+    assert max(seen) >= 14
+
+
 def test_last_row_for_all_is_refused() -> None:
     def last(each: Sequence[Answer]) -> list[float]:
         expected = set(each[-1].prompt.reference.split())
@@ -100,7 +145,7 @@ def test_sound_reward_passes() -> None:
 
 def test_constant() -> None:
     found = lint(score_by(lambda _: 0.7))
-    assert found["constant"].what == "made_up gives 0.7 to references, to nonsense and to nothing alike."
+    assert found["constant"].what == "made_up gives 0.7 to references, to nonsense and to nothing alike"
     assert found["no_spread"].figures == {"flat_share": 1.0}
 
 
@@ -134,6 +179,22 @@ def test_keyword_stuffing() -> None:
     finding = lint(Reward("tfidf_similarity", 1.0, plain))["keyword_stuffing"]
     assert finding.level == "problem"
     assert finding.figures["keywords_share"] > 0.9
+
+
+def test_words_without_sense_do_not_hide_keywords() -> None:
+    """A cosine that passes over what no reference has, though it asks for as many different words as the reference has."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors = TfidfVectorizer(stop_words=sorted(stop_words(["de"]))).fit(REFERENCES)
+
+    def known_words(answer: Answer) -> float:
+        both = vectors.transform([answer.text, answer.prompt.reference]).toarray()
+        words, expected = answer.text.split(), answer.prompt.reference.split()
+        return float(both[0] @ both[1]) * min(1.0, len({*words}) / len(expected)) * len({*words}) / max(1, len(words))
+
+    finding = lint(score_by(known_words))["keyword_stuffing"]
+    assert "keywords among words that no reference has" in finding.what
+    assert finding.figures["padded_share"] > 0.9 > finding.figures["keywords_share"]
 
 
 def test_repetition_pays() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from appliance import reward_settings as settings
 from appliance.errors import DataError, ModelFileError, RecipeError
-from appliance.training.rewards import own, registry
+from appliance.training.rewards import own, registry, sentiment_match
 from appliance.training.rewards.reward import Answer, Prompt, Score, malformed
 from tests.tiny_encoders import Exported
 from tests.training import reward_samples
@@ -67,6 +67,20 @@ def test_tfidf_takes_the_reference_of_the_row() -> None:
     assert max(another) < 0.5
 
 
+def test_tfidf_gives_nothing_for_words_that_no_reference_has() -> None:
+    """They would fill the length that the guard asks for."""
+    rows = prompts()
+    keywords = "Zimmer sauber hell Bett bequem"
+    padded = f"{keywords} qua qub quc qud que quf qug"
+    for guard in (True, False):
+        alone, beside = judged("tfidf_similarity", keywords, padded, rows=rows, guard=guard)
+        assert beside < 0.8, guard
+        assert guard or beside < alone
+    letters = judged("tfidf_similarity", f"{keywords} a b c d e f g", rows=rows)
+    assert letters[0] < 0.8
+    assert judged("tfidf_similarity", REFERENCES[0], rows=rows) == pytest.approx([1.0])
+
+
 def test_tfidf_is_fitted_once() -> None:
     """Fitted on each call, the same pair would score differently beside other answers."""
     score = made("tfidf_similarity")
@@ -109,6 +123,29 @@ def test_language_of_a_column_and_with_one_language() -> None:
     assert score([Answer(ROWS[0], "The room was clean and bright.")])[0] < 0.1
     with pytest.raises(DataError, match="grpo line 1: column 'nowhere' must hold a language"):
         made("language_match", rows, column="nowhere")
+
+
+def test_language_is_that_of_the_own_row_where_rows_share_a_line() -> None:
+    """As in a JSON list on one line."""
+    english = "The room was clean and bright."
+    rows = [dataclasses.replace(row, line=1) for row in prompts([REFERENCES[0], english])]
+    score = made("language_match", rows)
+    assert min(score(answers(rows, REFERENCES[1], english))) > 0.9
+    assert max(score(answers(rows, english, REFERENCES[1]))) < 0.1
+
+
+def test_refused_values_are_cut() -> None:
+    whole = ["my address is", "Lindekade 3, and I am called nobody"] * 9
+    with pytest.raises(DataError, match="line 1: column 'code' must hold a language, found ") as caught:
+        made("language_match", prompts(code=[whole] * len(REFERENCES)), column="code")
+    assert len(str(caught.value)) < 120
+    chosen = settings.SentimentMatch(encoder=Path("mood"))
+    with pytest.raises(DataError, match="must hold a label of mood") as refused:
+        sentiment_match._require_labels(prompts(sentiment=whole[:6]), chosen, {"good": "good"})
+    assert 'line 1: "my address is"' in str(refused.value)
+    with pytest.raises(DataError) as refused:
+        sentiment_match._require_labels(prompts(sentiment=[" ".join(whole)] * 6), chosen, {"good": "good"})
+    assert "called nobody" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +226,8 @@ def test_sentiment_wants_labels_of_the_classifier(exported: Exported) -> None:
     rows = prompts(sentiment=["positive", "good", None, "neutral", "negative", "positive"])
     with pytest.raises(DataError, match="Column 'sentiment' must hold a label") as caught:
         registry.MAKERS["sentiment_match"](chosen, rows, ["de"])
-    assert "line 2: 'good'" in str(caught.value)
-    assert "line 3: None" in str(caught.value)
+    assert 'line 2: "good"' in str(caught.value)
+    assert "line 3: nothing" in str(caught.value)
     with pytest.raises(ModelFileError, match="needs a classifier"):
         registry.MAKERS["sentiment_match"](settings.SentimentMatch(encoder=exported.encoder("embedding")), ROWS, ["de"])
 
@@ -254,6 +291,10 @@ def test_malformed_values() -> None:
         ([np.zeros(4), 1, 2, 3], "for answer 1, which is no number"),
     ):
         assert said in (malformed(found, 4) or ""), found
+
+
+def test_what_can_be_read_once_only_is_malformed() -> None:
+    assert "returned map instead of a list" in (malformed(map(float, [1, 2]), 2) or "")
 
 
 def test_known_mistakes_are_what_they_are_said_to_be() -> None:

@@ -1,14 +1,18 @@
 """`appliance runs`, the page and the card of a run, and its lock file, from which it is repeated to the byte."""
 
+import dataclasses
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from appliance import artifacts
-from appliance.training import curve, lock, run_files
+from appliance.findings import Finding
+from appliance.training import curve, lock, run_files, samples
+from tests import tiny_recipe
 from tests.running import Trained, call
 from tests.training.test_diagnose import spiked
 
@@ -76,6 +80,58 @@ def test_diagnosis_of_a_finished_run(in_trained: Trained) -> None:
     assert said["page"].endswith("run.html")
 
 
+def test_run_is_found_from_its_own_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = unfinished(root)
+    for here, name in ((folder, "."), (folder / "..", folder.name), (Path("/"), str(folder))):
+        monkeypatch.chdir(here)
+        assert output("runs", "diagnose", name)["run"] == "mine-sft-0123456789ab"
+    assert "There is no training run /" in call("runs", "diagnose", "/").stderr
+
+
+def rewarded(root: Path) -> Path:
+    """A run of GRPO whose reward rises from 0.2 to 0.6, with what was said of its rewards."""
+    folder = root / "adapter" / "mine-grpo-0123456789ab"
+    folder.mkdir(parents=True)
+    lines: list[dict[str, Any]] = [
+        {"step": step, "loss": 0.01 * (-1) ** step, "reward": 0.2 + 0.4 * (step > 50) + 0.02 * (-1) ** step}
+        for step in range(1, 101)
+    ]
+    for line in lines:
+        line |= {"rewards/length/mean": line["reward"], "rewards/length/std": 0.1, "frac_reward_zero_std": 0.0}
+    (folder / curve.LOSS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = asdict(Finding("keyword_stuffing", "notice", "length gives <words> as much", "Bound it."))
+    (folder / run_files.REWARD_FINDINGS).write_text(json.dumps([said]))
+    return folder
+
+
+def test_run_of_grpo_is_told_by_its_rewards(root: Path) -> None:
+    said = output("runs", "diagnose", rewarded(root).name)
+    assert said["summary"] == "In 100 steps the mean reward went from 0.200 (first fifth) to 0.600 (last fifth)."
+    assert said["findings"] == []
+    assert run_files.NOTHING_OF_REWARDS in call("runs", "diagnose", said["run"]).stdout
+    assert "  reward 0.62  " in call("runs", "list").stdout
+
+
+def test_page_of_grpo_shows_its_rewards_and_what_was_said_of_them(root: Path) -> None:
+    recipe = {
+        "base": "starter",
+        "seed": 1,
+        "lora": {"rank": 4},
+        "grpo": {"beta": 0.1, "rewards": {"length": {"weight": 0.5}}},
+    }
+    recipe["grpo"]["rewards"] |= {"readability": None, "own": []}  # type: ignore[index]
+    page = run_files.page(rewarded(root), "mine-grpo", {"recipe": recipe, "phase": "grpo"}, {"reward_last": 0.600001})
+    for shown in (
+        "Each reward, before its weight, by step",
+        "length gives &lt;words&gt; as much",
+        ">grpo.rewards.length.weight<",
+    ):
+        assert shown in page
+    assert '<td class="number">0.6</td>' in page
+    assert "readability" not in page
+    assert "grpo.rewards.own" not in page
+
+
 def test_unknown_run_is_refused() -> None:
     result = call("runs", "diagnose", "nosuch")
     assert result.exit_code == 1
@@ -88,6 +144,7 @@ def test_compare_shows_what_differs(in_trained: Trained, tmp_path: Path) -> None
     page = tmp_path / "compared.html"
     said = output("runs", "compare", *names, "--html", page)
     assert said["figures"]["steps"] == [in_trained.manifest(step)["results"]["steps"] for step in ("sft", "dpo")]
+    assert said["figures"]["accuracy_after"] == [None, in_trained.manifest("dpo")["results"]["accuracy_after"]]
     assert said["settings"] == {}  # one recipe: nothing differs but the phase
     text = page.read_text()
     assert "<svg" in text
@@ -102,8 +159,13 @@ def test_compare_names_a_setting_that_differs(in_trained: Trained, root: Path) -
     (root / "adapter" / in_trained.made["sft"].name).rename(other)
     locked = json.loads((other / lock.LOCK).read_text())
     locked["recipe"]["sft"]["learning_rate"] = 1e-4
+    locked["recipe"]["data"]["columns"]["sft"] = {"prompt": "q", "completion": "a"}
+    locked["recipe"]["data"]["sft"] = "/elsewhere/sft.jsonl"
     (other / lock.LOCK).write_text(json.dumps(locked))
-    assert output("runs", "compare", in_trained.made["sft"].name, other)["settings"] == {"sft.learning_rate": [5e-3, 1e-4]}
+    assert output("runs", "compare", in_trained.made["sft"].name, other)["settings"] == {
+        "data.columns.sft": [None, None],
+        "sft.learning_rate": [5e-3, 1e-4],
+    }
 
 
 @pytest.mark.parametrize("step", ["sft", "dpo"])
@@ -125,6 +187,29 @@ def test_page_and_card_of_a_run(trained: Trained, step: str) -> None:
     assert "6 sft, 4 dpo" in card
     assert "## How it was verified" in card
     assert f"{step}.learning_rate" in card
+
+
+def test_page_and_card_name_files_and_no_folders(trained: Trained) -> None:
+    locked = json.loads((trained.made["sft"] / lock.LOCK).read_text())
+    rewards = {"own": [{"function": "/home/me/recipe/mine:f"}], "sentiment_match": {"encoder": "/home/me/encoder/mood"}}
+    locked["recipe"] |= {"base": "/home/me/base/large", "grpo": {"adapter": "/home/me/first", "rewards": rewards}}
+    locked |= {"phase": "grpo", "base": {**locked["base"], "name": "/home/me/base/large"}}
+    card = run_files.card(trained.made["sft"], locked, {}, {})
+    page = run_files.page(trained.made["sft"], "title", locked, {})
+    for text in (card, page):
+        assert "/home/me" not in text
+        assert all(name in text for name in ("mine:f", "mood", "first", "large"))
+    assert str(trained.root) not in (trained.made["sft"] / run_files.CARD).read_text()
+
+
+def test_sample_question_holds_no_personal_data() -> None:
+    """The middle row would be taken, and the one before it."""
+    private = ("How do I reach you, I am at jan@lindekade.example?", "Write to the desk, please, in the morning.")
+    called = ("Who do I call about the room, please?", "You can call the desk: +31 20 794 0123, in the morning.")
+    fine = ("When is the desk open on Sundays?", "The desk is open in the afternoon on Sundays.")
+    rows = [{"messages": tiny_recipe.messages(turns)} for turns in (fine, private, called)]
+    assert [each.question for each in samples._questions(rows, ["en"])] == [fine[0]]
+    assert samples._questions(rows[1:], ["en"]) == []
 
 
 def test_lock_names_everything_that_decided(trained: Trained) -> None:
@@ -178,8 +263,21 @@ def test_what_cannot_be_repeated(arguments: tuple[str, ...], code: int, said: st
 
 def test_lock_file_of_elsewhere_says_what_differs(trained: Trained) -> None:
     file = lock.read(trained.made["sft"], ())
-    assert lock.differences(file) == []
+    identity = identity_of(trained, "sft")
+    assert lock.differences(file, identity) == []
     changed = {**file.written, "versions": {**file.written["versions"], "torch": "0.1"}, "code_sha256": "0"}
-    said = lock.differences(lock.Lock(file.path, changed, file.recipe))
+    said = lock.differences(lock.Lock(file.path, changed, file.recipe), identity)
     assert any(each.endswith("(locked 0.1)") for each in said)
     assert any("the appliance's code" in each for each in said)
+    assert not any("what is trained" in each for each in said)
+    parents = [identity.parents[0], "base/another-0123456789ab"]
+    said = lock.differences(file, dataclasses.replace(identity, parents=parents))
+    assert said == [f"what is trained: from base/another-0123456789ab (locked {identity.parents[1]})"]
+    said = lock.differences(file, dataclasses.replace(identity, config={}))
+    assert said == ["what is trained: its settings, or the revision of its phase"]
+
+
+def identity_of(trained: Trained, phase: str) -> artifacts.Plan:
+    manifest = trained.manifest(phase)
+    wanted = {key: manifest[key] for key in ("kind", "name", "inputs", "parents", "config")}
+    return artifacts.Plan(**wanted)

@@ -11,9 +11,10 @@ import pytest
 from appliance import recipe as recipes
 from appliance.artifacts import digest_of
 from appliance.data.check import read_rows
-from appliance.training import dpo, loop, preferences
+from appliance.training import adapters, dpo, loop, preferences
 from appliance.training import model as models
 from appliance.training.model import Base
+from tests import tiny_recipe
 from tests.running import Trained, call
 
 
@@ -32,7 +33,7 @@ def adapter_weights(model: Any, name: str) -> dict[str, str]:
 
 
 def continued(trained: Trained) -> Any:
-    return dpo.continue_adapter(Base(trained.made["base"], ""), trained.made["sft"])
+    return adapters.continued(Base(trained.made["base"], ""), trained.made["sft"])
 
 
 @pytest.mark.parametrize(("step", "first", "final"), [("base", 4.0, 0.5), ("sft", 1.0, 0.5), ("dpo", 0.69, 0.55)])
@@ -94,12 +95,14 @@ def test_reference_is_the_frozen_copy_of_that_adapter(trained: Trained, root: Pa
     recipe = recipes.load(trained.recipe)
     tokenizer = models.load_tokenizer(trained.made["base"])
     loop.prepare()
-    trainer = dpo._trainer(model, tokenizer, read_rows(trained.made["data"], "dpo"), recipe, root)
-    assert adapter_weights(model, dpo.REFERENCE) == before
+    trainer = dpo.trainer(
+        model, tokenizer, preferences.read_checked(tokenizer, trained.made["data"], recipe, "dpo"), recipe, root
+    )
+    assert adapter_weights(model, adapters.REFERENCE) == before
     trainer.train()
-    assert adapter_weights(model, dpo.REFERENCE) == before
+    assert adapter_weights(model, adapters.REFERENCE) == before
     assert adapter_weights(model, "default") != before
-    assert not any(value.requires_grad for key, value in model.named_parameters() if f".{dpo.REFERENCE}." in key)
+    assert not any(value.requires_grad for key, value in model.named_parameters() if f".{adapters.REFERENCE}." in key)
 
 
 def test_first_loss_of_dpo_is_that_of_two_equal_models(trained: Trained) -> None:
@@ -131,6 +134,39 @@ def test_measured_margins_are_those_of_the_models(trained: Trained) -> None:
     again = preferences.compare(pairs, scores["sft"], scores["dpo"])
     results = trained.manifest("dpo")["results"]
     assert again == pytest.approx({key: results[key] for key in again}, abs=1e-3)
+
+
+@pytest.mark.parametrize(("phase", "steps"), [("sft", 6), ("dpo", 4)])
+def test_eight_rows_one_by_one_are_a_step_of_eight(
+    trained: Trained, root: Path, tmp_path: Path, phase: str, steps: int
+) -> None:
+    """Rows of different lengths: each token counts the same, whichever micro-batch it is in."""
+    trained.copy(root, "data", "base", "sft")
+    turns = [(*each[:1], each[1] * count) for count in (1, 2, 3) for each in tiny_recipe.CONVERSATIONS][:16]
+    sft = tiny_recipe.write_lines(tmp_path / "sft.jsonl", [{"messages": tiny_recipe.messages(each)} for each in turns])
+    base = f"base={trained.made['base']}"
+    shared = (base, f"data.sft={sft}", 'phases=["sft"]', "sft.epochs=3") if phase == "sft" else ("dpo.epochs=4",)
+    made = []
+    for batch_rows, accumulate in ((1, 8), (8, 1)):
+        sets = (*shared, f"{phase}.batch_rows={batch_rows}", f"{phase}.accumulate={accumulate}")
+        arguments = [part for each in sets for part in ("--set", each)]
+        result = call("train", trained.recipe, "--phase", phase, *arguments, "--json")
+        assert result.exit_code == 0, result.stderr
+        made.append(Path(json.loads(result.stdout)["artifact"]))
+    assert_learned_the_same(*made)
+    assert len(curve(made[0])) == steps
+
+
+def assert_learned_the_same(made: Path, expected: Path) -> None:
+    """But for the last bits, which another order of adding up changes."""
+    from safetensors.torch import load_file
+
+    for point, other in zip(curve(made), curve(expected), strict=True):
+        assert point["loss"] == pytest.approx(other["loss"], rel=1e-5), point["step"]
+    weights, others = (load_file(folder / "adapter_model.safetensors") for folder in (made, expected))
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        assert (value - others[name]).abs().max() < 1e-4, name
 
 
 def test_learning_rate_that_diverges_is_an_error(trained: Trained, root: Path) -> None:

@@ -67,12 +67,6 @@ def validated(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Val
     return Validated(folder / "artifacts", chosen, made(folder / "artifacts"), result.stderr)
 
 
-def test_rows_are_chosen_evenly() -> None:
-    assert validation.choose(range(100), 4) == [0, 25, 50, 75]
-    assert validation.choose(range(3), 32) == [0, 1, 2]
-    assert validation.choose(range(3), 0) == validation.choose([], 32) == []
-
-
 @pytest.mark.parametrize(
     ("reading", "step", "steps"), [(100, 1000.0, 30), (8000, 500.0, 2000), (50_000, 100.0, 40), (1, 1.0, 1)]
 )
@@ -129,7 +123,6 @@ def test_kept_adapter_is_the_best_one(validated: Validated, trained: Trained) ->
         count = sum(label != labels.IGNORED for label in row.labels)
         total, learned = total + float(mean) * count, learned + count
     assert total / learned == pytest.approx(loss, abs=1e-4)
-    assert not list(validated.folder.glob("**/*.half"))
     assert not (validated.folder / loop.CHECKPOINTS).exists()
 
 
@@ -172,11 +165,12 @@ def interrupted_at(step: int) -> Callable[..., Any]:
 
 
 def test_patience_stops_and_keeps_the_best(trained: Trained, root: Path, tmp_path: Path) -> None:
-    result = call("train", trained.recipe, *flags(trained, tmp_path, "sft.patience=2"))
+    """With epochs enough that the held-out loss turns, and stays up, long before the end."""
+    result = call("train", trained.recipe, *flags(trained, tmp_path, "sft.patience=2", "sft.epochs=40"))
     assert result.exit_code == 0, result.stderr
     results = artifacts.load(made(root)).results
     assert results["stopped_early"] is True
-    assert results["steps"] < 30
+    assert results["steps"] < 120
     measured = [line["step"] for line in lines(made(root)) if "validation_loss" in line]
     assert measured[-3] == results["kept_step"] == results["best_step"]
     assert measured[-1] == results["steps"]

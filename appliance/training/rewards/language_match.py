@@ -1,7 +1,9 @@
 """The probability that an answer is in the language of its reference, or in the one that a column of its row names."""
 
+import functools
 from collections.abc import Sequence
 
+from appliance.data.defects import shown
 from appliance.errors import DataError
 from appliance.reward_settings import LanguageMatch
 from appliance.text import languages as known
@@ -13,21 +15,26 @@ OTHER = "en"  # a single language would always be the likeliest
 
 def make(settings: LanguageMatch, prompts: Sequence[Prompt], languages: Sequence[str]) -> Score:
     """Raises `DataError` for a row whose column is missing, `RecipeError` for a language that nobody can tell apart."""
-    wanted: dict[int, str | None] = {}
-    for prompt in prompts:
+
+    @functools.cache  # by text: rows of one line have references of their own
+    def language_of(reference: str) -> str | None:
+        return known.detect(reference, languages)
+
+    def wanted(prompt: Prompt) -> str | None:
         if settings.column is None:
-            wanted[prompt.line] = known.detect(prompt.reference, languages)
-        elif isinstance(code := prompt.columns.get(settings.column), str):
-            wanted[prompt.line] = code
-        else:
-            raise DataError(f"grpo line {prompt.line}: column {settings.column!r} must hold a language, found {code!r}.")
-    candidates = sorted({*languages, OTHER, *(code for code in wanted.values() if code)})
+            return language_of(prompt.reference)
+        if not isinstance(code := prompt.columns.get(settings.column), str):
+            what = f"column {settings.column!r} must hold a language, found {shown(code)}"
+            raise DataError(f"grpo line {prompt.line}: {what}.")
+        return code
+
+    candidates = sorted({*languages, OTHER, *(code for code in map(wanted, prompts) if code)})
     known.require_known(candidates)
 
     def score(answers: Sequence[Answer]) -> list[float]:
         found = []
         for answer in answers:
-            language = wanted[answer.prompt.line]
+            language = wanted(answer.prompt)
             chance = known.probability(answer.text, language, candidates) if language else None
             found.append(0.0 if not answer.text.strip() else UNDECIDED if chance is None else chance)
         return found

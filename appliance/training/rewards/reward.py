@@ -1,7 +1,7 @@
 """What a reward is: a function from answers, each with its own row, to one number for each."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,10 @@ def malformed(found: Any, answers: int) -> str | None:
     if len(shape) > 1:
         return f"returned a matrix of shape {shape} for {answers} answers; return one value for each, a list of numbers"
     try:
-        values = list(found)
+        values = None if isinstance(found, Iterator) else list(found)  # an iterator is empty after its first reading
     except TypeError:
+        values = None
+    if values is None:
         return f"returned {type(found).__name__} instead of a list with one value for each of {answers} answers"
     if len(values) != answers:
         return (

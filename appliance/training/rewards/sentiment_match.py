@@ -5,6 +5,8 @@ The probability and not a match of labels: a group whose answers are all judged 
 
 from collections.abc import Mapping, Sequence
 
+from appliance.data import examples
+from appliance.data.defects import shown
 from appliance.encoders import Encoder
 from appliance.errors import DataError, ModelFileError, several
 from appliance.reward_settings import SentimentMatch
@@ -34,11 +36,13 @@ def make(settings: SentimentMatch, prompts: Sequence[Prompt], languages: Sequenc
 
 def _require_labels(prompts: Sequence[Prompt], settings: SentimentMatch, labels: Mapping[str, str]) -> None:
     wrong = [
-        f"line {prompt.line}: {prompt.columns.get(settings.column)!r}"
+        f"line {prompt.line}: {shown(prompt.columns.get(settings.column))}"
         for prompt in prompts
         if str(prompt.columns.get(settings.column)).casefold() not in labels
     ]
     if wrong:
-        shown = [*wrong[:MOST_SHOWN], *([f"and {len(wrong) - MOST_SHOWN} more"] if len(wrong) > MOST_SHOWN else [])]
+        listed = examples.some(wrong, MOST_SHOWN)
         known = ", ".join(labels.values())
-        raise DataError(several(shown, f"Column {settings.column!r} must hold a label of {settings.encoder.name} ({known})"))
+        raise DataError(
+            several(listed, f"Column {settings.column!r} must hold a label of {settings.encoder.name} ({known})")
+        )

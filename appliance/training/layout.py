@@ -1,0 +1,80 @@
+"""Lays a model out as its rung says: loads it, tells the trainer, and moves what belongs elsewhere.
+
+What each rung costs is counted in `fit.py`. Order of use: `load`, the adapters, a trainer with `arguments`, `settle`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from appliance.errors import ArtifactError
+from appliance.training import model as models
+from appliance.training import processes
+from appliance.training.rungs import Rung, ladder
+
+RUNG = "rung.json"  # beside the checkpoints, which only this rung can continue
+
+
+def load(base: Path, rung: Rung) -> Any:
+    """The base in whole weights or in NF4, on the card or, for rungs that keep weights there, in memory."""
+    model = models.load_model(base, is_nf4=rung.is_nf4, in_memory=rung.ends_in_memory)
+    if rung.is_nf4:
+        _hold_four_bits(model)
+    return model
+
+
+def arguments(rung: Rung) -> dict[str, Any]:
+    """The trainer's part of a rung."""
+    return {
+        # A stream computes layers again by itself.
+        "gradient_checkpointing": rung.recomputes and not rung.streams,
+        "activation_offloading": rung.inputs_in_memory and not rung.streams,
+    }
+
+
+def settle(trainer: Any, rung: Rung) -> None:
+    """To be called once the trainer was made: it has put its head, and DPO's frozen adapter, on the model by then."""
+    import torch
+
+    # TRL makes the adapters of a model in four bits bfloat16, which float16's gradient scaling cannot take, and in which
+    # small updates are lost.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    if not rung.ends_in_memory:
+        return
+    from appliance.training import stream, streamed_head
+
+    device = trainer.args.device
+    streamed_head.install(trainer.model, device)
+    if rung.streams:
+        stream.LayerStream(trainer.model, device, keeps_inputs=False)
+    else:
+        stream.keep_ends_off(trainer.model, device)
+    if device.index is not None:
+        trainer.model.hf_device_map = {"": device.index}  # accelerate would refuse one that says where the base was loaded
+
+
+def remember(folder: Path, rung: Rung) -> None:
+    """Writes down how a run was begun, from the first process."""
+    if processes.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RUNG).write_text(json.dumps({"rung": rung.name}) + "\n", encoding="utf-8")
+
+
+def remembered(folder: Path) -> Rung:
+    """How the interrupted run of these checkpoints was begun; raises `ArtifactError` where this device cannot go on so."""
+    name = json.loads((folder / RUNG).read_text(encoding="utf-8"))["rung"]
+    for rung in ladder(has_card=models.has_gpu()):
+        if rung.name == name:
+            return rung
+    raise ArtifactError(f"{folder} was begun as {name!r}, on another device; continue it there, or pass --restart.")
+
+
+def _hold_four_bits(model: Any) -> None:
+    """Keeps bitsandbytes from rewriting weights for AVX-512 the first time a model answers: it never writes them back."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
