@@ -81,34 +81,19 @@ def marked_template(path: Path, tokenizer: Any) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def load_model(path: Path, *, is_nf4: bool = False, in_memory: bool = False) -> Any:
+def load_model(path: Path) -> Any:
     """The model in the type that this device trains in; raises `ModelFileError` when files are damaged.
 
-    On this process's card; in memory where several cards share one model, each of which then takes its part, and where
-    `in_memory` asks for it. `is_nf4`: linear layers but the head in four bits, scales quantized too (Dettmers et al. 2023).
+    On this process's card; in memory where several cards share one model, each of which then takes its part.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    on_card = has_gpu() and not processes.is_sharded() and not in_memory
-    how: dict[str, Any] = _four_bits(processes.local_index() if on_card else "cpu") if is_nf4 else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=weight_type(), local_files_only=True, **how)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=weight_type(), local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelFileError(f"The model in {path} cannot be loaded: {error}") from error
-    return model.to(f"cuda:{processes.local_index()}") if on_card and not is_nf4 else model
-
-
-def _four_bits(place: int | str) -> dict[str, Any]:
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=weight_type(),
-    )
-    return {"quantization_config": config, "device_map": {"": place}}
+    return model.to(f"cuda:{processes.local_index()}") if has_gpu() and not processes.is_sharded() else model
 
 
 def save_adapter(model: Any, folder: Path) -> None:
