@@ -339,11 +339,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if not recipe.name.replace("-", "").replace("_", "").isalnum() or not recipe.name.isascii():
         problems.append(f"name: {recipe.name!r} may have only ASCII letters, digits, '-' and '_'; it names files.")
     if recipe.base == STARTER:
-        limits = {
-            phase: getattr(recipe, phase).max_tokens
-            for phase in ("sft", "dpo", *(["grpo"] if "grpo" in recipe.phases else []))
-        }
-        for phase, tokens in limits.items():
+        for phase in recipe.phases:
+            tokens = getattr(recipe, phase).max_tokens
             if tokens > recipe.starter.context_tokens:
                 limit = recipe.starter.context_tokens
                 problems.append(f"{phase}.max_tokens: {tokens} exceeds starter.context_tokens {limit}.")

@@ -20,10 +20,9 @@ from typing import Any
 
 import click
 
-from appliance import artifacts, config
-from appliance import recipe as recipes
+from appliance import config
 from appliance.console import Command, emit, json_option, note
-from appliance.data import check, formats
+from appliance.data import formats
 from appliance.errors import DataError, StepFailed
 from appliance.training import curve
 from benchmarks import about, sentiment
@@ -48,6 +47,7 @@ layers = 4
 hidden = 192
 feed_forward = 512
 heads = 3
+kv_heads = 1
 context_tokens = 192
 row_tokens = 128
 epochs = 10
@@ -108,13 +108,13 @@ class Review:
 def grpo(folder: Path, reviews: Path | None, rows: int, seeds: int, as_json: bool) -> None:
     """Train by GRPO in FOLDER under several seeds, and compare the rewards of the first steps with those of the last."""
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["APPLIANCE_ARTIFACTS"] = str(root := folder.resolve() / "artifacts")
+    os.environ["APPLIANCE_ARTIFACTS"] = str(folder.resolve() / "artifacts")
     config.apply_quiet_environment()
     every = read(reviews) if reviews else made_up()
     accuracy = sentiment.train(folder / "sentiment", [(each.text, each.polarity) for each in every])
     note(f"sentiment: {accuracy:.1%} of sentences that it was not trained on are judged as their label says")
     encoder = run("convert", "onnx", folder / "sentiment", "--name", "sentiment")["artifact"]
-    recipe = write(folder, root, balanced(every, rows), encoder)
+    recipe = write(folder, balanced(every, rows), encoder)
     base, adapter = (run("train", recipe, "--phase", phase)["artifact"] for phase in ("base", "sft"))
     curves = []
     for seed in range(1, seeds + 1):
@@ -165,8 +165,8 @@ def balanced(reviews: Sequence[Review], rows: int) -> list[Review]:
     return kept
 
 
-def write(folder: Path, root: Path, reviews: Sequence[Review], encoder: str) -> Path:
-    """The recipe with its files, and the dataset of their rows."""
+def write(folder: Path, reviews: Sequence[Review], encoder: str) -> Path:
+    """The recipe with its files."""
     sft = [
         {"messages": [{"role": "user", "content": each.prompt}, {"role": "assistant", "content": each.text}]}
         for each in reviews
@@ -176,21 +176,6 @@ def write(folder: Path, root: Path, reviews: Sequence[Review], encoder: str) -> 
     write_lines(folder / "grpo.jsonl", grpo)
     path = folder / "recipe.toml"
     path.write_text(RECIPE.format(encoder=json.dumps(str(encoder))), encoding="utf-8")
-    plan = check.plan(recipes.load(path))
-    if plan.existing(root) is None:
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": row["prompt"]}],
-                "reference": row["reference"],
-                "columns": {"sentiment": row["sentiment"]},
-                "line": line,
-            }
-            for line, row in enumerate(grpo, 1)
-        ]
-        with artifacts.create(plan, root) as draft:
-            write_lines(draft.path / "sft.jsonl", [{**row, "line": line} for line, row in enumerate(sft, 1)])
-            write_lines(draft.path / "grpo.jsonl", rows)
-            write_lines(draft.path / "defects.jsonl", [])
     return path
 
 

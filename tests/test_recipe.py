@@ -106,6 +106,12 @@ def test_preferences_are_needed_for_dpo_only(path: Path) -> None:
     assert recipes.load(path, ['phases=["sft"]']).data.dpo is None
 
 
+def test_only_phases_that_run_must_fit_the_starter(path: Path) -> None:
+    small = ["starter.context_tokens=128", "sft.max_tokens=128"]
+    assert "dpo.max_tokens: 256 exceeds starter.context_tokens 128" in refused(path, *small)
+    assert recipes.load(path, [*small, 'phases=["sft"]']).dpo.max_tokens == 256
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [(b"name = ", "is not valid TOML"), (b"\xff\xfe", "is not valid TOML"), (b"", "name: missing; it has no default")],
