@@ -166,11 +166,6 @@ def _bounds(number: str) -> tuple[int, int]:
     return ends[0], ends[-1]
 
 
-def postcodes(text: str) -> list[tuple[str, int]]:
-    """Postcodes without spaces, and where each begins."""
-    return [(re.sub(r"\s", "", match.group()), match.start()) for match in _POSTCODES.finditer(text)]
-
-
 def postcode_of(address: Address, text: str) -> str | None:
     """The postcode written behind an address."""
     near = _POSTCODES.search(text, address.end, address.end + POSTCODE_REACH + 8)

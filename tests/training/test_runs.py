@@ -165,7 +165,8 @@ def test_compare_names_a_setting_that_differs(in_trained: Trained, root: Path) -
     locked["recipe"]["data"]["sft"] = "/elsewhere/sft.jsonl"
     (other / lock.LOCK).write_text(json.dumps(locked))
     assert output("runs", "compare", in_trained.made["sft"].name, other)["settings"] == {
-        "data.columns.sft": [None, None],
+        "data.columns.sft.completion": [None, "a"],
+        "data.columns.sft.prompt": [None, "q"],
         "sft.learning_rate": [5e-3, 1e-4],
     }
 
