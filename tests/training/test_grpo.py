@@ -12,7 +12,7 @@ import pytest
 from appliance import artifacts
 from appliance import recipe as recipes
 from appliance.artifacts import digest_of
-from appliance.data import check, formats
+from appliance.data import check
 from appliance.errors import RecipeError
 from appliance.training import adapters, grpo, loop, prompts
 from tests import tiny_recipe
@@ -57,22 +57,16 @@ ROWS = [
 
 def write(folder: Path, recipe: str = RECIPE, mine: str = MINE) -> Path:
     path = tiny_recipe.write(folder, recipe)
-    tiny_recipe.write_lines(folder / "grpo.jsonl", [{**row["columns"], **row} for row in ROWS])
+    tiny_recipe.write_lines(
+        folder / "grpo.jsonl", [{**row["columns"], **{key: row[key] for key in ("prompt", "reference")}} for row in ROWS]
+    )
     (folder / "mine.py").write_text(mine)
     return path
 
 
 def make_dataset(path: Path, root: Path, *sets: str) -> Path:
-    """The dataset as `data check` leaves it, with the prompts of GRPO."""
-    plan = check.plan(recipes.load(path, sets))
-    with artifacts.create(plan, root) as draft:
-        for name, read in (("sft", formats.read_conversations), ("faq", formats.read_faq)):
-            suffix = "json" if name == "faq" else "jsonl"
-            tiny_recipe.write_lines(draft.path / f"{name}.jsonl", read(path.parent / f"{name}.{suffix}", []))
-        tiny_recipe.write_lines(draft.path / "grpo.jsonl", ROWS)
-        tiny_recipe.write_lines(draft.path / "defects.jsonl", [])
-        draft.results.update(rows={"sft": len(tiny_recipe.CONVERSATIONS)}, languages={}, fixed=0, set_aside=0)
-    return plan.location(root)
+    """The dataset as `data check` leaves it."""
+    return check.check(recipes.load(path, sets), root, strict=False).path
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,7 +132,7 @@ def test_curve_has_each_reward(tuned: Tuned) -> None:
 def test_artifact_holds_one_adapter_and_no_checkpoint(tuned: Tuned) -> None:
     assert {each.name for each in tuned.grpo.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "manifest.json"),
-        *("loss.jsonl", "loss.png", "reward.png", "samples.json", grpo.FINDINGS),
+        *("loss.jsonl", "loss.png", "reward.png", "samples.json", "run.html", "run.lock.json", grpo.FINDINGS),
     }
     findings = json.loads((tuned.grpo / grpo.FINDINGS).read_text())
     assert len(findings) == tuned.results()["findings"]
