@@ -25,6 +25,7 @@ MOST_SHOWN = 100  # defects; a large file may have one in every row
 def check(recipe: Path, sets: tuple[str, ...], strict: bool, dry_run: bool, as_json: bool) -> None:
     """Check every row of a recipe's files; report each defect with its line."""
     from appliance.data import check as checking
+    from appliance.data import examples
 
     root = config.artifacts_root()
     loaded = recipes.load(recipe, sets)
@@ -36,10 +37,9 @@ def check(recipe: Path, sets: tuple[str, ...], strict: bool, dry_run: bool, as_j
         defects = checking.read_defects(dataset)
         for each in dataset.results["formats"].values():
             note(each["text"])
-        for defect in defects[:MOST_SHOWN]:
-            note(f"  {defect}")
-        if len(defects) > MOST_SHOWN:
-            note(f"  and {len(defects) - MOST_SHOWN} more, all in {dataset.path / 'defects.jsonl'}")
+        where = f", all in {dataset.path / 'defects.jsonl'}"
+        for line in examples.some([str(defect) for defect in defects], MOST_SHOWN, where):
+            note(f"  {line}")
         rows = ", ".join(f"{count} {name}" for name, count in dataset.results["rows"].items())
         aside, fixed = dataset.results["set_aside"], dataset.results["fixed"]
         note(f"data: {rows} rows usable; {len(defects)} defects, {fixed} fixed, {aside} rows set aside")
@@ -117,7 +117,7 @@ def split(
         emit({"state": state, "files": files}, as_json, "\n".join(f"{path} ({state})" for path in files.values()))
         return
     dataset = checking.check(loaded, config.artifacts_root(), strict=False)
-    rows = splitting.read(loaded, {kind: checking.read_rows(dataset.path, kind) for kind in ("sft", "dpo")})
+    rows = splitting.read(loaded, {kind: checking.read_rows(dataset.path, kind) for kind in splitting.KINDS})
     chosen_seed = loaded.seed if seed is None else seed
     parts = splitting.divide(rows, loaded.languages, validation, chosen_seed)
     state = splitting.write(loaded, parts, files, force=force)

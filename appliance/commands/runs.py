@@ -53,8 +53,11 @@ def compare(names: tuple[str, ...], html: Path | None, force: bool, as_json: boo
         artifacts.write_atomically(html, runs.compared_page(chosen))
     result = {"runs": [run.summary() for run in chosen], "settings": settings, "figures": figures, "page": html}
     rows = {"": [run.name for run in chosen], **settings, **figures}
-    width = max(map(len, rows)) + 2
-    text = "\n".join(f"{name:<{width}}" + "  ".join(f"{runs.shown(value):<24}" for value in rows[name]) for name in rows)
+    lines = [[name, *map(runs.shown, values)] for name, values in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = "\n".join(
+        "  ".join(f"{each:<{width}}" for each, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
     emit(result, as_json, text + (f"\n{html}" if html else ""))
 
 

@@ -1,13 +1,13 @@
 """Looks at all rows of a recipe together: what is in them, what a model would learn that nobody meant, and what to do.
 
-The report artifact holds `audit.html` for people and `audit.json` for programs; both name places as `file:line` and show no
-personal data. Main entry: `audit`.
+The report artifact holds `audit.html` for people and `audit.json` for programs. Both name places as `file:line` and show
+nothing that is found to be somebody's, or that only a few rows hold. Main entry: `audit`.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,11 @@ from appliance.findings import Finding
 from appliance.recipe import Recipe
 from appliance.text.words import telling
 
-REVISION = 2  # raised when the same dataset would give another report
+REVISION = 3  # raised when the same dataset would give another report
 FREQUENT_WORDS = 20
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+MOST_KEYS = 10  # of a file, each with a finding of its own
 SAMPLE_ROWS = 20_000
 MANY_ROWS = 20_000  # take more than half a minute
 SCHEMA = 1
@@ -46,10 +49,10 @@ SCHEMA = 1
 def plan(recipe: Recipe, dataset: str, base: Path | None) -> Plan:
     """The report's identity; `dataset` is the dataset's id, `base` the folder whose tokenizer is counted with."""
     tokenizer = artifacts.identity(base) if base else None
-    inputs = {"revision": REVISION, "tokenizer": tokenizer, "files": _names(recipe)}
-    limits = {phase: getattr(recipe, phase).max_tokens for phase in _limited(recipe).values()}
-    limits["truncate"] = recipe.sft.truncate
-    settings = {"languages": list(recipe.languages), "seed": recipe.seed, "max_tokens": limits}
+    inputs = {"revision": REVISION, "tokenizer": tokenizer, "files": check.file_names(recipe)}
+    limits = {phase: getattr(recipe, phase).max_tokens for phase in _phases(recipe).values()}
+    others = {"answer_tokens": recipe.grpo.answer_tokens, "truncate": recipe.sft.truncate}
+    settings = {"languages": list(recipe.languages), "seed": recipe.seed, "max_tokens": limits, **others}
     return Plan(kind="report", name=f"{recipe.name}-audit", inputs=inputs, parents=[dataset], config=settings)
 
 
@@ -75,16 +78,18 @@ def read_findings(made: Artifact) -> list[Finding]:
 
 def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
     """Everything that the report says."""
-    rows, fields = _read(recipe, dataset, meter)
+    rows, fields, limited, refused = _read(recipe, dataset, meter)
     if len(rows) > MANY_ROWS:
         note(f"audit: {len(rows):,} rows; this takes some minutes")
     heard = spoken.listen(rows, recipe.languages)
     readings, hard = spoken.read(rows, heard.of_row)
     compared = leaks.find(rows, recipe.seed)
-    subjects = topics.find([row.asked for row in rows], heard.of_row, recipe.seed)
+    private = personal.names(rows)
+    subjects = topics.find([row.asked for row in rows], heard.of_row, recipe.seed, private)
     findings = [
         *_defects(check.read_defects(dataset)),
-        *_too_long(recipe, fields, meter),
+        *_too_long(recipe, limited),
+        *refused,
         *personal.find(rows, recipe.languages),
         *contradictions.find(rows, personal.regions_of(recipe.languages)),
         *shortcuts.find(rows),
@@ -97,10 +102,10 @@ def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
         findings=sorted(findings, key=lambda each: each.level != "problem"),
         unit=meter.about,
         fields=fields,
-        suggested_max_tokens=_suggested(recipe, fields, meter),
+        suggested_max_tokens=_suggested(recipe, limited, fields),
         languages={file: dict(Counter(counts).most_common()) for file, counts in heard.counts.items()},
         topics=subjects.topics,
-        frequent=_frequent(rows, heard.of_row),
+        frequent=_frequent(rows, heard.of_row, private),
         blank_lines=_blank_lines(rows),
         readings=readings,
         random_leaks=compared.random_leaks,
@@ -108,30 +113,41 @@ def examine(recipe: Recipe, dataset: Artifact, meter: Meter) -> Audit:
     )
 
 
-def _read(recipe: Recipe, dataset: Artifact, meter: Meter) -> tuple[list[Text], list[Field]]:
-    """All rows and their lengths; apart, so that the rows as they stand in the dataset are forgotten."""
+def _read(
+    recipe: Recipe, dataset: Artifact, meter: Meter
+) -> tuple[list[Text], list[Field], dict[str, Field], list[Finding]]:
+    """All rows, their lengths, by phase what must fit into its `max_tokens`, and rows that the chat template refuses.
+
+    Apart, so that the rows as they stand in the dataset are forgotten.
+    """
     rows: list[Text] = []
     fields: list[Field] = []
-    for kind, file in _names(recipe).items():
+    limited: dict[str, Field] = {}
+    refused: list[Finding] = []
+    phases = _phases(recipe)
+    for kind, file in check.file_names(recipe).items():
         own = check.read_rows(dataset.path, kind)
         if own:
-            fields += lengths.measure(kind, file, own, meter)
-            rows += texts.read(kind, file, own)
-    return rows, fields
-
-
-def _names(recipe: Recipe) -> dict[str, str]:
-    """The names of the recipe's files, by kind of row."""
-    files = {"sft": recipe.data.sft, "heldout": recipe.data.heldout, "dpo": recipe.triplets, "faq": recipe.data.faq}
-    return {kind: path.name for kind, path in files.items() if path is not None}
+            measured, read = lengths.measure(kind, file, own, meter), texts.read(kind, file, own)
+            fields += measured.fields
+            if kind in phases and meter.unit == "tokens":
+                limited[phases[kind]] = measured.fields[-1]
+            refused += lengths.check_template(file, [read[number] for number in measured.refused])
+            rows += read
+    return rows, fields, limited, refused
 
 
 def _defects(defects: Sequence[Defect]) -> list[Finding]:
-    """What `data check` found, alike defects together."""
-    kinds: dict[tuple[str, str, str], list[Defect]] = {}
+    """What `data check` found, alike defects together: those that differ in numbers, or in many quoted keys."""
+    alike: dict[tuple[str, str, str], dict[str, list[Defect]]] = {}
     for defect in defects:
-        alike = re.sub(r"\[\d+\]", "[…]", re.sub(r"\bline \d+", "another line", defect.what))
-        kinds.setdefault((defect.file, alike, defect.action), []).append(defect)
+        what = NUMBER.sub("…", defect.what)
+        of_form = alike.setdefault((defect.file, QUOTED.sub("…", what), defect.action), {})
+        of_form.setdefault(what, []).append(defect)
+    kinds: dict[tuple[str, str, str], list[Defect]] = {}
+    for (file, form, action), by_key in alike.items():
+        for what, each in by_key.items():
+            kinds.setdefault((file, what if len(by_key) <= MOST_KEYS else form, action), []).extend(each)
     return [
         Finding(
             kind="defect",
@@ -139,53 +155,56 @@ def _defects(defects: Sequence[Defect]) -> list[Finding]:
             what=f"{file}: {what} ({examples.rows(len(each))}, {'left out' if action == 'set aside' else 'repaired'})",
             remedy="Correct the file; `appliance data check` lists each line.",
             count=len(each),
-            examples=examples.first(f"{defect.file}:{defect.line}" for defect in each),
+            examples=examples.first(defect.where for defect in each),
         )
         for (file, what, action), each in kinds.items()
     ]
 
 
-def _limited(recipe: Recipe) -> dict[str, str]:
+def _phases(recipe: Recipe) -> dict[str, str]:
     """The phase that reads the rows of a kind, and whose `max_tokens` they must fit into."""
-    return {"sft": "sft", "dpo": recipe.preference_phase or "dpo"}
+    return {"sft": "sft", "dpo": recipe.preference_phase or "dpo", "kto": "kto", "grpo": "grpo"}
 
 
-def _wholes(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> Mapping[str, tuple[Field, int]]:
-    """The whole rows of each phase, with the recipe's limit; nothing where tokens cannot be counted."""
-    if meter.unit != "tokens":
-        return {}
-    names = _names(recipe)
-    by_file = {field.file: field for field in fields if field.name == "whole row"}
-    found = {phase: names[kind] for kind, phase in _limited(recipe).items() if names.get(kind) in by_file}
-    return {phase: (by_file[file], getattr(recipe, phase).max_tokens) for phase, file in found.items()}
+def _answer_tokens(recipe: Recipe, phase: str) -> int:
+    """What a row must leave free: a prompt for rewards has no answer yet."""
+    return recipe.grpo.answer_tokens if phase == "grpo" else 0
 
 
-def _too_long(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> list[Finding]:
-    wholes = _wholes(recipe, fields, meter)
-    return [
-        finding
-        for kind, (field, limit) in wholes.items()
-        for finding in lengths.check_limit(kind, field, limit, is_cut=kind == "sft" and recipe.sft.truncate)
-    ]
+def _too_long(recipe: Recipe, limited: Mapping[str, Field]) -> list[Finding]:
+    found = []
+    for phase, field in limited.items():
+        limit, answer = getattr(recipe, phase).max_tokens, _answer_tokens(recipe, phase)
+        is_cut = phase == "sft" and recipe.sft.truncate
+        found += lengths.check_limit(phase, field, limit, answer_tokens=answer, is_cut=is_cut)
+    return found
 
 
-def _suggested(recipe: Recipe, fields: Sequence[Field], meter: Meter) -> dict[str, int]:
+def _suggested(recipe: Recipe, limited: Mapping[str, Field], fields: Sequence[Field]) -> dict[str, int]:
     """Limits that hold every row, by the recipe's keys: for training, and for the longest answer when serving."""
-    wholes = _wholes(recipe, fields, meter)
-    limits = {f"{kind}.max_tokens": lengths.suggested(field) for kind, (field, _) in wholes.items()}
-    answers = [field for field in fields if field.name in ("assistant", "chosen")]
-    if wholes and answers:
+    limits = {
+        f"{phase}.max_tokens": lengths.suggested(field, _answer_tokens(recipe, phase)) for phase, field in limited.items()
+    }
+    answers = [field for field in fields if field.name in ("assistant", "chosen", "completion")]
+    if limited and answers:
         limits["serve.max_tokens"] = max(lengths.suggested(field) for field in answers)
     return limits
 
 
-def _frequent(rows: Sequence[Text], of_row: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
-    """The words that most answers of a language hold, without those that say nothing."""
+def _frequent(rows: Sequence[Text], of_row: Sequence[str], private: Collection[str]) -> dict[str, list[tuple[str, int]]]:
+    """The words that most answers of a language hold, without those that say nothing or are somebody's."""
     counts: dict[str, Counter[str]] = {}
     step = -(-len(rows) // SAMPLE_ROWS)
     for row, language in zip(rows[::step], of_row[::step], strict=True):
         counts.setdefault(language, Counter()).update(set(telling(row.answer)))
-    return {language: each.most_common(FREQUENT_WORDS) for language, each in sorted(counts.items())}
+    return {
+        language: [
+            (word, count)
+            for word, count in each.most_common(FREQUENT_WORDS + len(private))
+            if count > personal.SHARED_ROWS and word not in private
+        ][:FREQUENT_WORDS]
+        for language, each in sorted(counts.items())
+    }
 
 
 def _blank_lines(rows: Sequence[Text]) -> dict[str, dict[str, float]]:

@@ -7,37 +7,38 @@ normal form (`shapes.py`), and `defects.jsonl`. Rows are read and written one by
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from appliance import artifacts
 from appliance.artifacts import Artifact, Plan
 from appliance.config import plain
-from appliance.data import formats
+from appliance.data import formats, texts
 from appliance.data.columns import Map
+from appliance.data.defects import place
 from appliance.data.formats import Defect, Reading, Row
 from appliance.errors import ApplianceError, DataError, several
 from appliance.recipe import Recipe
 from appliance.text import languages
 
-REVISION = 2  # raised when the same files would give another dataset
+REVISION = 3  # raised when the same files would give another dataset
 MOST_SHOWN = 5  # of the defects of a file that cannot be used
 MOST_REFUSED = 100
 
 
 def plan(recipe: Recipe) -> Plan:
     """The dataset's identity; raises `DataError` naming every file that is missing."""
-    files = _files(recipe)
+    sources = files(recipe)
     missing = [
         f"{path} {'is no file' if path.exists() else 'does not exist'} (data.{name})"
-        for name, path in files.items()
+        for name, path in sources.items()
         if not path.is_file()
     ]
     if missing:
         raise DataError(several(missing, "Training data is missing"))
-    digests = {name: artifacts.digest_file(path) for name, path in files.items()}
-    maps = {name: found for name in files if (found := columns(recipe, name))}
+    digests = {name: artifacts.digest_file(path) for name, path in sources.items()}
+    maps = {name: found for name in sources if (found := columns(recipe, name))}
     inputs = {"revision": REVISION, "files": digests, "languages": list(recipe.languages), "columns": maps}
     return Plan(kind="dataset", name=recipe.name, inputs=inputs)
 
@@ -83,12 +84,20 @@ def each_row(dataset: Path, name: str) -> Iterator[Row]:
             yield from map(json.loads, stream)
 
 
-def _files(recipe: Recipe) -> dict[str, Path]:
+def files(recipe: Recipe) -> dict[str, Path]:
+    """The recipe's files of rows, by their key in `[data]`; of phases that it has."""
     data = recipe.data
     kto = data.kto if "kto" in recipe.phases else None
     grpo = data.grpo if "grpo" in recipe.phases else None
-    files = {"sft": data.sft, "heldout": data.heldout, "dpo": recipe.triplets, "kto": kto, "grpo": grpo, "faq": data.faq}
-    return {name: path for name, path in files.items() if path is not None}
+    every = {"sft": data.sft, "heldout": data.heldout, "dpo": recipe.triplets, "kto": kto, "grpo": grpo, "faq": data.faq}
+    return {name: path for name, path in every.items() if path is not None}
+
+
+def file_names(recipe: Recipe) -> dict[str, str]:
+    """What the files are called in reports: two of one name, in several folders or the same one, are told apart by key."""
+    names = {key: path.name for key, path in files(recipe).items()}
+    several_times = {name for name, count in Counter(names.values()).items() if count > 1}
+    return {key: f"{name} ({key})" if name in several_times else name for key, name in names.items()}
 
 
 def columns(recipe: Recipe, name: str) -> Map | None:
@@ -104,18 +113,20 @@ def _write(recipe: Recipe, folder: Path, defects: list[Defect]) -> dict[str, Any
     """Writes every file's rows; returns what they are. Raises `DataError` with all that is wrong with all files."""
     tally = _Tally(recipe.languages)
     problems: list[str] = []
-    for name, path in _files(recipe).items():
-        before = len(defects)
+    names = file_names(recipe)
+    for name, path in files(recipe).items():
+        found: list[Defect] = []
         try:
             reading = formats.examine(path, name, columns(recipe, name))
-            rows = tally.counted(name, reading, reading.rows(defects))
+            rows = tally.counted(name, reading, reading.rows(found))
             _write_lines(folder / f"{name}.jsonl", rows)
         except ApplianceError as error:
             problems.append(str(error))
             continue
+        finally:
+            defects += [replace(defect, file=names[name]) for defect in found]
         if not tally.rows[name]:
-            found = defects[before:]
-            shown = "; ".join(f"line {defect.line}: {defect.what}" for defect in found[:MOST_SHOWN])
+            shown = "; ".join(f"line {place(defect.line, defect.item)}: {defect.what}" for defect in found[:MOST_SHOWN])
             problems.append(f"{path}: no usable row (data.{name}). {len(found)} defects, first: {shown}")
     if tally.shared:
         problems.append(
@@ -150,8 +161,8 @@ class _Tally:
         for row in rows:
             self.rows[name] += 1
             if name == "sft":
-                answer = row["messages"][-1]["content"]
-                self._languages[languages.detect(answer, self._candidates) or "unknown"] += 1
+                text = texts.read_one(name, reading.source.path.name, row)
+                self._languages[languages.of_row(text.answer, text.asked, self._candidates)] += 1
                 self._trained.add(formats.digest(row["messages"]))
             elif name == "heldout":
                 self.shared += formats.digest(row["messages"]) in self._trained

@@ -1,19 +1,20 @@
 """Facts on which rows disagree, true facts that preferences push down, and facts that most answers end in.
 
 An address of the FAQ is true. Where the FAQ is silent, what `USUAL_ROWS` answers say, and few contradict, counts as true.
+What is not true is not shown: it may be where somebody lives. Nor are an address and a number that only few rows give.
 """
 
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from appliance.data import examples
+from appliance.data import examples, personal
 from appliance.data.texts import Text
 from appliance.findings import Finding
 from appliance.text import facts
 from appliance.text.facts import Address
 
-USUAL_ROWS = 3
+USUAL_ROWS = personal.SHARED_ROWS + 1
 FEW = 0.25  # of those who say otherwise
 MANY_ANSWERS = 0.1
 MINIMUM_ANSWERS = 20
@@ -48,8 +49,10 @@ class Stated:
         said = ", ".join(f"{values[value]:,} say {value}" for value in sorted(usual))
         return usual, said
 
-    def is_true(self, address: Address) -> bool:
-        return any(facts.agree(address.number, each) for each in self.right(address.street)[0])
+    def true(self, address: Address) -> str | None:
+        """The true address that a text gives, if it does, as the FAQ or most answers have it."""
+        numbers = sorted(each for each in self.right(address.street)[0] if facts.agree(address.number, each))
+        return f"{string.capwords(address.street)} {numbers[0]}" if numbers else None
 
 
 def find(rows: Sequence[Text], regions: Sequence[str]) -> list[Finding]:
@@ -80,8 +83,8 @@ def _contradicting(stated: Stated) -> list[Finding]:
     wrong = sorted(stated.wrong(), key=lambda each: -len(each[2]))
     if not wrong:
         return []
-    parts = [_said(subject, value, rows, source) for subject, value, rows, source in wrong]
-    count = len({row.where for _, _, rows, _ in wrong for row in rows})
+    parts = [_said(subject, rows, source) for subject, _, rows, source in wrong]
+    count = len({id(row) for _, _, rows, _ in wrong for row in rows})
     return [
         Finding(
             kind="contradicting_facts",
@@ -95,9 +98,9 @@ def _contradicting(stated: Stated) -> list[Finding]:
     ]
 
 
-def _said(subject: str, value: str, rows: Sequence[Text], source: str) -> str:
+def _said(subject: str, rows: Sequence[Text], source: str) -> str:
     street = subject.removesuffix(POSTCODE)
-    name = f"postcode {value} of {street}" if subject != street else f"{string.capwords(street)} {value}"
+    name = f"{street} with another postcode" if subject != street else f"{string.capwords(street)} with another number"
     return f"{name} in {examples.rows(len(rows))} ({_lines(rows)}), {source}"
 
 
@@ -109,13 +112,14 @@ def _pushed_down(rows: Sequence[Text], stated: Stated) -> list[Finding]:
     told: dict[str, int] = {}
     found, alone = [], 0
     for row in rows:
-        true = [each for each in facts.addresses(row.rejected) if stated.is_true(each)] if row.rejected else []
+        given = facts.addresses(row.rejected) if row.rejected else []
+        true = {name: each.street for each in given if (name := stated.true(each))}
         if not true:
             continue
         found.append(row)
         chosen = {each.street for each in facts.addresses(row.answer)}
-        alone += any(each.street not in chosen for each in true)
-        for name in {str(each) for each in true}:
+        alone += any(street not in chosen for street in true.values())
+        for name in true:
             told[name] = told.get(name, 0) + 1
     if not found:
         return []
@@ -137,21 +141,24 @@ def _pushed_down(rows: Sequence[Text], stated: Stated) -> list[Finding]:
 
 def _everywhere(rows: Sequence[Text], addresses: Mapping[int, Sequence[Address]], regions: Sequence[str]) -> list[Finding]:
     """An address or telephone number that a great part of all answers gives, whatever was asked."""
-    answers = [row for row in rows if row.kind != "faq"]
-    if len(answers) < MINIMUM_ANSWERS:
+    answers = sum(row.kind != "faq" for row in rows)
+    if answers < MINIMUM_ANSWERS:
         return []
     givers: dict[str, list[Text]] = {}
-    for row in answers:
-        given = {str(each) for each in addresses[id(row)]}
-        for name in given | {phone.number for phone in facts.phones(row.answer, regions)}:
+    secret: dict[str, str] = {}  # what is said of those that are not
+    for row in rows:
+        for name, kind in _given(row, addresses[id(row)], regions):
             givers.setdefault(name, []).append(row)
-    many = sorted(
-        ((name, each) for name, each in givers.items() if len(each) >= MANY_ANSWERS * len(answers)),
-        key=lambda item: -len(item[1]),
-    )
+            secret[name] = kind
+    many = []
+    for name, holders in givers.items():
+        given = [row for row in holders if row.kind != "faq"]
+        if len(given) >= MANY_ANSWERS * answers:
+            many.append((name if personal.is_public(holders) else secret[name], given))
     if not many:
         return []
-    parts = [f"{name} in {len(each):,} of {len(answers):,} answers" for name, each in many]
+    many.sort(key=lambda item: -len(item[1]))
+    parts = [f"{name} in {len(each):,} of {answers:,} answers" for name, each in many]
     return [
         Finding(
             kind="fact_in_many_answers",
@@ -161,6 +168,13 @@ def _everywhere(rows: Sequence[Text], addresses: Mapping[int, Sequence[Address]]
             " knowledge base supply addresses.",
             count=len(many[0][1]),
             examples=examples.of(many[0][1]),
-            figures={"share": len(many[0][1]) / len(answers)},
+            figures={"share": len(many[0][1]) / answers},
         )
     ]
+
+
+def _given(row: Text, addresses: Sequence[Address], regions: Sequence[str]) -> Iterable[tuple[str, str]]:
+    """What an answer gives, and what to call it where it may not be shown."""
+    text = row.everything if row.kind == "faq" else row.answer
+    yield from ((name, "an address") for name in {str(each) for each in addresses})
+    yield from ((phone.number, "a telephone number") for phone in facts.phones(text, regions))

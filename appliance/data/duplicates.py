@@ -26,6 +26,7 @@ MOST_COMPARED = 16  # in a larger band's bucket each text is compared with its n
 COMPARED_AT_ONCE = 100_000
 MINIMUM_TARGET_CHARACTERS = 60  # a shorter answer ("Yes.") may well be right for many questions
 STOCK_SHARE = 0.02  # an answer that more rows share is a stock answer, and would join what has nothing in common
+INSTRUCTION_SHARE, FEWEST_INSTRUCTED = 0.05, 20  # an opening that more rows share, or nearly share, is no question
 LEAK_ROUNDS = 20
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd and without a pattern: 2**64 by the golden ratio
 
@@ -47,6 +48,26 @@ class Alike:
         first[self.codes[::-1]] = rows[::-1]
         return numpy.concatenate((numpy.stack((first[self.codes], rows), axis=1), first[self.pairs]))
 
+    def of_many(self) -> "Array":
+        """For each row whether its form, with those near it and near those, is that of a great part of all rows."""
+        import numpy
+
+        rows_of = numpy.bincount(self.codes, minlength=self.distinct)
+        families = _connected(self.distinct, [self.pairs])
+        sizes = numpy.bincount(families, weights=rows_of)[families]
+        many: Array = (sizes > max(FEWEST_INSTRUCTED, INSTRUCTION_SHARE * len(self.codes)))[self.codes]
+        return many
+
+    def without(self, rows: "Array") -> "Alike":
+        """The same with some rows (n,), as booleans, like no other."""
+        import numpy
+
+        codes = self.codes.copy()
+        codes[rows] = self.distinct + numpy.arange(int(rows.sum()))
+        left = numpy.zeros(self.distinct, dtype=bool)
+        left[self.codes[~rows]] = True
+        return Alike(codes, self.pairs[left[self.pairs].all(axis=1)], self.distinct + int(rows.sum()))
+
     def among(self, rows: slice) -> "Alike":
         """The same for some of the rows."""
         import numpy
@@ -66,8 +87,12 @@ class Leak:
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """Rows compared by how they open and as a whole; `groups` numbers the rows that belong together."""
+    """Rows compared by how they open and as a whole; `groups` numbers the rows that belong together.
 
+    `questions` are the openings as they are; in `openings` those that are an instruction to many rows are like no other.
+    """
+
+    questions: Alike
     openings: Alike
     wholes: Alike
     groups: "Array"
@@ -86,7 +111,7 @@ class Likeness:
 
     def among(self, rows: slice) -> "Likeness":
         """The likeness of some rows with each other."""
-        return Likeness(self.openings.among(rows), self.wholes.among(rows), self.groups[rows])
+        return Likeness(self.questions.among(rows), self.openings.among(rows), self.wholes.among(rows), self.groups[rows])
 
     def random_leak(self, heldout_rows: int, seed: int) -> Leak:
         """The same for random splits of this size, on average."""
@@ -102,10 +127,17 @@ class Likeness:
 
 
 def compare(rows: Sequence[Text]) -> Likeness:
-    """Compares all rows with each other, also those of different files."""
-    openings, wholes = alike([row.opening for row in rows]), alike([row.whole for row in rows])
+    """Compares all rows with each other, also those of different files.
+
+    What opens a great part of them ("Write a sentence about the room") is an instruction: those rows are compared by their
+    answers alone, or all of them would belong together.
+    """
+    questions = alike([row.opening for row in rows])
+    is_instructed = questions.of_many()
+    openings = questions.without(is_instructed)
+    wholes = alike([row.answer if alone else row.whole for row, alone in zip(rows, is_instructed, strict=True)])
     edges = (openings.edges(), wholes.edges(), _same_targets(rows))
-    return Likeness(openings, wholes, _connected(len(rows), edges))
+    return Likeness(questions, openings, wholes, _connected(len(rows), edges))
 
 
 def alike(texts: Sequence[str]) -> Alike:

@@ -28,11 +28,12 @@ LABEL = "__label__"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row as it stands in its file, or what is wrong with it."""
+    """One row as it stands in its file, or what is wrong with it; `item` is its number on a line with several, else 0."""
 
     line: int
     value: Any = None
     defect: tuple[str, Action] | None = None
+    item: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +189,20 @@ def _json_list(path: Path) -> Iterator[Record]:
     text.take("[")
     if text.next_character() == "]":
         raise DataError(f"{path} is an empty list; it must hold at least one row.")
+    line = item = 0  # of the row before
     while True:
         text.next_character()
-        yield Record(text.line, text.value())
-        if text.next_character() == "]":
+        begins, value = text.line, text.value()
+        is_last = text.next_character() == "]"
+        if not is_last:
+            text.take(",")
+            text.next_character()
+        # Two rows share a line only if the first also ends there.
+        is_shared = begins == line or (not is_last and begins == text.line)
+        line, item = begins, (item + 1 if begins == line else 1) if is_shared else 0
+        yield Record(begins, value, item=item)
+        if is_last:
             break
-        text.take(",")
     text.take("]")
     if text.next_character():
         raise DataError(f"{path}:{text.line}: is not valid JSON: there is more after the end of the list.")

@@ -15,7 +15,7 @@ from typing import Any
 from appliance.data import columns as column_maps
 from appliance.data import files
 from appliance.data.columns import Map
-from appliance.data.defects import Action, Defect, Report, Row, SetAside, require_whole_characters, shown, shown_keys
+from appliance.data.defects import Action, Defect, Report, Row, SetAside, place, require_whole_characters, shown, shown_keys
 from appliance.data.files import Record, Source
 from appliance.data.messages import CONTROL_TOKEN, report_stray_keys
 from appliance.data.shapes import BY_PURPOSE, SHAPES, Purpose, Shape
@@ -59,26 +59,30 @@ class Reading:
         return "; ".join(parts)
 
     def rows(self, defects: list[Defect]) -> Iterator[Row]:
-        """Rows in normal form with their `line`, without exact copies; what is wrong is appended to `defects`."""
-        return ({**row, "line": record.line} for record, row in self.usable(defects))
+        """Rows in normal form without exact copies; what is wrong is appended to `defects`.
+
+        Each has its `line`, and its `item` where the line has several.
+        """
+        for record, row in self.usable(defects):
+            yield {**row, "line": record.line, **({"item": record.item} if record.item else {})}
 
     def usable(self, defects: list[Defect]) -> Iterator[tuple[Record, Row]]:
         """The same, each row in normal form beside the record that it was made of."""
-        first_line: dict[bytes, int] = {}
+        first: dict[bytes, str] = {}
         for record in self.source.records():
-            report = self._reporter(record.line, defects)
+            report = self._reporter(record, defects)
             row = self._row(record, report)
             if row is None:
                 continue
-            if (content := digest(row)) in first_line:
-                report(f"an exact copy of line {first_line[content]}", "set aside")
+            if (content := digest(row)) in first:
+                report(f"an exact copy of line {first[content]}", "set aside")
             else:
-                first_line[content] = record.line
+                first[content] = place(record.line, record.item)
                 yield record, row
 
-    def _reporter(self, line: int, defects: list[Defect]) -> Report:
+    def _reporter(self, record: Record, defects: list[Defect]) -> Report:
         def report(what: str, action: Action) -> None:
-            defects.append(Defect(self.source.path.name, line, what, action))
+            defects.append(Defect(self.source.path.name, record.line, what, action, record.item))
 
         return report
 

@@ -25,7 +25,7 @@ def find(rows: Sequence[Text], seed: int) -> Compared:
     """Compares the rows of each file with each other, and what is held out with what is trained on."""
     findings: list[Finding] = []
     random_leaks: dict[str, Leak] = {}
-    compared = [row for row in rows if row.kind in ("sft", "heldout", "dpo")]
+    compared = [row for row in rows if row.kind != "faq"]
     likeness = duplicates.compare(compared)
     is_held = any(row.kind == "heldout" for row in compared)
     start = 0
@@ -35,7 +35,7 @@ def find(rows: Sequence[Text], seed: int) -> Compared:
         start += len(own)
         if own[0].kind == "heldout":
             continue
-        findings += [*_same_prompts(own, here.openings), *_near(own, here.wholes)]
+        findings += [*_same_prompts(own, here.questions), *_near(own, here.wholes)]
         if len(own) >= MINIMUM_ROWS:
             random_leaks[file] = here.random_leak(round(HELDOUT * len(own)), seed)
             if own[0].kind != "sft" or not is_held:  # who holds rows out already is told by `_heldout` what leaks
@@ -59,9 +59,7 @@ def _same_prompts(rows: Sequence[Text], openings: Alike) -> list[Finding]:
     repeated = sum(len(group) - 1 for group in groups)
     exact = len(rows) - len({row.opening for row in rows})
     answers = sum(len({normal(row.answer) for row in group}) > 1 for group in groups)
-    places = [
-        " = ".join(row.where.removeprefix(f"{rows[0].file}:") for row in group[:6]) for group in groups[: examples.MOST]
-    ]
+    places = [" = ".join(row.place for row in group[:6]) for group in groups[: examples.MOST]]
     return [
         Finding(
             kind="duplicate_prompts",
@@ -99,7 +97,7 @@ def _near(rows: Sequence[Text], wholes: Alike) -> list[Finding]:
             what=f"{rows[0].file}: {count:,} of {len(rows):,} rows are nearly the same as another, question and answer",
             remedy="Keep one of each; copies weigh a row more than others and hide that little was learned.",
             count=count,
-            examples=[f"{one.where} ~ {other.line}" for one, other in pairs[: examples.MOST]],
+            examples=[f"{one.where} ~ {other.place}" for one, other in pairs[: examples.MOST]],
         )
     ]
 
@@ -117,7 +115,7 @@ def _random_split(file: str, rows: Sequence[Text], groups: Sequence[int], leak: 
             remedy="Hold out with `appliance data split RECIPE`, which keeps them on one side.",
             count=sum(len(group) for group in together),
             examples=[
-                " ~ ".join([group[0].where, *(str(row.line) for row in group[1:6])]) for group in together[: examples.MOST]
+                " ~ ".join([group[0].where, *(row.place for row in group[1:6])]) for group in together[: examples.MOST]
             ],
             figures={"exact": leak.exact, "near": leak.near},
         )

@@ -1,4 +1,4 @@
-"""How long rows are: in tokens of the base where its tokenizer lies here, in characters where it does not.
+"""How long rows are: in tokens of the base where its tokenizer lies here, in characters where it does not. Entry: `measure`.
 
 Above `SAMPLE_ROWS` rows tokens are counted for a sample and for the longest rows by characters, among which the longest by
 tokens is looked for.
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from appliance.data import examples
-from appliance.data.formats import Row
+from appliance.data.defects import Row, place
+from appliance.data.texts import Text
 from appliance.findings import Finding
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
 
@@ -20,6 +21,8 @@ SAMPLE_ROWS = 10_000
 LONGEST_ROWS = 1_000
 ROUND_TO = 64
 CHUNK_ROWS = 1_000
+WHOLE = "whole row"
+ANSWERS = {"dpo": ("chosen", "rejected"), "kto": ("completion",), "grpo": ("reference",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,14 @@ class Field:
     def percentiles(self) -> list[int]:
         ordered = sorted(self.values)
         return [ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] for percent in PERCENTILES]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The fields of a file's rows, last what must fit into `max_tokens`, and which rows the chat template refuses."""
+
+    fields: Sequence[Field]
+    refused: Sequence[int]
 
 
 class Meter:
@@ -68,11 +79,11 @@ class Meter:
             counts += [len(each) for each in encoded]
         return counts
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation as one text."""
+    def render(self, messages: Sequence[Mapping[str, str]], *, is_prompt: bool = False) -> str:
+        """A conversation as one text; a prompt with what announces its answer. Raises `TemplateFailed`."""
         if self._template:
-            return self._template.render(messages, add_generation_prompt=False)
-        return "".join(message["content"] for message in messages)
+            return self._template.render(messages, add_generation_prompt=is_prompt)
+        return joined(messages)
 
 
 def _load(base: Path) -> tuple[Any, ChatTemplate | None]:
@@ -86,7 +97,15 @@ def _load(base: Path) -> tuple[Any, ChatTemplate | None]:
     settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
     separate = base / "chat_template.jinja"
     source = separate.read_text(encoding="utf-8") if separate.is_file() else settings.get("chat_template")
-    return Tokenizer.from_file(str(file)), _template(source, settings) if isinstance(source, str) else None
+    tokenizer = Tokenizer.from_file(str(file))
+    # Some are saved as they were last used: everything would have the same length.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, _template(source, settings) if isinstance(source, str) else None
+
+
+def joined(messages: Sequence[Mapping[str, str]]) -> str:
+    return "".join(message["content"] for message in messages)
 
 
 def _template(source: str, settings: Mapping[str, Any]) -> ChatTemplate | None:
@@ -102,78 +121,108 @@ def _template(source: str, settings: Mapping[str, Any]) -> ChatTemplate | None:
     return template
 
 
-def measure(kind: str, file: str, rows: Sequence[Row], meter: Meter) -> list[Field]:
-    """The lengths of each field of a file's rows, the whole row last."""
-    fields = _fields(kind, rows, meter)
-    whole = fields["whole row"]
+def measure(kind: str, file: str, rows: Sequence[Row], meter: Meter) -> Measured:
+    """The lengths of each field of a file's rows; a field's length in a row is that of the longest of its texts there."""
+    read = [_whole(kind, row, meter) for row in rows]
+    wholes = [texts for texts, _ in read]
     wanted = list(range(len(rows)))
+    longest, sample = [], wanted
     if meter.unit == "tokens" and len(rows) > SAMPLE_ROWS:
-        by_length = sorted(wanted, key=lambda number: -len(whole[number]))
-        longest = by_length[:LONGEST_ROWS]
+        longest = sorted(wanted, key=lambda number: -max(map(len, wholes[number])))[:LONGEST_ROWS]
         sample = wanted[:: -(-len(rows) // SAMPLE_ROWS)]
-    else:
-        longest, sample = [], wanted
+    fields = {name: texts for name, texts in _fields(kind, rows).items() if any(any(each) for each in texts)}
     measured = []
-    for name, texts in fields.items():
-        values = meter.count([texts[number] for number in sample])
-        counted = dict(zip(longest, meter.count([texts[number] for number in longest]), strict=True))
+    for name, texts in {**fields, "prompt" if kind == "grpo" else WHOLE: wholes}.items():
+        values = _longest(meter, [texts[number] for number in sample])
+        counted = dict(zip(longest, _longest(meter, [texts[number] for number in longest]), strict=True))
         counted |= zip(sample, values, strict=True)
         order = sorted(counted, key=lambda number: -counted[number])[:LONGEST_ROWS]
-        measured.append(Field(file, name, values, [(f"{file}:{rows[number]['line']}", counted[number]) for number in order]))
-    return measured
+        places = [
+            (f"{file}:{place(rows[number]['line'], rows[number].get('item', 0))}", counted[number]) for number in order
+        ]
+        measured.append(Field(file, name, values, places))
+    return Measured(measured, [number for number, (_, is_refused) in enumerate(read) if is_refused])
 
 
-def _fields(kind: str, rows: Sequence[Row], meter: Meter) -> dict[str, Sequence[str]]:
+def _longest(meter: Meter, texts: Sequence[Sequence[str]]) -> list[int]:
+    """The length of the longest text of each row; by tokens, which need not be the one with most characters."""
+    counts = iter(meter.count([text for each in texts for text in each]))
+    return [max((next(counts) for _ in each), default=0) for each in texts]
+
+
+def _whole(kind: str, row: Row, meter: Meter) -> tuple[list[str], bool]:
+    """What training reads of a row, each on its own, and whether the chat template refuses it: then the plain texts."""
     if kind == "faq":
-        return {
-            "question": [row["question"] for row in rows],
-            "answer": [row["answer"] for row in rows],
-            "whole row": [f"{row['question']}\n{row['answer']}" for row in rows],
-        }
-    if kind == "dpo":
-        # Training joins the prompt with either answer; the longer of the two must fit.
-        longer = [max(row["chosen"], row["rejected"], key=len) for row in rows]
-        return {
-            "prompt": [_said(row["prompt"]) for row in rows],
-            "chosen": [row["chosen"] for row in rows],
-            "rejected": [row["rejected"] for row in rows],
-            "whole row": [
-                meter.render([*row["prompt"], {"role": "assistant", "content": answer}])
-                for row, answer in zip(rows, longer, strict=True)
-            ],
-        }
-    fields = {role: [_said(row["messages"], role) for row in rows] for role in ("system", "user", "assistant")}
-    if not any(fields["system"]):
-        del fields["system"]
-    return {**fields, "whole row": [meter.render(row["messages"]) for row in rows]}
+        return [f"{row['question']}\n{row['answer']}"], False
+    if kind == "dpo":  # the prompt is joined with either answer
+        conversations = [[*row["prompt"], {"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")]
+    elif kind == "kto":
+        conversations = [[*row["prompt"], {"role": "assistant", "content": row["completion"]}]]
+    else:
+        conversations = [row["prompt"] if kind == "grpo" else row["messages"]]
+    try:
+        return [meter.render(each, is_prompt=kind == "grpo") for each in conversations], False
+    except TemplateFailed:
+        return [joined(each) for each in conversations], True
 
 
-def _said(messages: Sequence[Mapping[str, str]], role: str | None = None) -> str:
-    return "\n".join(message["content"] for message in messages if role in (None, message["role"]))
+def _fields(kind: str, rows: Sequence[Row]) -> dict[str, Sequence[Sequence[str]]]:
+    """The texts of each field, row by row; several turns of one role are answers, or questions, of their own."""
+    if kind in ANSWERS:
+        prompts = {} if kind == "grpo" else {"prompt": [[joined(row["prompt"])] for row in rows]}
+        return {**prompts, **{name: [[row[name]] for row in rows] for name in ANSWERS[kind]}}
+    if kind == "faq":
+        return {name: [[row[name]] for row in rows] for name in ("question", "answer")}
+    return {role: [_said(row["messages"], role) for row in rows] for role in ("system", "user", "assistant")}
 
 
-def suggested(field: Field) -> int:
+def _said(messages: Sequence[Mapping[str, str]], role: str) -> list[str]:
+    return [message["content"] for message in messages if message["role"] == role]
+
+
+def suggested(field: Field, answer_tokens: int = 0) -> int:
     """The `max_tokens` that holds every row."""
-    return -(-field.longest // ROUND_TO) * ROUND_TO
+    return -(-(field.longest + answer_tokens) // ROUND_TO) * ROUND_TO
 
 
-def check_limit(kind: str, field: Field, limit_tokens: int, *, is_cut: bool) -> list[Finding]:
-    """Rows that training would refuse, or cut where the recipe says so."""
-    if field.longest <= limit_tokens:
+def check_limit(
+    phase: str, field: Field, limit_tokens: int, *, answer_tokens: int = 0, is_cut: bool = False
+) -> list[Finding]:
+    """Rows that training would refuse, or cut where the recipe says so; `answer_tokens` are to be left for an answer."""
+    if field.longest + answer_tokens <= limit_tokens:
         return []
-    places = [place for place, length in field.longest_rows if length > limit_tokens]
-    over = max(len(places), sum(value > limit_tokens for value in field.values))
+    places = [place for place, length in field.longest_rows if length + answer_tokens > limit_tokens]
+    over = max(len(places), sum(value + answer_tokens > limit_tokens for value in field.values))
+    rest = f" and {phase}.answer_tokens {answer_tokens:,}" if answer_tokens else ""
     fate = "cut at its end, and the end of the answer is not learned" if is_cut else "refused"
     return [
         Finding(
             kind="too_long",
             level="notice" if is_cut else "problem",
-            what=f"{field.file}: the longest row has {field.longest:,} tokens, {kind}.max_tokens is {limit_tokens:,};"
-            f" what is longer is {fate}: {examples.rows(over)} of {len(field.values):,} measured",
-            remedy=f"Set {kind}.max_tokens = {suggested(field)}, or shorten those rows; 99 % fit into"
-            f" {field.percentiles[-1]:,}.",
+            what=f"{field.file}: the longest {field.name.removeprefix('whole ')} has {field.longest:,} tokens,"
+            f" {phase}.max_tokens is {limit_tokens:,}{rest}; what is longer is {fate}: {examples.rows(over)} of"
+            f" {len(field.values):,} measured",
+            remedy=f"Set {phase}.max_tokens = {suggested(field, answer_tokens)}, or shorten those rows; 99 % fit into"
+            f" {field.percentiles[-1] + answer_tokens:,}.",
             count=over,
             examples=examples.first(places),
-            figures={"longest": field.longest, "suggested": suggested(field)},
+            figures={"longest": field.longest, "suggested": suggested(field, answer_tokens)},
+        )
+    ]
+
+
+def check_template(file: str, refused: Sequence[Text]) -> list[Finding]:
+    """Rows that cannot be rendered as the base's template wants them."""
+    if not refused:
+        return []
+    return [
+        Finding(
+            kind="template_refuses",
+            level="problem",
+            what=f"{file}: the base's chat template refuses {examples.rows(len(refused))}, and training will stop at them;"
+            " their lengths here are those of their texts alone",
+            remedy="Some templates know no system turn: put what it says into the first question, or take another base.",
+            count=len(refused),
+            examples=examples.of(refused),
         )
     ]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.data.defects import Report, Row, SetAside, shown
+from appliance.data.defects import Report, Row, SetAside, cut, shown
 
 Message = dict[str, str]
 
@@ -23,6 +23,10 @@ class Spelling:
     roles: Mapping[str, str]
 
 
+# Of other formats. Training has no place for them, and any other name may be a person's.
+OTHER_ROLES = frozenset(
+    {"bot", "developer", "function", "function_call", "model", "observation", "prompter", "tool", "tool_call"}
+)
 PLAIN_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 CHAT = Spelling("role", "content", PLAIN_ROLES)
 SHAREGPT = Spelling("from", "value", {"system": "system", "human": "user", "gpt": "assistant", **PLAIN_ROLES})
@@ -106,19 +110,20 @@ def read_text(value: Any, where: str, report: Report) -> str:
     if (normal := unicodedata.normalize("NFC", text)) != text:
         report(f"{where} is not in Unicode normal form C, normalized", "fixed")
     if token := CONTROL_TOKEN.search(normal):
-        raise SetAside(f"{where} holds the control token {token.group()!r}, which would break the chat template")
+        raise SetAside(f"{where} holds the control token {cut(token.group())!r}, which would break the chat template")
     return normal
 
 
 def report_stray_keys(row: Row, known: Collection[str], report: Report, place: str = "") -> None:
     for key in row:
         if key not in known:
-            report(f"{place}stray key {key!r} ignored", "fixed")
+            report(f"{place}stray key {cut(key)!r} ignored", "fixed")
 
 
 def _role(value: Any, place: str, report: Report, spelling: Spelling) -> str:
     if isinstance(value, str) and (name := value.strip().lower()) in spelling.roles:
         if name != value:
-            report(f"{place} is {value!r}, read as {name!r}", "fixed")
+            report(f"{place} is {cut(value)!r}, read as {name!r}", "fixed")
         return spelling.roles[name]
-    raise SetAside(f"{place} is {shown(value)}; known roles: {', '.join(spelling.roles)}")
+    said = f'"{name}"' if isinstance(value, str) and name in OTHER_ROLES else shown(value)
+    raise SetAside(f"{place} is {said}; known roles: {', '.join(spelling.roles)}")

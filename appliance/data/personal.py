@@ -2,17 +2,17 @@
 
 A Dutch citizen service number (BSN) counts when it passes its 11-test or when a label announces it, since people mistype
 their own. Names and dates of birth are found by their label only. What the FAQ states is the organisation's own. No value
-is ever shown. Main entry: `find`.
+is ever shown, and neither is, elsewhere in a report, what is not `is_public`. Main entry: `find`.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from appliance.data import examples
 from appliance.data.texts import Text
 from appliance.findings import Finding
-from appliance.text import facts
+from appliance.text import facts, words
 
 REGIONS = {"nl": "NL", "en": "GB", "de": "DE", "pl": "PL", "fr": "FR", "es": "ES", "it": "IT", "tr": "TR"}
 SHARED_ROWS = 3  # a number or address in more rows than this is public, not somebody's
@@ -23,12 +23,13 @@ _BSN_LABELLED = re.compile(
     r"(?i:\b(?:BSN|burgerservicenummer|sofi-?nummer|citizen service number)\b)\W*(?:(?i:is|nummer|number|nr)\W*)?"
     rf"(?:{_NINE}|\d{{8,9}}\b)"
 )
-_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?:\s?[A-Z0-9]{4}){2,7}(?:\s?[A-Z0-9]{1,4})?\b")
-_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}")
+# Looked for at every place, also inside what begins like one before it; what follows an account may look like more of it.
+_IBAN = re.compile(r"\b(?=([A-Z]{2}[0-9]{2}(?:\s?[A-Z0-9]{4}){2,7}(?:\s?[A-Z0-9]{1,4})?)\b)", re.IGNORECASE)
 _LABEL_END = r"\W{0,4}[:=]\W{0,4}"
+_CAPITAL = r"[A-ZŁŚŻŹĆÄÖÜ\u0620-\u064a][^\W\d_]+"
 _NAME = re.compile(
     r"(?i:\b(?:(?:voor|achter)?naam|(?:full|first|last) name|name|vorname|nachname|imię(?: i nazwisko)?|nazwisko)|\bالاسم)"
-    rf"{_LABEL_END}(?!\s)[A-ZŁŚŻŹĆÄÖÜ\u0620-\u064a][^\W\d_]+"
+    rf"{_LABEL_END}(?!\s)({_CAPITAL}(?:[ -](?:[^\W\d_]{{1,3}} ){{0,2}}{_CAPITAL}){{0,3}})"
 )
 _BIRTH = re.compile(
     r"(?i:\b(?:geboortedatum|geboren op|date of birth|born on|geburtsdatum|data urodzenia)|تاريخ الميلاد)"
@@ -38,7 +39,7 @@ _BIRTH = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One sort of personal data: its name, and what finds its values in a text."""
+    """One sort of personal data: its name, how it is said, and what finds its values in a text."""
 
     name: str
     said: str
@@ -63,8 +64,11 @@ def _ibans(text: str, _: Sequence[str]) -> Iterable[str]:
     from stdnum import iban
 
     for match in _IBAN.finditer(text):
-        if iban.is_valid(match.group()):
-            yield re.sub(r"\s", "", match.group())
+        groups = match[1].split()
+        while groups and not iban.is_valid("".join(groups)):
+            groups.pop()
+        if groups:
+            yield "".join(groups).upper()
 
 
 def _phones(text: str, regions: Sequence[str]) -> Iterable[str]:
@@ -72,14 +76,14 @@ def _phones(text: str, regions: Sequence[str]) -> Iterable[str]:
 
 
 def _matches(pattern: re.Pattern[str]) -> Callable[[str, Sequence[str]], Iterable[str]]:
-    return lambda text, _: (match.group().casefold() for match in pattern.finditer(text))
+    return lambda text, _: (match[pattern.groups].casefold() for match in pattern.finditer(text))
 
 
 KINDS = (
     Kind("bsn", "a citizen service number (BSN), by its 11-test or its label", _bsns),
     Kind("iban", "a bank account (IBAN)", _ibans, is_shared_public=True),
     Kind("phone", "a telephone number that is not in the FAQ", _phones, is_shared_public=True),
-    Kind("email", "an e-mail address that is not in the FAQ", _matches(_EMAIL), is_shared_public=True),
+    Kind("email", "an e-mail address that is not in the FAQ", _matches(facts.EMAIL), is_shared_public=True),
     Kind("name", "a name behind its label", _matches(_NAME)),
     Kind("birth_date", "a date of birth behind its label", _matches(_BIRTH)),
 )
@@ -111,19 +115,34 @@ def find(rows: Sequence[Text], languages: Sequence[str]) -> list[Finding]:
     return found
 
 
+def is_public(holders: Collection[Text], *, is_shared_public: bool = True) -> bool:
+    """Whether what these rows hold is the organisation's, so that it may be shown: by the FAQ, or by their number."""
+    return (is_shared_public and len(holders) > SHARED_ROWS) or any(row.kind == "faq" for row in holders)
+
+
+def names(rows: Sequence[Text]) -> set[str]:
+    """The words of which names and e-mail addresses consist that are somebody's: no list of words may show them."""
+    found = set()
+    for kind in KINDS:
+        if kind.name in ("name", "email"):
+            for value in _private(kind, rows, ()):
+                found.update(words.words(value.partition("@")[0]))
+    return found
+
+
 def _holders(kind: Kind, rows: Sequence[Text], regions: Sequence[str]) -> list[Text]:
+    private = {id(row) for holders in _private(kind, rows, regions).values() for row in holders}
+    return [row for row in rows if id(row) in private]
+
+
+def _private(kind: Kind, rows: Sequence[Text], regions: Sequence[str]) -> dict[str, list[Text]]:
+    """The values that are somebody's, and the rows that hold each."""
     by_value: dict[str, list[Text]] = {}
-    public: set[str] = set()
     for row in rows:
-        values = set(kind.values("\n".join((row.asked, row.answer, row.rejected)), regions))
-        for value in values:
+        for value in set(kind.values(row.everything, regions)):
             by_value.setdefault(value, []).append(row)
-        if row.kind == "faq":
-            public |= values
-    private: Mapping[str, Text] = {
-        row.where: row
+    return {
+        value: holders
         for value, holders in by_value.items()
-        if value not in public and not (kind.is_shared_public and len(holders) > SHARED_ROWS)
-        for row in holders
+        if not is_public(holders, is_shared_public=kind.is_shared_public)
     }
-    return sorted(private.values(), key=lambda row: (row.file, row.line))

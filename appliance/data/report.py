@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from appliance import page
-from appliance.data import duplicates
+from appliance.data import duplicates, personal
 from appliance.data.duplicates import Leak
-from appliance.data.lengths import PERCENTILES, Field
+from appliance.data.lengths import PERCENTILES, WHOLE, Field
 from appliance.data.spoken import Reading
 from appliance.data.topics import Topic
 from appliance.findings import Finding
@@ -34,7 +34,7 @@ class Audit:
 
 
 def html(name: str, audit: Audit) -> str:
-    """The page of an audit; it shows no text of any row."""
+    """The page of an audit; of rows it shows words and facts that many hold, and keys."""
     sections = [
         Section("Findings", _findings(audit)),
         Section("Lengths", _lengths(audit)),
@@ -60,13 +60,13 @@ def _lengths(audit: Audit) -> list[Part]:
     rows: list[list[str | int | float]] = [
         [field.file, field.name, *field.percentiles, field.longest] for field in audit.fields
     ]
-    parts: list[Part] = [f"In {audit.unit}."]
+    parts: list[Part] = [f"In {audit.unit}. Of several turns of one role in a row, the longest counts."]
     if audit.suggested_max_tokens:
         parts.append(
             "To hold every row: " + ", ".join(f"{key} = {value}" for key, value in audit.suggested_max_tokens.items()) + "."
         )
     parts.append(Table(columns, rows))
-    return [*parts, *(_histogram(field, audit.unit) for field in audit.fields if field.name == "whole row" and field.values)]
+    return [*parts, *(_histogram(field, audit.unit) for field in audit.fields if field.name == WHOLE and field.values)]
 
 
 def _histogram(field: Field, unit: str) -> Chart:
@@ -126,8 +126,13 @@ def _leaks(audit: Audit) -> list[Part]:
 def _method(audit: Audit) -> list[Part]:
     return [
         f"Nearly the same: {duplicates.SIMILAR:.0%} or more of the runs of {duplicates.SHINGLE_CHARACTERS} characters in"
-        " common (Jaccard, estimated by MinHash), case and punctuation aside.",
+        f" common (Jaccard, estimated by MinHash), case and punctuation aside. What opens over"
+        f" {duplicates.INSTRUCTION_SHARE:.0%} of the rows, or nearly, is taken for an instruction: those rows are compared"
+        " by their answers.",
         "Languages by py3langid; short texts are left out of what it decides. Addresses, numbers and names are found by"
         " their form: what is written otherwise is not seen.",
+        f"No value of personal data is shown that was found as such, no address or number that neither the FAQ nor more than"
+        f" {personal.SHARED_ROWS} rows give, and no word that only so few rows hold. A name that many rows hold, without a"
+        " label, is taken for a word.",
         f"Sampled: {'; '.join(audit.sampled)}." if audit.sampled else "Nothing was sampled: every row was read.",
     ]

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from appliance.data import examples
+from appliance.data import examples, personal
 from appliance.data.texts import Text
 from appliance.findings import Finding
 from appliance.text import facts, premises
@@ -35,8 +35,9 @@ FORMS: dict[str, Callable[[str], bool]] = {
 def find(rows: Sequence[Text]) -> list[Finding]:
     """All shortcuts found."""
     triplets = [row for row in rows if row.kind == "dpo"]
-    asked = [row for row in rows if row.kind in ("sft", "dpo")]
-    return [*_length(triplets), *_form(triplets), *_premise(asked), *_word(asked)]
+    asked = [row for row in rows if row.kind in ("sft", "dpo", "kto", "grpo")]
+    public = [row for row in rows if row.kind == "faq"]
+    return [*_length(triplets), *_form(triplets), *_premise(asked, public), *_word(asked, public)]
 
 
 def _length(triplets: Sequence[Text]) -> list[Finding]:
@@ -94,7 +95,7 @@ def _form(triplets: Sequence[Text]) -> list[Finding]:
     ]
 
 
-def _premise(rows: Sequence[Text]) -> list[Finding]:
+def _premise(rows: Sequence[Text], faq: Sequence[Text]) -> list[Finding]:
     """Circumstances of a person that only a few rows state, in whatever languages; a finding each."""
     if len(rows) < MINIMUM_ROWS:
         return []
@@ -108,19 +109,30 @@ def _premise(rows: Sequence[Text]) -> list[Finding]:
             holders = [row for row, _ in each]
             words = sorted({word for _, named in each for word in named})[:4]
             what = f"A circumstance that few rows share: {name} in {len(each)} of {len(rows):,} rows ({', '.join(words)})"
-            findings.append(_rare("rare_premise", what + _same_address(holders), holders))
+            findings.append(_rare("rare_premise", what + _same_address(holders, [*rows, *faq]), holders))
     return findings
 
 
-def _same_address(rows: Sequence[Text]) -> str:
-    """The address that the answers to these rows go to, if most go to one."""
-    counts = Counter(name for row in rows for name in {str(each) for each in facts.addresses(row.answer)})
+def _same_address(rows: Sequence[Text], every: Sequence[Text]) -> str:
+    """The address that the answers to these rows go to, if most go to one; told only where it is no secret."""
+    counts = Counter(name for row in rows for name in _addresses(row))
     (name, count), *_ = [*counts.most_common(1), ("", 0)]
-    return f", and {count} of their answers give {name}" if count >= max(2, ENDS_IN_ANSWERS * len(rows)) else ""
+    if count < max(2, ENDS_IN_ANSWERS * len(rows)):
+        return ""
+    number = name.rpartition(" ")[2]
+    holders = [row for row in every if number in row.answer and name in _addresses(row)]
+    return f", and {count} of their answers give {name if personal.is_public(holders) else 'one address'}"
 
 
-def _word(rows: Sequence[Text]) -> list[Finding]:
-    """Words that dominate a few rows, in question and answer, and hardly occur elsewhere."""
+def _addresses(row: Text) -> set[str]:
+    return {str(each) for each in facts.addresses(row.answer)}
+
+
+def _word(rows: Sequence[Text], faq: Sequence[Text]) -> list[Finding]:
+    """Words that dominate a few rows, in question and answer, and hardly occur elsewhere.
+
+    A word is only told where the FAQ has it: it may be somebody's name.
+    """
     rows = rows[:: -(-len(rows) // SAMPLE_ROWS)] if rows else rows
     if len(rows) < MINIMUM_ROWS:
         return []
@@ -140,17 +152,19 @@ def _word(rows: Sequence[Text]) -> list[Finding]:
             continue
         if sum(word in telling(row.answer) for row in holders) >= ENDS_IN_ANSWERS * len(holders):
             slices.append((times[word] / len(holders), word, holders))
-    concerned_rows = {row.where for _, _, holders in slices for row in holders}
+    concerned_rows = {id(row) for _, _, holders in slices for row in holders}
     if not slices or len(concerned_rows) > MOST_CONCERNED * len(rows):
         return []
     slices.sort(key=lambda each: (-each[0], each[1]))
+    public = {word for row in faq for word in telling(row.whole)}
     parts = [
-        f'"{word}" in {len(holders)} rows, {often:.1f} times each ({", ".join(examples.of(holders)[:3])})'
+        (f'"{word}"' if word in public else "one")
+        + f" in {len(holders)} rows, {often:.1f} times each ({', '.join(examples.of(holders)[:3])})"
         for often, word, holders in slices
     ]
     concerned = [row for _, _, holders in slices for row in holders]
     return [
-        _rare("rare_word", f"A word dominates few rows and ends up in their answers: {examples.listed(parts, 8)}", concerned)
+        _rare("rare_word", f"Words dominate few rows and end up in their answers: {examples.listed(parts, 8)}", concerned)
     ]
 
 
@@ -161,6 +175,6 @@ def _rare(kind: str, what: str, concerned: Sequence[Text]) -> Finding:
         what=what,
         remedy="A model may come to assume it of everybody: add rows of the same question without it, or take these out, and"
         " test with questions that do not mention it.",
-        count=len({row.where for row in concerned}),
+        count=len({id(row) for row in concerned}),
         examples=examples.of(concerned),
     )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from appliance.data import check, formats
+from appliance.data.formats import Row
 from appliance.recipe import Recipe
 
 
@@ -15,4 +16,9 @@ def read(recipe: Recipe, name: str, path: Path) -> list[str]:
     columns = check.columns(recipe, name)
     reading = formats.examine(path, name, columns)
     is_normal = reading.source.kind == "fastText labels" and columns is None
-    return [json.dumps(row if is_normal else record.value, ensure_ascii=False) for record, row in reading.usable([])]
+    return [json.dumps(_flat(row) if is_normal else record.value, ensure_ascii=False) for record, row in reading.usable([])]
+
+
+def _flat(row: Row) -> Row:
+    """A row in normal form with its further columns beside its own keys, as it would be read again."""
+    return {**row.get("columns", {}), **{key: value for key, value in row.items() if key != "columns"}}

@@ -1,6 +1,6 @@
 """Divides a recipe's rows into those to train on and those held out, so that near-duplicates never cross.
 
-Rows that belong together (`duplicates`) are held out together or not at all, across conversations and triplets alike. Among
+Rows that belong together (`duplicates`) are held out together or not at all, across the files of all phases. Among
 such groups those are chosen that bring every language and topic nearest to the wanted share. Main entry: `divide`.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance import artifacts
-from appliance.data import duplicates, source_rows, texts, topics
+from appliance.data import check, duplicates, personal, source_rows, texts, topics
 from appliance.data.duplicates import Leak, Likeness
 from appliance.data.formats import Row
 from appliance.data.texts import Text
@@ -21,8 +21,8 @@ from appliance.errors import ArtifactError, DataError, RecipeError, several
 from appliance.recipe import Recipe
 from appliance.text import languages
 
-UNKNOWN = "unknown"
 LEAST_GAIN = 1e-9  # what rounding could make of none
+KINDS = ("sft", "dpo", "kto", "grpo")
 Key = tuple[str, ...]
 
 
@@ -30,7 +30,7 @@ Key = tuple[str, ...]
 class Part:
     """One of the recipe's files, divided. Leaks: of this split, and of random splits of the same size."""
 
-    kind: str  # sft or dpo
+    kind: str  # of KINDS
     rows: Sequence[Text]
     is_heldout: Sequence[bool]
     strata: Sequence[tuple[str, str]]  # language, topic
@@ -53,9 +53,10 @@ class Part:
 
 
 def divide(parts: Mapping[str, Sequence[Text]], spoken: Sequence[str], share: float, seed: int) -> list[Part]:
-    """Divides rows by kind (sft, dpo); `spoken` are the languages to tell apart.
+    """Divides rows by kind (`KINDS`); `spoken` are the languages to tell apart.
 
-    Raises `DataError` when the rows of a kind are so alike that none can be held out.
+    Raises `DataError` when the rows of a kind are so alike that none can be held out. Prompts for rewards may be: they are
+    divided so that none is held out in another file, and a few may repeat without end.
     """
     rows = [row for each in parts.values() for row in each]
     likeness = duplicates.compare(rows)
@@ -66,7 +67,11 @@ def divide(parts: Mapping[str, Sequence[Text]], spoken: Sequence[str], share: fl
         here = slice(start, start + len(each))
         start = here.stop
         made.append(_part(kind, each, likeness, held, strata[here], here, seed))
-    empty = [f"{part.rows[0].file}: {len(part.rows)} rows" for part in made if not 0 < part.heldout_rows < len(part.rows)]
+    empty = [
+        f"{part.rows[0].file}: {len(part.rows)} rows"
+        for part in made
+        if part.heldout_rows == len(part.rows) or (not part.heldout_rows and part.kind != "grpo")
+    ]
     if empty:
         what = "Too few, or too much alike (near-duplicates stay together), to hold any out; add rows or raise --validation"
         raise DataError(several(empty, what))
@@ -94,8 +99,8 @@ def _part(
 
 
 def _strata(rows: Sequence[Text], spoken: Sequence[str], seed: int) -> list[tuple[str, str]]:
-    detected = [languages.detect(row.answer, spoken) or languages.detect(row.asked, spoken) or UNKNOWN for row in rows]
-    found = topics.find([row.asked for row in rows], detected, seed)
+    detected = [languages.of_row(row.answer, row.asked, spoken) for row in rows]
+    found = topics.find([row.asked for row in rows], detected, seed, personal.names(rows))
     return list(zip(detected, found.of_row, strict=True))
 
 
@@ -149,7 +154,8 @@ def _gain(size: Iterable[tuple[Key, int]], sign: int, counts: Mapping[Key, int],
 
 def read(recipe: Recipe, dataset: Mapping[str, Sequence[Row]]) -> dict[str, list[Text]]:
     """The rows that are divided, by kind."""
-    return {kind: texts.read(kind, path.name, dataset[kind]) for kind, path in _sources(recipe).items()}
+    names = check.file_names(recipe)
+    return {kind: texts.read(kind, names[kind], dataset[kind]) for kind in _sources(recipe)}
 
 
 def plan_files(recipe: Recipe, folder: Path) -> dict[str, Path]:
@@ -167,7 +173,7 @@ def plan_files(recipe: Recipe, folder: Path) -> dict[str, Path]:
 
 
 def _sources(recipe: Recipe) -> dict[str, Path]:
-    return {"sft": recipe.data.sft, **({"dpo": recipe.triplets} if recipe.triplets else {})}
+    return {kind: path for kind, path in check.files(recipe).items() if kind in KINDS}
 
 
 def write(recipe: Recipe, parts: Sequence[Part], files: Mapping[str, Path], *, force: bool) -> str:
@@ -207,7 +213,8 @@ def in_words(part: Part) -> str:
 
 def next_step(recipe_path: Path, files: Mapping[str, Path], state: str) -> str:
     """What was written, and what to put into the recipe and to type next."""
-    settings = {"data.sft": "sft.train", "data.heldout": "sft.validation", "data.dpo": "dpo.train"}
+    settings = {"data.sft": "sft.train", "data.heldout": "sft.validation"}
+    settings |= {f"data.{kind}": f"{kind}.train" for kind in KINDS}
     named = {key: files[name] for key, name in settings.items() if name in files}
     lines = [f"{path} ({state})" for path in files.values()]
     lines += ["", f"To train on it, in {recipe_path}:", "[data]"]

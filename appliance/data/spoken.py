@@ -10,12 +10,6 @@ from appliance.data.texts import Text
 from appliance.findings import Finding
 from appliance.text import languages, readability
 
-# Told apart from the recipe's own; more would only be mistaken for them.
-OTHERS = ("ar", "de", "en", "es", "fr", "it", "nl", "pl", "pt", "ru", "tr", "uk")
-READ_CHARACTERS = 400  # enough to tell a language by
-SURE = 0.99
-MINIMUM_CHARACTERS = 40  # in less, a name or an address decides
-UNKNOWN = "unknown"
 SAMPLE_ROWS = 10_000
 MINIMUM_ANSWERS = 10
 
@@ -43,19 +37,17 @@ class Reading:
 
 def listen(rows: Sequence[Text], spoken: Sequence[str]) -> Spoken:
     """Detects the language of each question and answer; `spoken` are the recipe's."""
-    candidates = tuple(sorted({*spoken, *OTHERS}))
     of_row, mixed, undeclared = [], [], []
     counts: dict[str, Counter[str]] = {}
     for row in rows:
-        answer = languages.identify(row.answer[:READ_CHARACTERS], candidates)
-        question = languages.identify(row.asked[:READ_CHARACTERS], candidates)
+        answer, question = languages.hear(row.answer, spoken), languages.hear(row.asked, spoken)
         either = answer or question
-        of_row.append(either[0] if either else UNKNOWN)
+        of_row.append(either[0] if either else languages.UNKNOWN)
         counts.setdefault(row.file, Counter())[of_row[-1]] += 1
-        is_long = min(len(row.answer), len(row.asked)) >= MINIMUM_CHARACTERS
-        if is_long and answer and question and answer[0] != question[0] and min(answer[1], question[1]) >= SURE:
+        is_long = min(len(row.answer), len(row.asked)) >= languages.SURE_CHARACTERS
+        if is_long and answer and question and answer[0] != question[0] and min(answer[1], question[1]) >= languages.SURE:
             mixed.append((row, question[0], answer[0]))
-        if answer and answer[0] not in spoken and answer[1] >= SURE and len(row.answer) >= MINIMUM_CHARACTERS:
+        if answer and answer[0] not in spoken:
             undeclared.append((row, answer[0]))
     return Spoken(of_row, counts, [*_mixed(mixed), *_undeclared(undeclared, spoken)])
 
@@ -103,7 +95,7 @@ def read(rows: Sequence[Text], of_row: Sequence[str]) -> tuple[list[Reading], li
     readings = [
         _reading(language, each[:: -(-len(each) // SAMPLE_ROWS)])
         for language, each in sorted(by_language.items())
-        if language != UNKNOWN
+        if language != languages.UNKNOWN
     ]
     return readings, [finding for each in readings for finding in _hard(each)]
 

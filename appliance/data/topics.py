@@ -1,11 +1,15 @@
 """What rows are about: clusters of their TF-IDF vectors, language by language, named by their own words.
 
+A word that only a few rows hold, or that is of somebody's name, names no topic: reports show these names.
+
 Above `SAMPLE_ROWS` rows of a language, vocabulary and clusters come from a sample; every row then gets its nearest cluster.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from appliance.data.personal import SHARED_ROWS
 from appliance.text.words import telling
 
 SAMPLE_ROWS = 20_000
@@ -36,13 +40,13 @@ class Topics:
     of_row: Sequence[str]
 
 
-def find(texts: Sequence[str], languages: Sequence[str], seed: int) -> Topics:
-    """The topics of texts whose languages are known; a language with few rows is one topic."""
+def find(texts: Sequence[str], languages: Sequence[str], seed: int, private: Collection[str]) -> Topics:
+    """The topics of texts whose languages are known; a language with few rows is one topic. No `private` word is shown."""
     of_row = [f"{language}: {OTHER}" for language in languages]
     topics: list[Topic] = []
     for language in sorted(set(languages)):
         rows = [number for number, each in enumerate(languages) if each == language]
-        clusters, names = _cluster([texts[number] for number in rows], seed)
+        clusters, names = _cluster([texts[number] for number in rows], seed, private)
         for number, cluster in zip(rows, clusters, strict=True):
             of_row[number] = f"{language}: {', '.join(names[cluster])}"
         found = [Topic(language, words, clusters.count(each)) for each, words in enumerate(names)]
@@ -50,7 +54,7 @@ def find(texts: Sequence[str], languages: Sequence[str], seed: int) -> Topics:
     return Topics(topics, of_row)
 
 
-def _cluster(texts: Sequence[str], seed: int) -> tuple[list[int], list[Sequence[str]]]:
+def _cluster(texts: Sequence[str], seed: int, private: Collection[str]) -> tuple[list[int], list[Sequence[str]]]:
     """The cluster of each text, and the words of each cluster."""
     count = min(MOST_TOPICS, len(texts) // ROWS_A_TOPIC)
     whole: tuple[list[int], list[Sequence[str]]] = ([0] * len(texts), [[OTHER]])
@@ -70,5 +74,10 @@ def _cluster(texts: Sequence[str], seed: int) -> tuple[list[int], list[Sequence[
     for start in range(0, len(texts), CHUNK_ROWS):
         clusters += means.predict(vectorizer.transform(texts[start : start + CHUNK_ROWS])).tolist()
     vocabulary = vectorizer.get_feature_names_out()
-    heaviest = (-means.cluster_centers_).argsort(axis=1, kind="stable")[:, :NAMED_BY]
-    return clusters, [[str(vocabulary[word]) for word in words] for words in heaviest]
+    holders = (vectors > 0).sum(axis=0).A1
+    may_name = [count > SHARED_ROWS and word not in private for word, count in zip(vocabulary, holders, strict=True)]
+    names: list[Sequence[str]] = []
+    for words in (-means.cluster_centers_).argsort(axis=1, kind="stable"):
+        naming = itertools.islice((str(vocabulary[word]) for word in words if may_name[word]), NAMED_BY)
+        names.append(list(naming) or [OTHER])
+    return clusters, names

@@ -4,6 +4,7 @@ By their form alone; nothing here knows what is true. Names are capitalised word
 every noun so, and scripts without capitals have none. Main entry: `find`.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from appliance.text import facts
 Kind = Literal["contact", "address", "time", "name", "number"]
 Span = tuple[int, int]
 
-_CONTACT = re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]*\w|(?:https?://|www\.)[^\s<>\"')]*[\w/]", re.IGNORECASE)
+_WEB = re.compile(r"(?:https?://|www\.)[^\s<>\"')]*[\w/]", re.IGNORECASE)
 _NUMBER = re.compile(r"\+?\d[\d\s/-]{6,}\d|\d+(?:[.,]\d+)*")  # telephone numbers have spaces inside
 _NAME = re.compile(r"(?<=[\w,;:)’'\"] )(?:[^\W\d_a-zß-öø-ÿ][\w’'-]+)(?:\s[^\W\d_a-zß-öø-ÿ][\w’'-]+)*")
 
@@ -40,7 +41,8 @@ def find(text: str, language: str | None) -> frozenset[Claim]:
             claims.add(Claim(kind, value))
             rest = rest[:start] + " " * (end - start) + rest[end:]
 
-    take("contact", lambda rest: _matches(_CONTACT, rest, _folded))
+    for pattern in (facts.EMAIL, _WEB):
+        take("contact", functools.partial(_matches, pattern, value=_folded))
     take(
         "address", lambda rest: ((f"{each.street} {each.number}", (each.start, each.end)) for each in facts.addresses(rest))
     )

@@ -51,8 +51,11 @@ _UNIT = (
     r"(?!\s*(?:uur|euro|eur\b|€|%|ct\b|minu|min\b|dagen|days|weken|weeks|personen|mensen|people|km|m\b|meter|uhr|godz|zł|"
     r"hours?|o['’]clock|am\b|pm\b|jaar|years?|lat\b|tage|keer|times))"
 )
+# Words are bounded and begin where no other goes on: in a long unbroken one every letter would be a place to begin at.
 _AFTER = re.compile(
-    rf"((?:[^\W\d_][\w'’-]*\s+)?)([^\W\d_][\w'’-]*\.?)\s+(?:nr\.?\s+|nummer\s+)?({_NUMBER}){_UNIT}", re.IGNORECASE
+    rf"(?<!\w)((?:[^\W\d_][\w'’-]{{0,60}}\s{{1,9}})?)([^\W\d_][\w'’-]{{0,60}}\.?)\s{{1,9}}(?:nr\.?\s{{1,9}}|nummer\s{{1,9}})?"
+    rf"({_NUMBER}){_UNIT}",
+    re.IGNORECASE,
 )
 _ENGLISH = re.compile(
     r"\b(\d{1,4}[a-zA-Z]?)\s+((?:[A-Z][\w'’]+\s+){1,3}(?:Street|Road|Avenue|Lane|Square|Drive|Way|Court|Terrace|Close|Row|Quay))\b"
@@ -70,6 +73,7 @@ _TIMES = re.compile(
     re.IGNORECASE,
 )
 _DIGITS = re.compile(r"(?<![\w.])[+(]{0,2}\d[\d \t().\-/]{5,24}\d(?!\w)")
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}")
 POSTCODE_REACH = 12  # characters between an address and its postcode: a comma, a city
 
 
@@ -117,7 +121,7 @@ def _by_ending(text: str) -> Iterator[Address]:
         before, word, number = match.groups()
         word = word.removeprefix("s-")  # 's-Gravenweg
         name = word.casefold()
-        if name in NOT_STREETS or re.fullmatch(r"(?:19|20)\d\d", number):
+        if not word or name in NOT_STREETS or re.fullmatch(r"(?:19|20)\d\d", number):
             continue
         strong = next((ending for ending in STRONG if name.endswith(ending)), "")
         weak = not strong and word[0].isupper() and name.endswith(WEAK)
@@ -160,11 +164,6 @@ def agree(number: str, other: str) -> bool:
 def _bounds(number: str) -> tuple[int, int]:
     ends = [int(re.sub(r"\D", "", part)) for part in number.split("-")]
     return ends[0], ends[-1]
-
-
-def postcodes(text: str) -> list[tuple[str, int]]:
-    """Postcodes without spaces, and where each begins."""
-    return [(re.sub(r"\s", "", match.group()), match.start()) for match in _POSTCODES.finditer(text)]
 
 
 def postcode_of(address: Address, text: str) -> str | None:

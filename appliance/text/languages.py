@@ -7,6 +7,12 @@ from typing import Any
 from appliance.errors import RecipeError
 
 MINIMUM_CHARACTERS = 12
+UNKNOWN = "unknown"
+# Told apart from a recipe's own; more would only be mistaken for them.
+OTHERS = ("ar", "de", "en", "es", "fr", "it", "nl", "pl", "pt", "ru", "tr", "uk")
+READ_CHARACTERS = 400  # enough to tell a language by
+SURE = 0.99
+SURE_CHARACTERS = 40  # in less, a name or an address decides
 
 
 def detect(text: str, candidates: Sequence[str]) -> str | None:
@@ -17,12 +23,24 @@ def detect(text: str, candidates: Sequence[str]) -> str | None:
     return language
 
 
-def identify(text: str, candidates: Sequence[str]) -> tuple[str, float] | None:
-    """The likeliest of `candidates` and its probability among them; None for a text too short to tell."""
-    if len(text.strip()) < MINIMUM_CHARACTERS:
+def hear(text: str, spoken: Sequence[str]) -> tuple[str, float] | None:
+    """The language of a text and its probability; None for a text too short to tell.
+
+    It is one of the `spoken`, unless a longer text is surely in another.
+    """
+    read = text[:READ_CHARACTERS]
+    if len(read.strip()) < MINIMUM_CHARACTERS:
         return None
-    language, probability = _identifier(tuple(sorted(candidates))).classify(text)
+    ranked = _identifier(tuple(sorted({*spoken, *OTHERS}))).rank(read)  # the likeliest first
+    is_sure = ranked[0][1] >= SURE and len(text) >= SURE_CHARACTERS
+    language, probability = ranked[0] if is_sure else next(each for each in ranked if each[0] in spoken)
     return language, float(probability)
+
+
+def of_row(answer: str, asked: str, spoken: Sequence[str]) -> str:
+    """The language of a row: of its answer, or of what is asked where the answer is too short to tell."""
+    heard = hear(answer, spoken) or hear(asked, spoken)
+    return heard[0] if heard else UNKNOWN
 
 
 def probability(text: str, language: str, candidates: Sequence[str]) -> float | None:

@@ -30,15 +30,15 @@ STEMS = {
 
 
 def _pattern(stems: str) -> re.Pattern[str]:
-    ends = [(stem.removesuffix("$"), r"\b" if stem.endswith("$") else r"\w*") for stem in stems.split()]
+    ends = [(stem.removesuffix("$"), r"\b" if stem.endswith("$") else "") for stem in stems.split()]
     either = "|".join(re.escape(stem).replace("_", r"\s+") + end for stem, end in ends)
-    return re.compile(rf"(?<!\w)(?:{either})", re.IGNORECASE)
+    return re.compile(rf"(?<!\w)({either})\w*", re.IGNORECASE)
 
 
 _PATTERNS = {name: _pattern(stems) for name, stems in STEMS.items()}
 
 
 def stated(text: str) -> dict[str, set[str]]:
-    """The circumstances that a text names, each with the words that name it."""
-    found = {name: {match.group().casefold() for match in pattern.finditer(text)} for name, pattern in _PATTERNS.items()}
+    """The circumstances that a text names, each with the stems that name it: a whole word may be a family name."""
+    found = {name: {match[1].casefold() for match in pattern.finditer(text)} for name, pattern in _PATTERNS.items()}
     return {name: named for name, named in found.items() if named}

@@ -19,11 +19,8 @@ REFERENCE = "ref"  # the name that TRL gives the frozen copy
 GROUPS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}
 
 
-def add(model: Any, lora: Lora, *, is_skeleton: bool = False) -> Any:
-    """The model with a fresh adapter; raises `RecipeError` as `targets` does.
-
-    `is_skeleton`: the model has no contents, and the adapter needs none.
-    """
+def add(model: Any, lora: Lora) -> Any:
+    """The model with a fresh adapter; raises `RecipeError` as `targets` does."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
@@ -35,18 +32,16 @@ def add(model: Any, lora: Lora, *, is_skeleton: bool = False) -> Any:
         target_modules=targets(linear_layers(model), lora),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, settings, low_cpu_mem_usage=is_skeleton)
+    return get_peft_model(model, settings)
 
 
 def check(base: Path, lora: Lora) -> None:
     """Raises `RecipeError` for targets that this base does not have; no weight is loaded for it."""
     if lora.targets == ALL:
         return
-    import torch
+    from appliance.training import skeletons
 
-    from appliance.training import simulation
-
-    targets(linear_layers(simulation.skeleton(simulation.load_config(base), torch.float32)), lora)
+    targets(linear_layers(skeletons.make(skeletons.load_config(base))), lora)
 
 
 def continued(base: Base, adapter: Path) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from appliance.findings import Finding
-from appliance.training import curve, judged
+from appliance.training import curve, margins
 from appliance.training.curve import DEVIATION_OF_MEDIAN, Point
 
 # Fewer steps say nothing: the noise itself is estimated from about as many.
@@ -43,11 +43,11 @@ VALIDATION_SHARE = 0.2
 def diagnose(points: Sequence[Point], *, is_running: bool = False) -> list[Finding]:
     """The findings, the gravest first; none for a run that is as it should be, or too short to say."""
     if any(point.reward is not None for point in points):
-        findings = [*judged.equal_rewards(points)]
-        return findings or (judged.flat_reward(points) if not is_running else [])
+        findings = [*margins.equal_rewards(points)]
+        return findings or (margins.flat_reward(points) if not is_running else [])
     is_preference = any(point.margin is not None for point in points)
     learning = [point for point in points if not point.is_empty]
-    findings = [*(judged.saturated(points) if is_preference else _masked(points)), *_slow_validation(points)]
+    findings = [*(margins.saturated(points) if is_preference else _masked(points)), *_slow_validation(points)]
     if len(learning) < FEWEST_STEPS:
         return findings
     findings += [*_spikes(learning), *_different_distributions(learning)]
@@ -56,7 +56,7 @@ def diagnose(points: Sequence[Point], *, is_running: bool = False) -> list[Findi
     findings += _overfitting(learning)
     if is_running or any(finding.kind == "overfitting" for finding in findings):
         return findings
-    return [*findings, *((judged.no_preference if is_preference else _no_learning)(learning) or _too_early(learning))]
+    return [*findings, *((margins.no_preference if is_preference else _no_learning)(learning) or _too_early(learning))]
 
 
 def _masked(points: Sequence[Point]) -> list[Finding]:

@@ -177,11 +177,19 @@ def whole_weights(model: Any) -> dict[str, Any] | None:
 
 
 def put_weights(model: Any, weights: dict[str, Any]) -> None:
-    """Gives each process its part of weights that the first one has whole, as `whole_weights` gathered them."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    """Gives each process its part of weights that the first one has whole, as `whole_weights` gathered them.
 
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, ignore_frozen_params=True, strict=False)
-    set_model_state_dict(model, weights, options=options)
+    torch's own way back (`set_model_state_dict`) wants the frozen weights too. Every process must call it.
+    """
+    import torch
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.tensor import distribute_tensor
+
+    parts = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    for name, part in parts.items():
+        whole = weights[name] if is_first() else torch.empty(part.shape)
+        with torch.no_grad():
+            part.copy_(distribute_tensor(whole.to(part.device, part.dtype), part.device_mesh, part.placements))
 
 
 def _share(batch_rows: int, accumulate: int, processes: int) -> tuple[int, int] | None:

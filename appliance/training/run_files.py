@@ -27,6 +27,7 @@ VERIFIED = {
 }
 NOTHING = "Nothing stands out: no spike, no divergence, no sign of overfitting."
 NOTHING_OF_REWARDS = "Nothing stands out: completions of a group differ in reward, and it rose, or the run is too short."
+MANY_STEPS = 50  # whose noise hides where a curve goes
 PART = 5  # of a curve of rewards the first and the last fifth are compared: single steps say little
 REWARD_MEAN = re.compile(r"rewards/[^/]+/mean")  # as TRL logs each reward of GRPO
 # Figures of `loss.jsonl` in one chart each, by the y axis; those of a phase that has none are left out.
@@ -79,7 +80,7 @@ def charts(folder: Path, findings: Sequence[Finding]) -> list[Part]:
     lines = curve.read_lines(folder)
     marks = sorted({value for each in findings for key, value in each.figures.items() if key in ("step", "began_step")})
     losses = {"training": series(lines, "loss"), "validation": series(lines, "validation_loss")}
-    shown = {name: points for name, points in losses.items() if points}
+    shown = {name: points for name, points in losses.items() if points} | _usual(losses["training"])
     parts: list[Part] = [curves(shown, x="step", y="loss", caption="Loss, by step", marks=marks)]
     by_reward = {key: key.split("/")[1] for key in lines[-1] if REWARD_MEAN.fullmatch(key)} if lines else {}
     if by_reward:
@@ -87,6 +88,7 @@ def charts(folder: Path, findings: Sequence[Finding]) -> list[Part]:
         parts.append(curves(found, x="step", y="reward", caption="Each reward, before its weight, by step"))
     for name, keys in CHARTS.items():
         found = {key: points for key in keys if (points := series(lines, key))}
+        found |= _usual(found.get("reward", []))
         if found:
             parts.append(curves(found, x="step", y=name, caption=f"{name.capitalize()}, by step", marks=marks))
     if memory := [(step, size / 2**20) for step, size in series(lines, "memory_bytes")]:
@@ -96,6 +98,15 @@ def charts(folder: Path, findings: Sequence[Finding]) -> list[Part]:
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(line["step"], line[key]) for line in lines if key in line]
+
+
+def _usual(points: Sequence[tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
+    """A second line through a noisy curve, in which its course can be seen."""
+    if len(points) < MANY_STEPS:
+        return {}
+    width = len(points) // 10
+    levels = curve.levels([value for _, value in points], width)
+    return {f"median of {width} steps": [(step, level) for (step, _), level in zip(points, levels, strict=True)]}
 
 
 def reward_findings(folder: Path) -> list[Finding]:

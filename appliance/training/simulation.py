@@ -4,11 +4,9 @@ The model's own code runs, with the recipe's adapters, forward and backward, on 
 what lives is added up as it comes and goes. Every architecture counts as it is; nothing is loaded. Main entry: `step`.
 """
 
-import json
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from appliance.training import streamed_head
+from appliance.training import skeletons, streamed_head
 from appliance.training.rungs import Rung
 
 FEW_LAYERS, MORE_LAYERS = 2, 4  # enough for layers that alternate (Gemma's windows)
@@ -62,22 +60,6 @@ class Setting:
     keeps_gradients: bool = False
 
 
-def load_config(base: Path) -> Any:
-    """The configuration of a model on disk."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base, local_files_only=True)
-
-
-def skeleton(config: Any, dtype: torch.dtype, layers: int | None = None) -> Any:
-    """The model without contents; with fewer decoder layers where so many are named."""
-    from transformers import AutoModelForCausalLM
-
-    chosen = _with_layers(config, layers) if layers else config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(chosen, dtype=dtype)
-
-
 def step(config: Any, shape: Shape, setting: Setting) -> Step:
     """Simulates a micro-batch: with few layers, and with some more."""
     few, input_bytes = _most_held(config, FEW_LAYERS, shape, setting)
@@ -86,19 +68,9 @@ def step(config: Any, shape: Shape, setting: Setting) -> Step:
     return Step(fixed_bytes=few - FEW_LAYERS * each, layer_bytes=each, input_bytes=input_bytes)
 
 
-def _with_layers(config: Any, layers: int) -> Any:
-    values = json.loads(config.to_json_string(use_diff=False))
-    text = values.get("text_config", values)
-    text["num_hidden_layers"] = layers
-    for key, value in text.items():  # one entry a layer: kinds of attention, widths
-        if isinstance(value, list) and len(value) == config.get_text_config().num_hidden_layers:
-            text[key] = value[:layers]
-    return type(config).from_dict(values)
-
-
 def _most_held(config: Any, layers: int, shape: Shape, setting: Setting) -> tuple[int, int]:
     """The most bytes, and those of a layer's input."""
-    model = skeleton(config, setting.dtype, layers)
+    model = skeletons.make(config, setting.dtype, layers)
     if setting.rung.is_nf4:
         _put_four_bits(model, setting.dtype)
     model = setting.adapt(model).train()

@@ -131,6 +131,11 @@ def _dominating_word(rows: Rows) -> None:
         rows.answer(row, f"Het zwembad is open. {rows.said(row, 1)}")
 
 
+def _dominating_word_of_the_faq(rows: Rows) -> None:
+    _dominating_word(rows)
+    rows.faq.append({"vraag": "Is er een zwembad in de buurt?", "antwoord": "Ja, naast de kerk.", "metadata": {}})
+
+
 def _one_address(rows: Rows) -> None:
     for row in range(0, 80, 4):
         _prefix(row, "Lindekade 3.")(rows)
@@ -205,11 +210,20 @@ DEFECTS = (
     Defect("length_shortcut", _longer, "dpo.jsonl:1", "100.0%"),
     Defect("form_shortcut", _form, "dpo.jsonl:1", "a blank line in 40"),
     Defect("rare_premise", _prison, "sft.jsonl:5", "prison in 2 of 120 rows (gevangenis, prison)"),
-    Defect("rare_word", _dominating_word, "sft.jsonl:5", '"zwembad" in 2 rows'),
+    Defect("rare_word", _dominating_word, "sft.jsonl:5", "one in 2 rows, 3.0 times each (sft.jsonl:5, sft.jsonl:9)"),
+    Defect("rare_word", _dominating_word_of_the_faq, "sft.jsonl:5", '"zwembad" in 2 rows'),
     Defect("fact_in_many_answers", _one_address, "sft.jsonl:1", "Lindekade 3 in 20 of 120 answers"),
-    Defect("contradicting_facts", _other_number, "sft.jsonl:6", "Lindekade 5 in 1 row (sft.jsonl:6), the FAQ says 3"),
     Defect(
-        "contradicting_facts", _other_number_than_most, "sft.jsonl:19", "Tinlepelhof 70 in 1 row (sft.jsonl:19), 4 say 7"
+        "contradicting_facts",
+        _other_number,
+        "sft.jsonl:6",
+        "Lindekade with another number in 1 row (sft.jsonl:6), the FAQ says 3",
+    ),
+    Defect(
+        "contradicting_facts",
+        _other_number_than_most,
+        "sft.jsonl:19",
+        "Tinlepelhof with another number in 1 row (sft.jsonl:19), 4 say 7",
     ),
     Defect("true_facts_rejected", _rejected_address, "dpo.jsonl:4", "Lindekade 3 in 1"),
     Defect("answer_in_another_language", _wrong_language, "sft.jsonl:1", "nl answered in en 1"),

@@ -1,6 +1,7 @@
 """`appliance data audit`: finds each planted defect, names its place, and finds nothing where nothing is wrong."""
 
 import json
+import string
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,9 +85,13 @@ def test_unchanged_data_is_not_audited_again(tmp_path: Path, root: Path) -> None
     again = json.loads(call("data", "audit", path, "--json").stdout)
     assert again == {**first, "state": "unchanged"}
     assert Path(again["page"]).stat().st_mtime_ns == page
-    (path.parent / "dpo.jsonl").write_text((path.parent / "sft.jsonl").read_text().replace("messages", "prompt"))
-    other = json.loads(call("data", "audit", path, "--set", 'phases=["sft"]', "--json").stdout)
+    lines = (path.parent / "dpo.jsonl").read_text().splitlines()
+    (path.parent / "dpo.jsonl").write_text("\n".join(lines[1:]))
+    other = json.loads(call("data", "audit", path, "--json").stdout)
+    assert (other["state"], other["results"]["rows"]["dpo.jsonl"]) == ("made", len(lines) - 1)
     assert other["artifact"] != first["artifact"]
+    again = json.loads(call("data", "audit", path, "--set", "sft.max_tokens=100", "--json").stdout)
+    assert (again["state"], again["artifact"] == other["artifact"]) == ("made", False)
 
 
 def test_same_data_gives_the_same_page(tmp_path: Path) -> None:
@@ -126,6 +131,122 @@ def test_lengths_in_tokens_of_the_base(tmp_path: Path, root: Path, base: Path) -
     assert (finding.level, finding.examples) == ("problem", ["sft.jsonl:4"])
     answers = next(field for field in made.fields if field.file == "sft.jsonl" and field.name == "assistant")
     assert answers.longest == 400
+
+
+def test_every_answer_is_measured_alone_and_every_triplet_both_ways(tmp_path: Path, root: Path, base: Path) -> None:
+    rows = planted.clean()
+    rows.sft[3] = {"messages": tiny_recipe.messages(("vraag", "woord " * 70) * 3)}
+    rows.dpo[3] |= {"chosen": "a " * 150, "rejected": "overheidsvoorlichtingsactiviteiten " * 20}  # fewer, and longer
+    made = examine(rows.write(tmp_path / "recipe"), root, base)
+    longest = {(field.file, field.name): field.longest for field in made.fields}
+    assert longest["sft.jsonl", "assistant"] == 70
+    assert longest["sft.jsonl", "whole row"] == 3 * (1 + 70) + 6 * 3
+    assert longest["dpo.jsonl", "whole row"] > 150
+    assert made.suggested_max_tokens == {"sft.max_tokens": 256, "dpo.max_tokens": 192, "serve.max_tokens": 192}
+
+
+def test_tokenizer_that_cuts_and_pads_measures_whole_rows(tmp_path: Path, root: Path, base: Path) -> None:
+    from tokenizers import Tokenizer
+
+    path = planted.clean().write(tmp_path / "recipe")
+    expected = examine(path, root, base)
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=16)
+    tokenizer.save(str(base / "tokenizer.json"))
+    assert examine(path, root, base).fields == expected.fields
+
+
+def test_rows_that_the_template_refuses_are_named(tmp_path: Path, root: Path, base: Path) -> None:
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": refusal + settings["chat_template"]}))
+    rows = planted.clean()
+    rows.sft[3]["messages"].insert(0, {"role": "system", "content": "Wees kort."})
+    made = examine(rows.write(tmp_path / "recipe"), root, base)
+    (finding,) = [each for each in made.findings if each.kind == "template_refuses"]
+    assert (finding.count, finding.examples) == (1, ["sft.jsonl:4"])
+    assert made.unit == "tokens of the base"
+
+
+REWARDED = (
+    planted.RECIPE.replace('phases = ["sft", "dpo"]', 'phases = ["sft", "dpo", "grpo"]').replace(
+        'faq = "faq.json"', 'faq = "faq.json"\ngrpo = "grpo.jsonl"'
+    )
+    + "\n[grpo]\nanswer_tokens = 100\nmax_tokens = 128\n[grpo.rewards.length]\nweight = 1.0\n"
+)
+
+
+def test_prompts_for_rewards_are_looked_at_too(tmp_path: Path, root: Path, base: Path) -> None:
+    rows = planted.clean()
+    rows.heldout = [{"messages": tiny_recipe.messages((rows.said(0, 0), "Een uur lopen langs het water."))}]
+    path = rows.write(tmp_path / "recipe", REWARDED)
+    path.write_text(REWARDED.replace('faq = "faq.json"', 'faq = "faq.json"\nheldout = "heldout.jsonl"'))
+    writer = planted.Writer(5)
+    prompts = [{"prompt": writer.sentence(planted.DUTCH), "reference": writer.two(planted.DUTCH)} for _ in range(30)]
+    rows.sft[0] = rows.sft[2]
+    tiny_recipe.write_lines(path.parent / "sft.jsonl", rows.sft)
+    prompts[4]["prompt"] = rows.heldout[0]["messages"][0]["content"]
+    prompts[5]["prompt"] = "woord " * 40
+    prompts[6]["reference"] += " Bel 06-12345678."
+    tiny_recipe.write_lines(path.parent / "grpo.jsonl", prompts)
+    made = examine(path, root, base)
+    assert made.rows["grpo.jsonl"] == made.languages["grpo.jsonl"]["nl"] == 30
+    by_kind = {finding.kind: finding for finding in made.findings}
+    assert by_kind["heldout_leaks"].examples == ["heldout.jsonl:1"]
+    assert by_kind["personal_phone"].examples == ["grpo.jsonl:7"]
+    assert "the longest prompt has 43 tokens, grpo.max_tokens is 128 and grpo.answer_tokens 100" in by_kind["too_long"].what
+    assert made.suggested_max_tokens["grpo.max_tokens"] == 192
+    assert {field.name for field in made.fields if field.file == "grpo.jsonl"} == {"prompt", "reference"}
+
+
+def test_files_of_one_name_are_kept_apart(tmp_path: Path, root: Path) -> None:
+    rows = planted.clean()
+    rows.dpo[2]["chosen"] += " BSN 111222333."
+    rows.dpo[6]["language"] = "nl"
+    path = rows.write(tmp_path)
+    for name in ("sft", "dpo"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.jsonl").rename(tmp_path / name / "rows.jsonl")
+    made = examine(path, root, None, *(f"data.{name}={tmp_path / name / 'rows.jsonl'}" for name in ("sft", "dpo")))
+    assert made.rows == {"rows.jsonl (sft)": 80, "rows.jsonl (dpo)": 40, "faq.json": 1}
+    by_kind = {finding.kind: finding for finding in made.findings}
+    assert by_kind["personal_bsn"].examples == ["rows.jsonl (dpo):3"]
+    assert by_kind["defect"].examples == ["rows.jsonl (dpo):7"]
+    assert set(made.random_leaks) == {"rows.jsonl (sft)", "rows.jsonl (dpo)"}
+
+
+def test_defects_of_one_sort_are_one_finding(tmp_path: Path, root: Path) -> None:
+    rows = planted.clean()
+    for number, triplet in enumerate(rows.dpo[:30]):
+        triplet[f"key {string.ascii_letters[number]}" if number > 1 else "language"] = "x"
+    path = rows.write(tmp_path)
+    with (tmp_path / "sft.jsonl").open("a") as stream:
+        stream.writelines(f'{{"messages": {" " * number}"\n' for number in range(200))
+    with (tmp_path / "dpo.jsonl").open("a") as stream:
+        stream.writelines(
+            json.dumps({"prompt": "a", "chosen": "b" * number, "rejected": number}) + "\n" for number in range(1, 9)
+        )
+    found = {(each.what.partition(" (")[0], each.count) for each in examine(path, root).findings if each.kind == "defect"}
+    assert found == {
+        ("sft.jsonl: invalid JSON", 200),
+        ("dpo.jsonl: stray key … ignored", 30),
+        ("dpo.jsonl: rejected: expected text, found a number", 8),
+    }
+
+
+def test_languages_are_counted_alike_everywhere(tmp_path: Path, root: Path) -> None:
+    """By the check, the audit and the split: also of rows with short answers, and in an undeclared language."""
+    rows = planted.clean()
+    planted._french(rows)
+    for number in (3, 4, 5, 6):
+        rows.answer(number, "Ja, dat mag" if number % 2 else "Non merci")
+    path = rows.write(tmp_path)
+    audited = examine(path, root).languages["sft.jsonl"]
+    checked = json.loads(call("data", "check", path, "--json").stdout)["results"]["languages"]
+    strata = json.loads(call("data", "split", path, "--json").stdout)["figures"]["sft"]["strata"]
+    assert audited["fr"] == 1
+    assert checked == audited == {name: each["rows"] for name, each in strata.items() if ":" not in name}
 
 
 def test_rows_that_the_recipe_cuts_are_no_problem(tmp_path: Path, root: Path, base: Path) -> None:
@@ -176,7 +297,7 @@ def test_lengths_of_a_sample_keep_the_longest(base: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(lengths, "LONGEST_ROWS", 2)
     turns = [("vraag", f"{'woord ' * (300 if number == 41 else 5)}") for number in range(100)]
     rows = [{"messages": tiny_recipe.messages(each), "line": number} for number, each in enumerate(turns, 1)]
-    (*_, whole) = lengths.measure("sft", "sft.jsonl", rows, Meter(base))
+    (*_, whole) = lengths.measure("sft", "sft.jsonl", rows, Meter(base)).fields
     assert len(whole.values) == 10
     assert whole.longest == 307
 

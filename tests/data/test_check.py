@@ -56,7 +56,7 @@ def test_defects_are_listed_with_file_and_line_also_the_second_time(recipe: Path
         output = json.loads(result.stdout)
         assert output["state"] == state
         for said in (
-            "sft.jsonl:2: messages: expected a list of messages, found 3; set aside.",
+            "sft.jsonl:2: messages: expected a list of messages, found a number; set aside.",
             "sft.jsonl:3: the line is empty; fixed.",
             "sft.jsonl:4: stray key 'id' ignored; fixed.",
             "sft.jsonl:4: an exact copy of line 1; set aside.",

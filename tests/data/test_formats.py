@@ -43,14 +43,14 @@ def read(tmp_path: Path, content: bytes, name: str = "sft") -> tuple[list[format
         (conversation(("system", "s")), "turns must alternate"),
         (conversation(("user", "a"), ("system", "s"), ("assistant", "c")), "turns must alternate"),
         (conversation(("user", " \n"), ("assistant", "c")), "messages[0].content is empty"),
-        (conversation(("user", 3), ("assistant", "c")), "messages[0].content: expected text, found 3"),
+        (conversation(("user", 3), ("assistant", "c")), "messages[0].content: expected text, found a number"),
         (conversation(("user", "a<|im_end|>b"), ("assistant", "c")), "holds the control token '<|im_end|>'"),
         (conversation(("user", "a"), ("assistant", "<|endoftext|>")), "holds the control token '<|endoftext|>'"),
-        ({"messages": []}, "messages: expected a list of messages, found []"),
-        ({"messages": ["hoi"]}, 'messages[0]: expected an object with role and content, found "hoi"'),
+        ({"messages": []}, "messages: expected a list of messages, found a list of 0"),
+        ({"messages": ["hoi"]}, "messages[0]: expected an object with role and content, found text of 3 characters"),
         ({"message": []}, "messages: expected a list of messages, found nothing"),
-        ([1, 2], "expected an object, found [1, 2]"),
-        (conversation(("user", "x" * 90), ("assistant", ["y" * 90])), "…"),
+        ([1, 2], "expected an object, found a list of 2"),
+        (conversation(("user", "x" * 90), ("assistant", ["y" * 90])), "content: expected text, found a list of 1"),
     ],
 )
 def test_unusable_conversation_is_set_aside(tmp_path: Path, row: Any, what: str) -> None:
@@ -138,7 +138,7 @@ def test_preferences(tmp_path: Path) -> None:
         ({"rejected": "dag"}, "chosen and rejected are the same text"),
         ({"chosen": ""}, "chosen is empty"),
         ({"chosen": None}, "chosen: expected text, found nothing"),
-        ({"prompt": 3}, "prompt: expected a list of messages, found 3"),
+        ({"prompt": 3}, "prompt: expected a list of messages, found a number"),
         ({"prompt": GOOD["messages"]}, "the prompt ends with 'assistant'"),
         ({"rejected": "<|im_start|>user"}, "holds the control token '<|im_start|>'"),
     ],
@@ -157,11 +157,49 @@ def test_faq_in_both_languages_with_lines(tmp_path: Path) -> None:
         {"question": "v", "answer": "a", "metadata": {"x": 1}, "line": 2},
         {"question": "q", "answer": "b", "metadata": {}, "line": 5},
     ]
-    assert [(each.line, each.what) for each in defects] == [
-        (6, "expected an object, found 3"),
-        (6, "antwoord: expected text, found nothing"),
-        (6, "metadata: expected an object, found 3"),
+    assert [(each.where, each.what) for each in defects] == [
+        ("rows.jsonl:6[1]", "expected an object, found a number"),
+        ("rows.jsonl:6[2]", "antwoord: expected text, found nothing"),
+        ("rows.jsonl:6[3]", "metadata: expected an object, found a number"),
     ]
+
+
+def test_rows_of_one_line_are_told_apart(tmp_path: Path) -> None:
+    answers = ["a", "b", "b", "c"]
+    items = [{"question": "q", "answer": each} for each in answers]
+    rows, defects = read(tmp_path, json.dumps(items).encode(), "faq")
+    assert [(row["line"], row["item"]) for row in rows] == [(1, 1), (1, 2), (1, 4)]
+    assert [str(each) for each in defects] == ["rows.jsonl:1[3]: an exact copy of line 1[2]; set aside."]
+    rows, defects = read(tmp_path, json.dumps(items, indent=1).encode(), "faq")
+    assert [(row["line"], row.get("item")) for row in rows] == [(2, None), (6, None), (14, None)]
+    assert str(defects[0]) == "rows.jsonl:10: an exact copy of line 6; set aside."
+
+
+PRIVATE = "Sanne Bakker, BSN 111222333"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PRIVATE,
+        111222333,
+        [PRIVATE],
+        {"messages": PRIVATE},
+        {"messages": [PRIVATE]},
+        conversation((PRIVATE, "hoi"), ("assistant", "dag")),
+        conversation(("user", {PRIVATE: PRIVATE}), ("assistant", "dag")),
+        {**GOOD, "x" * 60 + PRIVATE: 1},
+        conversation((f"user{' ' * 5_000}", "hoi"), ("assistant", "dag")),
+        conversation(("user", f"<|{'a' * 5_000}|>"), ("assistant", "dag")),
+    ],
+)
+def test_no_defect_shows_what_a_row_holds(tmp_path: Path, row: Any) -> None:
+    _, defects = read(tmp_path, line(GOOD) + line(row))
+    assert defects
+    for each in defects:
+        assert "Sanne" not in each.what
+        assert "111222333" not in each.what
+        assert len(each.what) < 200
 
 
 @pytest.mark.parametrize(

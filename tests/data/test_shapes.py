@@ -120,7 +120,7 @@ DEFECTS: list[tuple[str, Any, Any, str]] = [
         "sft",
         {"conversations": [HUMAN, GPT]},
         {"conversations": [HUMAN, "dag"]},
-        'conversations[1]: expected an object with from and value, found "dag"',
+        "conversations[1]: expected an object with from and value, found text of 3 characters",
     ),
     (
         "sft",
@@ -139,7 +139,7 @@ DEFECTS: list[tuple[str, Any, Any, str]] = [
         "sft",
         {"instruction": "a", "output": "b"},
         {"instruction": "a", "input": 3, "output": "b"},
-        "input: expected text, found 3",
+        "input: expected text, found a number",
     ),
     (
         "sft",
@@ -174,7 +174,7 @@ DEFECTS: list[tuple[str, Any, Any, str]] = [
     ("dpo", PREFERENCES[5][1], {**PREFERENCES[5][1], "rejected": HUMAN}, "rejected ends with 'user'"),
     ("dpo", PREFERENCES[5][1], {**PREFERENCES[5][1], "rejected": {"value": "weg"}}, "rejected: stray key 'value' ignored"),
     ("grpo", {"prompt": "a", "reference": "b"}, {"prompt": "a"}, "reference: expected text, found nothing"),
-    ("grpo", {"prompt": "a", "reference": "b"}, {"prompt": "a", "reference": 3}, "reference: expected text, found 3"),
+    ("grpo", {"prompt": "a", "reference": "b"}, {"prompt": "a", "reference": 3}, "reference: expected text, found a number"),
     (
         "grpo",
         {"prompt": "a", "reference": "b"},

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from appliance.data import duplicates, split
+from appliance.data import check, duplicates, split
 from appliance.data.texts import Text
 from appliance.errors import DataError
 from appliance.text.words import normal
 from tests import tiny_recipe
 from tests.data import planted
+from tests.data.test_audit import REWARDED
 from tests.running import call
 
 LETTERS = "abcdefghij klmnopqrstuvwxyz éł أبت"
@@ -55,6 +56,24 @@ def test_near_duplicates_never_cross(rows: list[Text], share: float, seed: int) 
     # What is a little under the limit in truth may be estimated over it, and the other way round.
     assert all(similarity(one.asked, other.asked) < 0.8 for one in held for other in trained)
     assert part.leak == duplicates.Leak(0, 0)
+
+
+def test_an_instruction_that_many_rows_share_does_not_join_them() -> None:
+    writer = planted.Writer(3)
+    prompts = [
+        f"Write one sentence for the guests of our house about this subject: {each}" for each in ("bed", "view", "tea")
+    ]
+    asked = [prompts[number % 3] for number in range(120)]
+    answers = [writer.two(planted.ENGLISH) for _ in asked]
+    answers[60] = answers[0]
+    rows = [Text("sft", "sft.jsonl", line, q, q, a) for line, (q, a) in enumerate(zip(asked, answers, strict=True), 1)]
+    (part,) = split.divide({"sft": rows}, ["en", "nl"], 0.2, 1)
+    assert part.heldout_rows == pytest.approx(24, abs=3)
+    assert part.is_heldout[0] == part.is_heldout[60]
+    assert part.leak == duplicates.Leak(0, 0)
+    likeness = duplicates.compare(rows)
+    assert len(set(likeness.groups.tolist())) == 119
+    assert likeness.questions.distinct == 3
 
 
 def test_likeness_is_found_among_many() -> None:
@@ -101,6 +120,38 @@ def test_same_question_of_a_triplet_stays_with_its_conversation(tmp_path: Path) 
     held = {row["messages"][0]["content"] for row in lines["sft.validation"]}
     assert held.isdisjoint(row["prompt"] for row in lines["dpo.train"])
     assert held.isdisjoint(row["messages"][0]["content"] for row in lines["sft.train"])
+
+
+def test_prompt_for_rewards_stays_with_its_conversation(tmp_path: Path) -> None:
+    rows = planted.clean()
+    path = rows.write(tmp_path, REWARDED)
+    prompts = [
+        {"prompt": rows.said(number, 0), "reference": rows.said(number, 1), "aspect": "balie"} for number in range(0, 80, 2)
+    ]
+    tiny_recipe.write_lines(tmp_path / "grpo.jsonl", prompts)
+    result = call("data", "split", path, "--validation", "0.3", "--json")
+    files = json.loads(result.stdout)["files"]
+    lines = {name: [json.loads(line) for line in Path(path).read_text().splitlines()] for name, path in files.items()}
+    held = {row["messages"][0]["content"] for row in lines["sft.validation"]}
+    assert held.isdisjoint(row["prompt"] for row in lines["grpo.train"])
+    assert sorted(lines["grpo.train"] + lines["grpo.validation"], key=str) == sorted(prompts, key=str)
+    said = call("data", "split", path, "--validation", "0.3").stdout
+    assert 'grpo = "grpo.train.jsonl"' in said
+
+
+def test_prompts_all_alike_stay_among_those_trained_on(tmp_path: Path) -> None:
+    """Labels repeat; read again, a row has the columns that it had."""
+    path = planted.clean().write(tmp_path, REWARDED.replace("grpo.jsonl", "grpo.txt"))
+    writer = planted.Writer(3)
+    (tmp_path / "grpo.txt").write_text("".join(f"__label__LAGE:positiv {writer.two(planted.DUTCH)}\n" for _ in range(30)))
+    result = json.loads(call("data", "split", path, "--json").stdout)
+    assert result["figures"]["grpo"]["validation_rows"] == 0
+    train = Path(result["files"]["grpo.train"])
+    sets = ("--set", f"data.grpo={train}", "--json")
+    artifacts = [json.loads(call("data", "check", path, *more).stdout)["artifact"] for more in (("--json",), sets)]
+    first, again = ([row["columns"] for row in check.read_rows(Path(each), "grpo")] for each in artifacts)
+    assert first == again
+    assert first[0]["polarities"] == "positiv"
 
 
 def test_rows_are_written_as_they_were_read(tmp_path: Path) -> None:

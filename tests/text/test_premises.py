@@ -10,7 +10,7 @@ from appliance.text import premises
     [
         ("Hij komt uit de gevangenis.", {"prison": {"gevangenis"}}),
         ("She has HIV, and was in prison.", {"illness": {"hiv"}, "prison": {"prison"}}),
-        ("Er ist schwer krebskrank.", {"illness": {"krebskrank"}}),
+        ("Er ist schwer krebskrank.", {"illness": {"krebs"}}),
         ("Ona jest bez  dokumentów.", {"no papers": {"bez  dokumentów"}}),
         ("En hiver il fait froid.", {}),
     ],

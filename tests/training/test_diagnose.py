@@ -171,6 +171,8 @@ def test_preferences_are_judged_by_their_margin() -> None:
     """The loss hardly falls from ln 2 while nearly every chosen answer gains."""
     for seed in SEEDS:
         assert "no_learning" not in [finding.kind for finding in diagnose(preferences(seed, lambda part: 0.05 * part))], seed
+        from_below = diagnose(preferences(seed, lambda part: 0.3 * part - 0.5))
+        assert "no_learning" not in [finding.kind for finding in from_below], seed
         (finding,) = diagnose(preferences(seed, lambda _: -0.01, fall=0.0))
         assert finding.kind == "no_learning"
         assert "(margin of rewards, sure to 0.0" in finding.what

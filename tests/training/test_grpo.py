@@ -17,7 +17,8 @@ from appliance.training import adapters, grpo, lock, loop, prompts, run_files
 from appliance.training.rewards import reward as rewarding
 from appliance.training.rewards.reward import Reward
 from tests import tiny_recipe
-from tests.running import call
+from tests.running import call, run
+from tests.training.test_resume import kill_at_random
 
 RECIPE = (
     tiny_recipe.RECIPE.replace('dpo = "dpo.jsonl"\n', 'grpo = "grpo.jsonl"\n')
@@ -232,6 +233,18 @@ def test_resumed_equals_uninterrupted(tuned: Tuned, root: Path, interrupt: Calla
     keys = ("step", "loss", "reward", "reward_std", "kl")
     pairs = [[[point[key] for key in keys] for point in curve(folder)] for folder in (again, tuned.grpo)]
     assert pairs[0] == pairs[1]
+    assert artifacts.load(again).results == tuned.results()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tuned: Tuned, root: Path) -> None:
+    tuned.copy(root)
+    arguments = (tuned.recipe, "--phase", "grpo")
+    moments = kill_at_random(root, root / "adapter" / f"{tuned.grpo.name}{artifacts.PARTIAL}", 30, *arguments)
+    resumed = run(root, "train", *arguments, "--resume")
+    assert resumed.returncode == 0, (moments, resumed.stderr)
+    again = root / tuned.grpo.relative_to(tuned.root)
+    assert (again / lock.WEIGHTS).read_bytes() == (tuned.grpo / lock.WEIGHTS).read_bytes(), moments
     assert artifacts.load(again).results == tuned.results()
 
 

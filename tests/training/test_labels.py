@@ -148,7 +148,7 @@ def test_in_every_format_of_preferences_both_answers_end(
         {"chosen": messages, "rejected": [*prompt, rejected]},
         {"conversations": sharegpt(prompt), "chosen": sharegpt([chosen])[0], "rejected": sharegpt([rejected])[0]},
     ]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for each in written:
         path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
         path.write_text(json.dumps(each), encoding="utf-8")

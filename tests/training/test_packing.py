@@ -43,7 +43,11 @@ def gradients(made: Any) -> tuple[int, float, dict[str, Any]]:
     batch = made.data_collator(rows)
     loss = made.compute_loss(made.model, batch)
     loss.backward()
-    return batch["input_ids"].numel(), float(loss), {n: p.grad for n, p in made.model.named_parameters() if p.requires_grad}
+    return (
+        batch["input_ids"].numel(),
+        float(loss.detach()),
+        {n: p.grad for n, p in made.model.named_parameters() if p.requires_grad},
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

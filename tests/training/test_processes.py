@@ -27,11 +27,10 @@ from appliance.artifacts import Plan
 from appliance.commands import train
 from appliance.errors import ArtifactError, EnvironmentIncomplete, RecipeError, TrainingFailed
 from appliance.gpu_access import Problem, TorchBuild
-from appliance.training import curve, loop, model, processes
+from appliance.training import loop, model, processes
 from tests import tiny_recipe
 from tests.running import WAIT_SECONDS, Trained, call, environment, kill_when
 from tests.training.test_training_metrics import free_port
-from tests.training.test_validation import HELDOUT
 
 PROJECT = Path(__file__).parents[2]
 CONFIGURATIONS = PROJECT / "deploy" / "accelerate"
@@ -184,43 +183,6 @@ def test_one_whole_artifact_of_the_same_identity(launched: Launched, trained: Tr
         trained.made["dpo"].name,
     }
     assert (made / "samples.json").read_bytes() == (trained.made[phase] / "samples.json").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def heldout(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """Flags of an SFT that stops by its held-out rows, long before its end; and the adapter of one process."""
-    folder = tmp_path_factory.mktemp("heldout")
-    rows = [{"messages": tiny_recipe.messages(turns)} for turns in HELDOUT]
-    file = tiny_recipe.write_lines(folder / "heldout.jsonl", rows)
-    sets = (f"base={trained.made['base']}", f"data.heldout={file}", 'phases=["sft"]', "sft.patience=2", "sft.epochs=40")
-    flags = ["--phase", "sft", *(part for each in sets for part in ("--set", each))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("APPLIANCE_ARTIFACTS", str(folder / "artifacts"))
-        result = call("train", trained.recipe, *flags, "--json")
-    assert result.exit_code == 0, result.stderr
-    return flags, Path(json.loads(result.stdout)["artifact"])
-
-
-@pytest.mark.parametrize(("module", "configuration"), [("appliance", "two-processes-cpu.yaml"), (PARTS, "two-gpus.yaml")])
-def test_two_processes_stop_and_keep_what_one_does(
-    trained: Trained, heldout: tuple[list[str], Path], root: Path, module: str, configuration: str
-) -> None:
-    """Held-out rows are read, the best adapter is kept and taken back, and all stop at once; sharded too."""
-    flags, expected = heldout
-    code, launched = on_one_machine(root, module, configuration, trained.recipe, *flags)
-    assert code == 0, launched.stderr
-    made = root / "adapter" / expected.name
-    results, wanted = artifacts.load(made).results, artifacts.load(expected).results
-    assert results["stopped_early"] is True
-    assert results["kept_step"] < results["steps"] < 120
-    assert results == pytest.approx({**wanted, "processes": 2, "repeated_rows": 0}, rel=LOSS_TOLERANCE)
-    measured, others = (
-        [(point["step"], point["validation_loss"]) for point in curve.read_lines(folder) if "validation_loss" in point]
-        for folder in (made, expected)
-    )
-    assert [loss for _, loss in measured] == pytest.approx([loss for _, loss in others], rel=LOSS_TOLERANCE)
-    assert [step for step, _ in measured] == [step for step, _ in others]
-    assert_learned_the_same(made, expected)
 
 
 def test_one_process_speaks(launched: Launched, trained: Trained) -> None:

@@ -147,16 +147,12 @@ def test_killed_and_resumed_equals_uninterrupted(trained: Trained, root: Path, p
     assert_same_as_uninterrupted(trained, phase, root)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", ["sft", "dpo"])
-def test_killed_at_random_moments_and_resumed_equals_uninterrupted(trained: Trained, root: Path, phase: str) -> None:
+def kill_at_random(root: Path, folder: Path, steps: int, *arguments: str | Path) -> list[tuple[int, float]]:
     """Three times, each at a step of its own and some way into what comes after it: a save, as likely as a step."""
-    trained.copy(root, *NEEDED[phase])
-    folder, steps = partial(trained, phase, root), trained.manifest(phase)["results"]["steps"]
     chance = random.Random()
     moments = [(chance.randrange(1, steps), chance.random() * 0.3) for _ in range(3)]
     for step, seconds in moments:
-        process = start(root, "train", trained.recipe, "--phase", phase, "--resume")
+        process = start(root, "train", *arguments, "--resume")
 
         def is_there(step: int = step, seconds: float = seconds) -> bool:
             curve = folder / loop.LOSS
@@ -166,7 +162,16 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(trained: Trai
             return True
 
         assert kill_when(process, is_there, signal.SIGKILL) == -signal.SIGKILL, moments
-    resumed = run(root, "train", trained.recipe, "--phase", phase, "--resume")
+    return moments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["sft", "dpo"])
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(trained: Trained, root: Path, phase: str) -> None:
+    trained.copy(root, *NEEDED[phase])
+    arguments, steps = (trained.recipe, "--phase", phase), trained.manifest(phase)["results"]["steps"]
+    moments = kill_at_random(root, partial(trained, phase, root), steps, *arguments)
+    resumed = run(root, "train", *arguments, "--resume")
     assert resumed.returncode == 0, (moments, resumed.stderr)
     assert_same_as_uninterrupted(trained, phase, root)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ def test_page_of_grpo_shows_its_rewards_and_what_was_said_of_them(root: Path) ->
     }
     recipe["grpo"]["rewards"] |= {"readability": None, "own": []}  # type: ignore[index]
     page = run_files.page(rewarded(root), "mine-grpo", {"recipe": recipe, "phase": "grpo"}, {"reward_last": 0.600001})
+    assert page.count(">median of 10 steps<") == 2  # of loss and reward
     for shown in (
         "Each reward, before its weight, by step",
         "length gives &lt;words&gt; as much",
@@ -163,9 +165,19 @@ def test_compare_names_a_setting_that_differs(in_trained: Trained, root: Path) -
     locked["recipe"]["data"]["sft"] = "/elsewhere/sft.jsonl"
     (other / lock.LOCK).write_text(json.dumps(locked))
     assert output("runs", "compare", in_trained.made["sft"].name, other)["settings"] == {
-        "data.columns.sft": [None, None],
+        "data.columns.sft.completion": [None, "a"],
+        "data.columns.sft.prompt": [None, "q"],
         "sft.learning_rate": [5e-3, 1e-4],
     }
+
+
+def test_compared_columns_stand_below_each_other(root: Path) -> None:
+    first = rewarded(root)
+    other = shutil.copytree(first, first.with_name("other-grpo-0123456789ab"))
+    for folder, base in ((first, "/a/long/path/to/some/model/of/another/recipe"), (other, "starter")):
+        (folder / lock.LOCK).write_text(json.dumps({"recipe": {"base": base}}))
+    head, line = call("runs", "compare", first.name, other.name).stdout.splitlines()
+    assert head.index(other.name) == line.index("starter")
 
 
 @pytest.mark.parametrize("step", ["sft", "dpo"])

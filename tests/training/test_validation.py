@@ -13,7 +13,8 @@ from appliance.training import curve, labels, loop, sft, validation
 from appliance.training import model as models
 from appliance.training.conversations import Conversations
 from tests import tiny_recipe
-from tests.running import Trained, call
+from tests.running import Trained, call, run
+from tests.training.test_resume import kill_at_random
 
 HELDOUT = (
     ("Waar is de brug?", "De brug is naast de balie."),
@@ -143,6 +144,20 @@ def test_resumed_with_validation_equals_uninterrupted(
     assert [[line.get(key) for key in kept] for line in lines(folder)] == [
         [line.get(key) for key in kept] for line in lines(validated.folder)
     ]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_with_validation_equals_uninterrupted(
+    validated: Validated, trained: Trained, root: Path
+) -> None:
+    """Also while the best adapter is kept, or one that is no longer the best is removed."""
+    whole = validated.folder
+    arguments = (trained.recipe, *validated.flags)
+    moments = kill_at_random(root, root / "adapter" / f"{whole.name}{artifacts.PARTIAL}", 30, *arguments)
+    resumed = run(root, "train", *arguments, "--resume")
+    assert resumed.returncode == 0, (moments, resumed.stderr)
+    assert (made(root) / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes(), moments
+    assert artifacts.load(made(root)).results == validated.results
 
 
 def interrupted_at(step: int) -> Callable[..., Any]:

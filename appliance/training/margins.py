@@ -34,14 +34,17 @@ def saturated(points: Sequence[Point]) -> list[Finding]:
 def no_preference(points: Sequence[Point]) -> list[Finding]:
     """DPO's loss begins at ln 2, and may hardly fall where much is learned: that is the margin, which begins at 0.
 
-    It must exceed 0 by two standard errors in the second half.
+    It must exceed 0 by two standard errors in the second half; or, for a loss without a reference, whose margin begins
+    anywhere, what it was in the first tenth by three.
     """
     margins = [point.margin for point in points if point.margin is not None]
     later = margins[len(margins) // 2 :]
     if len(later) < 2:
         return []
-    gained, unsure = mean(later), 2 * curve.noise(later) / math.sqrt(len(later))
-    if gained > unsure:
+    first = margins[: max(1, len(margins) // 10)]
+    noise, gained = curve.noise(later), mean(later)
+    unsure = 2 * noise / math.sqrt(len(later))
+    if gained > unsure or gained - mean(first) > 3 * noise * math.sqrt(1 / len(later) + 1 / len(first)):
         return []
     preferred = [point.preferred for point in points[len(points) // 2 :] if point.preferred is not None]
     share = f", and {mean(preferred):.0%} of the pairs gained at all" if preferred else ""
