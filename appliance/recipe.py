@@ -15,7 +15,7 @@ from typing import Any, Literal
 from appliance import config
 from appliance.config import setting
 from appliance.errors import RecipeError, several
-from appliance.training_settings import PREFERENCES, Dpo, Grpo, Kto, Lora, Orpo, Sft
+from appliance.training_settings import PREFERENCES, Dpo, Grpo, Kto, Lora, Memory, Orpo, Sft
 
 STARTER = "starter"
 Quantization = Literal[
@@ -171,6 +171,7 @@ class Recipe:
     seed: int = setting(3407, minimum=0, maximum=2**32 - 1)
     phases: tuple[Literal["sft", "dpo", "kto", "orpo", "grpo"], ...] = setting(("sft", "dpo"))
     starter: Starter = Starter()
+    memory: Memory = Memory()
     lora: Lora = Lora()
     sft: Sft = Sft()
     dpo: Dpo = Dpo()

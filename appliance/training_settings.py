@@ -8,8 +8,16 @@ from appliance.config import setting
 from appliance.reward_settings import Rewards
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
+Rung = Literal["auto", "lora", "lora-recomputed", "qlora", "qlora-inputs", "qlora-ends", "streamed"]
 Scheduler = Literal["cosine", "linear", "constant"]
 PREFERENCES = ("dpo", "kto", "orpo")  # phases that learn which answers are better; a recipe has one of them at most
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    rung: Rung = setting(
+        "auto", about="how the model is laid out while it trains; auto: the first of `appliance plan` that fits"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from appliance.errors import RecipeError
-from appliance.training import model as models
+from appliance.training import layout
 from appliance.training.model import Base
+from appliance.training.rungs import Rung
 from appliance.training_settings import Lora
 
 ALL = "all-linear"
@@ -19,8 +20,11 @@ REFERENCE = "ref"  # the name that TRL gives the frozen copy
 GROUPS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}
 
 
-def add(model: Any, lora: Lora) -> Any:
-    """The model with a fresh adapter; raises `RecipeError` as `targets` does."""
+def add(model: Any, lora: Lora, *, is_skeleton: bool = False) -> Any:
+    """The model with a fresh adapter; raises `RecipeError` as `targets` does.
+
+    `is_skeleton`: the model has no contents, and the adapter needs none.
+    """
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
@@ -32,7 +36,7 @@ def add(model: Any, lora: Lora) -> Any:
         target_modules=targets(linear_layers(model), lora),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, settings)
+    return get_peft_model(model, settings, low_cpu_mem_usage=is_skeleton)
 
 
 def check(base: Path, lora: Lora) -> None:
@@ -44,11 +48,11 @@ def check(base: Path, lora: Lora) -> None:
     targets(linear_layers(skeletons.make(skeletons.load_config(base))), lora)
 
 
-def continued(base: Base, adapter: Path) -> Any:
+def continued(base: Base, adapter: Path, rung: Rung) -> Any:
     """The base with the adapter, trainable: without it TRL would start from, and compare with, the bare base."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(models.load_model(base.path), adapter, is_trainable=True)
+    return PeftModel.from_pretrained(layout.load(base.path, rung), adapter, is_trainable=True)
 
 
 def copy_as_reference(model: Any) -> None:

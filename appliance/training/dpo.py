@@ -5,20 +5,19 @@ from typing import Any
 
 from appliance.recipe import Recipe
 from appliance.training import batches, loop, preferences
-from appliance.training import model as models
 from appliance.training.preferences import Triplets
+from appliance.training.rungs import Rung
 
 REVISION = 1  # raised when the same data and settings would give another adapter
 
 
-def trainer(model: Any, tokenizer: Any, triplets: Triplets, recipe: Recipe, folder: Path) -> Any:
+def trainer(model: Any, tokenizer: Any, triplets: Triplets, recipe: Recipe, folder: Path, rung: Rung) -> Any:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     weight = recipe.dpo.sft_weight
     arguments = DPOConfig(
-        **loop.arguments(folder, recipe.dpo, recipe.seed),
-        gradient_checkpointing=models.has_gpu(),
+        **loop.arguments(folder, recipe.dpo, recipe.seed, rung),
         max_length=None,  # lengths were checked; the trainer must not cut
         beta=recipe.dpo.beta,
         loss_type=["sigmoid", "sft"] if weight else ["sigmoid"],

@@ -1,7 +1,7 @@
 """How much memory each rung of the ladder needs for a recipe on a base, against what is free: which one is trained with.
 
 Weights are counted exactly, from the model without contents; what a step holds is simulated (`simulation.py`). Nothing is
-loaded. Main entry: `ladder`.
+loaded. Main entry: `Model.fit`.
 """
 
 import dataclasses
@@ -12,9 +12,10 @@ from typing import Any
 
 from appliance.errors import RecipeError
 from appliance.recipe import Recipe
-from appliance.training import adapters, rungs, simulation, stream, streamed_head
+from appliance.training import adapters, simulation, skeletons, stream, streamed_head
 from appliance.training.rungs import Rung
 from appliance.training.simulation import Setting, Shape
+from appliance.training_settings import Optimizer
 
 MIB = 1 << 20
 # Of bitsandbytes: weights a scale, scales a scale, and two tables of 256 values.
@@ -25,7 +26,9 @@ NF4_BLOCK, NF4_NESTED_BLOCK, NF4_TABLES_BYTES = (
 )
 CONTEXT_BYTES = 450 * MIB  # of CUDA and its libraries, where there is no card to ask: 300 to 500 MiB by driver and card
 SPARE = 0.04  # of a card's memory: what the allocator rounds up and cannot join again
-ADAM_BYTES = 8  # two moments in 32 bits
+# A trained weight's: two moments in 32 bits, or in 8; Adafactor keeps sums of rows and columns, which are next to nothing.
+OPTIMIZER_BYTES: Mapping[Optimizer, int] = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0}
+LOGIT_COPIES = 4  # in 32 bits: logits, their logarithms of shares, and the gradients of both
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,11 @@ class Device:
     name: str = "CPU"
 
 
+def refuse(name: str, ladder: Sequence[Rung]) -> Rung:
+    """Raises `RecipeError` for a rung that the recipe names and this device has not."""
+    raise RecipeError(f"memory.rung: {name!r} is none of this device's: {', '.join(rung.name for rung in ladder)}.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What is trained on: the largest micro-batch, whether several make a step, whether a frozen adapter is beside it."""
@@ -66,22 +74,12 @@ class Work:
     shape: Shape
     accumulates: bool
     has_reference: bool
+    optimizer: Optimizer = "adamw"
+    has_whole_logits: bool = False  # ORPO of TRL 1.16 computes all logits of a batch
+    generates: bool = False  # GRPO keeps keys and values of the answers that it writes
 
-
-def ladder(recipe: Recipe, config: Any, work: Work, device: Device) -> list[Fit]:
-    """Every rung of the device, in order."""
-    model = Model(recipe, config, device)
-    return [model.fit(rung, work) for rung in rungs.ladder(has_card=device.on_card)]
-
-
-def chosen(fits: Sequence[Fit], name: str) -> Fit | None:
-    """The rung that the recipe names, or the first that fits; raises `RecipeError` for one that it has not."""
-    if name == "auto":
-        return next((fit for fit in fits if fit.fits), None)
-    for fit in fits:
-        if fit.rung.name == name:
-            return fit
-    raise RecipeError(f"memory.rung: {name!r} is none of this device's: {', '.join(fit.rung.name for fit in fits)}.")
+    def with_shape(self, shape: Shape) -> "Work":
+        return dataclasses.replace(self, shape=shape)
 
 
 class Model:
@@ -109,8 +107,10 @@ class Model:
             "layers on the way": stream.SLOTS * layers // self._layers if rung.streams else 0,
             "head on the way": 2 * self._head_part if rung.ends_in_memory else 0,
             "adapter": 4 * trained * (2 if work.has_reference else 1),
-            "optimizer": ADAM_BYTES * trained,
+            "optimizer": OPTIMIZER_BYTES[work.optimizer] * trained,
             "step": held - inputs,
+            "logits": self._logits(work) if work.has_whole_logits else 0,
+            "keys and values": self._cache(work) if work.generates else 0,
         }
         if device.on_card:
             parts["rounding"] = int(SPARE * sum(parts.values()))
@@ -127,15 +127,26 @@ class Model:
 
     @functools.cached_property
     def _skeleton(self) -> Any:
-        return simulation.skeleton(self._config, self._device.dtype)
+        return skeletons.make(self._config, self._device.dtype)
 
     @functools.cached_property
     def _trained(self) -> int:
-        few = self._adapt(simulation.skeleton(self._config, self._device.dtype, simulation.FEW_LAYERS))
-        more = self._adapt(simulation.skeleton(self._config, self._device.dtype, simulation.MORE_LAYERS))
+        few = self._adapt(skeletons.make(self._config, self._device.dtype, simulation.FEW_LAYERS))
+        more = self._adapt(skeletons.make(self._config, self._device.dtype, simulation.MORE_LAYERS))
         first, second = (sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (few, more))
         each = (second - first) // (simulation.MORE_LAYERS - simulation.FEW_LAYERS)
         return int(first + (self._layers - simulation.FEW_LAYERS) * each)
+
+    def _logits(self, work: Work) -> int:
+        vocabulary = self._skeleton.get_output_embeddings().out_features
+        return int(LOGIT_COPIES * 4 * work.shape.rows * work.shape.tokens * vocabulary)
+
+    def _cache(self, work: Work) -> int:
+        config = self._config.get_text_config()
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        cached = 2 * self._layers * heads * width * self._device.dtype.itemsize
+        return int(work.shape.rows * work.shape.tokens * cached)
 
     @property
     def _head_part(self) -> int:

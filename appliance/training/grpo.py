@@ -18,7 +18,7 @@ from appliance.data.check import read_rows
 from appliance.errors import ApplianceError, ArtifactError, TrainingFailed
 from appliance.findings import Finding
 from appliance.recipe import Recipe
-from appliance.training import adapters, curve, loop, processes, reward_linter, run_files, samples
+from appliance.training import adapters, curve, layout, loop, processes, reward_linter, run_files, samples
 from appliance.training import model as models
 from appliance.training import prompts as prompting
 from appliance.training.labels import render_ids
@@ -26,6 +26,7 @@ from appliance.training.model import Base
 from appliance.training.rewards import registry
 from appliance.training.rewards import reward as rewarding
 from appliance.training.rewards.reward import Answer, Prompt, Reward
+from appliance.training.rungs import Rung
 
 REVISION = 1  # raised when the same data and settings would give another adapter
 FINDINGS = run_files.REWARD_FINDINGS
@@ -46,18 +47,23 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
     """
     from transformers import set_seed
 
+    from appliance.training import choice
+
     identity = plan(recipe, artifacts.identity(dataset), base.identity, artifacts.identity(adapter))
     checkpoint = processes.from_first(lambda: loop.resume_point(identity, root, resume=resume, restart=restart))
     tokenizer, prompts = processes.from_first(lambda: _read(recipe, dataset, base, adapter, root))
     rewards = _rewards(recipe, prompts)
+    rung = processes.from_first(lambda: choice.choose(recipe, base, choice.of_grpo(recipe), checkpoint, adapter))
     with processes.draft(identity, root, keep_partial=checkpoint is not None) as draft:
         loop.prepare()
         set_seed(recipe.seed)
-        model = adapters.continued(base, adapter)
+        model = adapters.continued(base, adapter, rung)
         groups = sample(model, tokenizer, examples.spread(prompts, recipe.grpo.lint_prompts), recipe)
         findings = processes.from_first(lambda: reward_linter.lint(rewards, prompts, groups, recipe.languages))
         _tell(findings, draft.path)
-        trainer = _trainer(model, tokenizer, prompts, rewards, recipe, draft.path)
+        trainer = _trainer(model, tokenizer, prompts, rewards, recipe, draft.path, rung)
+        layout.settle(trainer, rung)
+        layout.remember(draft.path / loop.CHECKPOINTS, rung)
         outcome = loop.train(trainer, draft.path, "grpo", checkpoint)
         models.save_adapter(model, draft.path)
         outcome |= processes.from_first(lambda: _outcome(draft.path, [reward.name for reward in rewards]))
@@ -66,7 +72,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
             f" {outcome['reward_last']:.3f} in the last; {outcome['flat_groups']:.0%} of groups without spread"
         )
         samples.write(model, tokenizer, read_rows(dataset, "sft"), recipe, draft.path)
-        draft.results.update(outcome, rows=len(prompts), findings=len(findings))
+        draft.results.update(outcome, **layout.results(rung), rows=len(prompts), findings=len(findings))
         run_files.write(draft, identity, recipe, "grpo", dataset, base)
         loop.finish(draft.path)
     return processes.from_first(lambda: artifacts.load(identity.location(root)))
@@ -127,15 +133,20 @@ def _tell(findings: Sequence[Finding], folder: Path) -> None:
 
 
 def _trainer(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], rewards: Sequence[Reward], recipe: Recipe, folder: Path
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    recipe: Recipe,
+    folder: Path,
+    rung: Rung,
 ) -> Any:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     grpo = recipe.grpo
     arguments = GRPOConfig(
-        **{**loop.arguments(folder, grpo, recipe.seed), "num_train_epochs": 1},  # the order of prompts has them all
-        gradient_checkpointing=models.has_gpu(),
+        **{**loop.arguments(folder, grpo, recipe.seed, rung), "num_train_epochs": 1},  # the order of prompts has them all
         num_generations=grpo.answers,
         max_completion_length=grpo.answer_tokens,
         temperature=grpo.temperature,

@@ -20,6 +20,10 @@ class Judged:
     rows: Sequence[dict[str, Any]]
     tokens: Sequence[tuple[list[int], list[int]]]
 
+    @property
+    def longest_tokens(self) -> int:
+        return max(len(prompt) + len(answer) for prompt, answer in self.tokens)
+
     def score(self, model: Any) -> list[float]:
         """The log-probability of each answer (nats a token)."""
         model.eval()

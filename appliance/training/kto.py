@@ -12,9 +12,9 @@ from typing import Any
 from appliance.errors import RecipeError
 from appliance.recipe import Recipe
 from appliance.training import judgements, loop, processes
-from appliance.training import model as models
 from appliance.training.judgements import Judged
 from appliance.training.preferences import Triplets
+from appliance.training.rungs import Rung
 
 REVISION = 1  # raised when the same data and settings would give another adapter
 LEAST_ROWS = 2  # of a batch of one process: another answer is needed
@@ -46,13 +46,12 @@ def order(triplets: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]
     ]
 
 
-def trainer(model: Any, tokenizer: Any, examples: Triplets | Judged, recipe: Recipe, folder: Path) -> Any:
+def trainer(model: Any, tokenizer: Any, examples: Triplets | Judged, recipe: Recipe, folder: Path, rung: Rung) -> Any:
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
     arguments = KTOConfig(
-        **loop.arguments(folder, recipe.kto, recipe.seed),
-        gradient_checkpointing=models.has_gpu(),
+        **loop.arguments(folder, recipe.kto, recipe.seed, rung),
         max_length=None,  # lengths were checked; the trainer must not cut
         beta=recipe.kto.beta,
         desirable_weight=recipe.kto.good_weight,

@@ -25,11 +25,10 @@ def load(base: Path, rung: Rung) -> Any:
 
 def arguments(rung: Rung) -> dict[str, Any]:
     """The trainer's part of a rung."""
-    return {
-        # A stream computes layers again by itself.
-        "gradient_checkpointing": rung.recomputes and not rung.streams,
-        "activation_offloading": rung.inputs_in_memory and not rung.streams,
-    }
+    found: dict[str, Any] = {"gradient_checkpointing": rung.recomputes and not rung.streams}  # a stream does it by itself
+    if rung.inputs_in_memory and not rung.streams:
+        found["activation_offloading"] = True
+    return found
 
 
 def settle(trainer: Any, rung: Rung) -> None:
@@ -53,6 +52,11 @@ def settle(trainer: Any, rung: Rung) -> None:
         stream.keep_ends_off(trainer.model, device)
     if device.index is not None:
         trainer.model.hf_device_map = {"": device.index}  # accelerate would refuse one that says where the base was loaded
+
+
+def results(rung: Rung) -> dict[str, str]:
+    """What an adapter's manifest says of it; a merge asks for `trained_on`."""
+    return {"rung": rung.name, "trained_on": "nf4" if rung.is_nf4 else "16-bit"}
 
 
 def remember(folder: Path, rung: Rung) -> None:

@@ -15,12 +15,13 @@ from appliance import artifacts, device
 from appliance.artifacts import Plan
 from appliance.console import Progress
 from appliance.errors import ArtifactError, TrainingFailed
-from appliance.training import curve, processes, trackers
+from appliance.training import curve, layout, processes, trackers
 from appliance.training import model as models
 from appliance.training.batches import Batches
 from appliance.training.curve import LOSS
 from appliance.training.metrics import Phase as Measured
 from appliance.training.recorder import Recorder
+from appliance.training.rungs import Rung
 from appliance.training.validation import Validation
 from appliance.training_settings import Phase
 
@@ -38,8 +39,8 @@ OPTIMIZERS = {
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-def arguments(folder: Path, phase: Phase, seed: int) -> dict[str, Any]:
-    """Trainer arguments common to all phases; `phase` is the recipe's section.
+def arguments(folder: Path, phase: Phase, seed: int, rung: Rung | None = None) -> dict[str, Any]:
+    """Trainer arguments common to all phases; `phase` is the recipe's section, `rung` how the model is laid out (the starter needs none).
 
     The batch is this process's share of it; raises `RecipeError` when there is none.
     """
@@ -73,6 +74,7 @@ def arguments(folder: Path, phase: Phase, seed: int) -> dict[str, Any]:
         "use_cpu": not models.has_gpu(),
         "dataloader_pin_memory": models.has_gpu(),
         "ddp_find_unused_parameters": False,  # a step uses all of an adapter
+        **(layout.arguments(rung) if rung else {}),
     }
 
 

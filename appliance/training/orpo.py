@@ -9,22 +9,21 @@ from typing import Any
 
 from appliance.recipe import Recipe
 from appliance.training import adapters, batches, loop, preferences
-from appliance.training import model as models
 from appliance.training.labels import IGNORED
 from appliance.training.preferences import Pair, Triplets
+from appliance.training.rungs import Rung
 
 REVISION = 1  # raised when the same data and settings would give another adapter
 
 
-def trainer(model: Any, tokenizer: Any, triplets: Triplets, recipe: Recipe, folder: Path) -> Any:
+def trainer(model: Any, tokenizer: Any, triplets: Triplets, recipe: Recipe, folder: Path, rung: Rung) -> Any:
     """The frozen copy of the adapter is there to be compared with in the end; training does not use it."""
     from datasets import Dataset
     from trl.experimental.orpo import ORPOConfig
 
     adapters.copy_as_reference(model)
     arguments = ORPOConfig(
-        **loop.arguments(folder, recipe.orpo, recipe.seed),
-        gradient_checkpointing=models.has_gpu(),
+        **loop.arguments(folder, recipe.orpo, recipe.seed, rung),
         max_length=recipe.orpo.max_tokens,  # lengths were checked, so that nothing is cut
         beta=recipe.orpo.beta,
         remove_unused_columns=False,  # `batches` wants the line

@@ -18,6 +18,7 @@ from appliance.training import (
     dpo,
     judgements,
     kto,
+    layout,
     loop,
     orpo,
     preferences,
@@ -47,20 +48,26 @@ def train(
     """Trains on the recipe's preferences; `adapter` is the SFT adapter to continue."""
     from transformers import set_seed
 
+    from appliance.training import choice
+
     identity = plan(recipe, phase, artifacts.identity(dataset), base.identity, artifacts.identity(adapter))
     checkpoint = processes.from_first(lambda: loop.resume_point(identity, root, resume=resume, restart=restart))
     tokenizer, examples = processes.from_first(lambda: _read(recipe, phase, dataset, base, root))
+    work = choice.of_preferences(recipe, phase, examples.longest_tokens)
+    rung = processes.from_first(lambda: choice.choose(recipe, base, work, checkpoint, adapter))
     with processes.draft(identity, root, keep_partial=checkpoint is not None) as draft:
         loop.prepare()
         set_seed(recipe.seed)
-        model = adapters.continued(base, adapter)
-        trainer = METHODS[phase].trainer(model, tokenizer, examples, recipe, draft.path)
+        model = adapters.continued(base, adapter, rung)
+        trainer = METHODS[phase].trainer(model, tokenizer, examples, recipe, draft.path, rung)
+        layout.settle(trainer, rung)
+        layout.remember(draft.path / loop.CHECKPOINTS, rung)
         outcome = loop.train(trainer, draft.path, phase, checkpoint, batches=batches.record(trainer))
         models.save_adapter(model, draft.path)
         outcome |= examples.compare(*_scores(model, examples))
         processes.note(f"{phase}: {examples.said(outcome)}")
         samples.write(model, tokenizer, read_rows(dataset, "sft"), recipe, draft.path)
-        draft.results.update(outcome, rows=len(examples.rows))
+        draft.results.update(outcome, **layout.results(rung), rows=len(examples.rows))
         run_files.write(draft, identity, recipe, phase, dataset, base)
         loop.finish(draft.path)
     return processes.from_first(lambda: artifacts.load(identity.location(root)))

@@ -41,6 +41,10 @@ class Triplets:
     rows: Sequence[dict[str, Any]]
     pairs: Sequence[Pair]
 
+    @property
+    def longest_tokens(self) -> int:
+        return max(pair.longest_tokens for pair in self.pairs)
+
     def score(self, model: Any) -> list[Score]:
         return score(model, self.pairs)
 

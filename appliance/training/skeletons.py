@@ -15,7 +15,7 @@ def load_config(base: Path) -> Any:
 
 
 def make(config: Any, dtype: torch.dtype = torch.float32, layers: int | None = None) -> Any:
-    """The model that a configuration describes, on torch's meta device; with fewer decoder layers where so many are named."""
+    """The model that a configuration describes, on torch's meta device; with fewer decoder layers where they are named."""
     from transformers import AutoModelForCausalLM
 
     chosen = _with_layers(config, layers) if layers else config
