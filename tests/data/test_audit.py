@@ -189,11 +189,15 @@ def test_prompts_for_rewards_are_looked_at_too(tmp_path: Path, root: Path, base:
     prompts[4]["prompt"] = rows.heldout[0]["messages"][0]["content"]
     prompts[5]["prompt"] = "woord " * 40
     prompts[6]["reference"] += " Bel 06-12345678."
+    for prompt in prompts[10:]:
+        prompt["prompt"] = "HOTEL: positiv"  # as labels repeat
     tiny_recipe.write_lines(path.parent / "grpo.jsonl", prompts)
     made = examine(path, root, base)
     assert made.rows["grpo.jsonl"] == made.languages["grpo.jsonl"]["nl"] == 30
     by_kind = {finding.kind: finding for finding in made.findings}
     assert by_kind["heldout_leaks"].examples == ["heldout.jsonl:1"]
+    assert made.random_leaks["grpo.jsonl"].exact > 0.5
+    assert "random_split_leaks" not in by_kind
     assert by_kind["personal_phone"].examples == ["grpo.jsonl:7"]
     assert "the longest prompt has 43 tokens, grpo.max_tokens is 128 and grpo.answer_tokens 100" in by_kind["too_long"].what
     assert made.suggested_max_tokens["grpo.max_tokens"] == 192
