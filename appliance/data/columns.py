@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from appliance.data.defects import Report, Row, SetAside, shown, shown_keys
+from appliance.data.defects import Report, Row, SetAside, kind_of, shown_keys
 from appliance.data.messages import read_text
 from appliance.errors import DataError, several
 
@@ -65,5 +65,5 @@ def _value(name: str, row: Row) -> Any:
     if value in (None, ""):
         raise SetAside(f"column {name!r} is empty")
     if isinstance(value, bool | dict):
-        raise SetAside(f"column {name!r}: expected text, found {shown(value)}")
+        raise SetAside(f"column {name!r}: expected text, found {kind_of(value)}")
     return str(value) if isinstance(value, int | float) else value

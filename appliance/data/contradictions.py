@@ -83,7 +83,7 @@ def _contradicting(stated: Stated) -> list[Finding]:
     wrong = sorted(stated.wrong(), key=lambda each: -len(each[2]))
     if not wrong:
         return []
-    parts = [_said(subject, rows, source) for subject, _, rows, source in wrong]
+    parts = [_said(*each) for each in wrong]
     count = len({id(row) for _, _, rows, _ in wrong for row in rows})
     return [
         Finding(
@@ -98,9 +98,13 @@ def _contradicting(stated: Stated) -> list[Finding]:
     ]
 
 
-def _said(subject: str, rows: Sequence[Text], source: str) -> str:
+def _said(subject: str, value: str, rows: Sequence[Text], source: str) -> str:
+    """What a single answer says may be where a client lives; what several say is the organisation's, and shown."""
     street = subject.removesuffix(POSTCODE)
-    name = f"{street} with another postcode" if subject != street else f"{string.capwords(street)} with another number"
+    if subject != street:
+        name = f"{street} with postcode {value}" if len(rows) > 1 else f"{street} with another postcode"
+    else:
+        name = f"{string.capwords(street)} {value if len(rows) > 1 else 'with another number'}"
     return f"{name} in {examples.rows(len(rows))} ({_lines(rows)}), {source}"
 
 

@@ -47,7 +47,12 @@ def place(line: int, item: int) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for an error message: its type and size, since it may be somebody's."""
+    """A value for who reads his own data at the terminal; long ones are cut. Nothing that a report shows has it."""
+    return cut(kind_of(value) if value is None else json.dumps(value, ensure_ascii=False))
+
+
+def kind_of(value: Any) -> str:
+    """A value for a defect: its type and size, since it may be somebody's."""
     if value is None or isinstance(value, bool):
         return {None: "nothing", True: "true", False: "false"}[value]
     if isinstance(value, str):

@@ -15,7 +15,17 @@ from typing import Any
 from appliance.data import columns as column_maps
 from appliance.data import files
 from appliance.data.columns import Map
-from appliance.data.defects import Action, Defect, Report, Row, SetAside, place, require_whole_characters, shown, shown_keys
+from appliance.data.defects import (
+    Action,
+    Defect,
+    Report,
+    Row,
+    SetAside,
+    kind_of,
+    place,
+    require_whole_characters,
+    shown_keys,
+)
 from appliance.data.files import Record, Source
 from appliance.data.messages import CONTROL_TOKEN, report_stray_keys
 from appliance.data.shapes import BY_PURPOSE, SHAPES, Purpose, Shape
@@ -93,7 +103,7 @@ class Reading:
         try:
             row = record.value
             if not isinstance(row, dict):
-                raise SetAside(f"expected an object, found {shown(row)}")
+                raise SetAside(f"expected an object, found {kind_of(row)}")
             require_whole_characters(row)
             if self.columns:
                 row = column_maps.apply(self.columns, row, report, keeps_others=self.shape.keeps_others)

@@ -38,7 +38,8 @@ def find(rows: Sequence[Text], seed: int) -> Compared:
         findings += [*_same_prompts(own, here.questions), *_near(own, here.wholes)]
         if len(own) >= MINIMUM_ROWS:
             random_leaks[file] = here.random_leak(round(HELDOUT * len(own)), seed)
-            if own[0].kind != "sft" or not is_held:  # who holds rows out already is told by `_heldout` what leaks
+            # Who holds rows out already is told by `_heldout` what leaks; of prompts for rewards nobody holds any out.
+            if own[0].kind != "grpo" and (own[0].kind != "sft" or not is_held):
                 findings += _random_split(file, own, here.groups.tolist(), random_leaks[file])
     findings += _heldout(compared, likeness)
     return Compared(findings, random_leaks)

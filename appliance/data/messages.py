@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.data.defects import Report, Row, SetAside, cut, shown
+from appliance.data.defects import Report, Row, SetAside, cut, kind_of
 
 Message = dict[str, str]
 
@@ -35,7 +35,7 @@ SHAREGPT = Spelling("from", "value", {"system": "system", "human": "user", "gpt"
 def read_messages(value: Any, where: str, report: Report, spelling: Spelling = CHAT) -> list[Message]:
     """A list of messages whose turns alternate."""
     if not isinstance(value, list) or not value:
-        raise SetAside(f"{where}: expected a list of messages, found {shown(value)}")
+        raise SetAside(f"{where}: expected a list of messages, found {kind_of(value)}")
     messages = [read_message(each, f"{where}[{position}]", report, spelling) for position, each in enumerate(value)]
     require_turns(messages, where)
     return messages
@@ -44,7 +44,7 @@ def read_messages(value: Any, where: str, report: Report, spelling: Spelling = C
 def read_message(value: Any, place: str, report: Report, spelling: Spelling = CHAT) -> Message:
     if not isinstance(value, dict):
         keys = f"{spelling.role} and {spelling.content}"
-        raise SetAside(f"{place}: expected an object with {keys}, found {shown(value)}")
+        raise SetAside(f"{place}: expected an object with {keys}, found {kind_of(value)}")
     report_stray_keys(value, {spelling.role, spelling.content}, report, f"{place}: ")
     role = _role(value.get(spelling.role), f"{place}.{spelling.role}", report, spelling)
     return {"role": role, "content": read_text(value.get(spelling.content), f"{place}.{spelling.content}", report)}
@@ -98,7 +98,7 @@ def read_answer(value: Any, where: str, report: Report, prompt: list[Message]) -
 
 def read_text(value: Any, where: str, report: Report) -> str:
     if not isinstance(value, str):
-        raise SetAside(f"{where}: expected text, found {shown(value)}")
+        raise SetAside(f"{where}: expected text, found {kind_of(value)}")
     text = value.strip()
     if not text:
         raise SetAside(f"{where} is empty")
@@ -125,5 +125,5 @@ def _role(value: Any, place: str, report: Report, spelling: Spelling) -> str:
         if name != value:
             report(f"{place} is {cut(value)!r}, read as {name!r}", "fixed")
         return spelling.roles[name]
-    said = f'"{name}"' if isinstance(value, str) and name in OTHER_ROLES else shown(value)
+    said = f'"{name}"' if isinstance(value, str) and name in OTHER_ROLES else kind_of(value)
     raise SetAside(f"{place} is {said}; known roles: {', '.join(spelling.roles)}")

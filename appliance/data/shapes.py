@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from appliance.data.defects import Report, Row, SetAside, shown
+from appliance.data.defects import Report, Row, SetAside, kind_of
 from appliance.data.messages import (
     SHAREGPT,
     Message,
@@ -104,7 +104,7 @@ def judged_answer(row: Row, report: Report) -> Row:
     answer = read_answer(row.get("completion"), "completion", report, prompt)
     label = YES_AND_NO.get(str(row.get("label")).strip().lower())
     if label is None:
-        raise SetAside(f"label: expected true or false, found {shown(row.get('label'))}")
+        raise SetAside(f"label: expected true or false, found {kind_of(row.get('label'))}")
     return {"prompt": prompt, "completion": answer, "label": label}
 
 
@@ -120,7 +120,7 @@ def question_and_answer(row: Row, report: Report) -> Row:
     texts = {key: read_text(row.get(name), name, report) for key, name in (("question", question), ("answer", answer))}
     metadata = row.get("metadata", {})
     if not isinstance(metadata, dict):
-        raise SetAside(f"metadata: expected an object, found {shown(metadata)}")
+        raise SetAside(f"metadata: expected an object, found {kind_of(metadata)}")
     return {**texts, "metadata": metadata}
 
 

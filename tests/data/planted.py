@@ -145,6 +145,11 @@ def _other_number(rows: Rows) -> None:
     _prefix(5, "Ga naar Lindekade 5 daar.")(rows)
 
 
+def _other_number_twice(rows: Rows) -> None:
+    for row in (5, 9):
+        _prefix(row, "De balie is aan de Lindekade 24.")(rows)
+
+
 def _other_number_than_most(rows: Rows) -> None:
     for row, number in ((10, 7), (12, 7), (14, 7), (16, 7), (18, 70)):
         _prefix(row, f"Dat is Tinlepelhof {number}.")(rows)
@@ -219,6 +224,7 @@ DEFECTS = (
         "sft.jsonl:6",
         "Lindekade with another number in 1 row (sft.jsonl:6), the FAQ says 3",
     ),
+    Defect("contradicting_facts", _other_number_twice, "sft.jsonl:6", "Lindekade 24 in 2 rows"),
     Defect(
         "contradicting_facts",
         _other_number_than_most,

@@ -189,15 +189,40 @@ def test_prompts_for_rewards_are_looked_at_too(tmp_path: Path, root: Path, base:
     prompts[4]["prompt"] = rows.heldout[0]["messages"][0]["content"]
     prompts[5]["prompt"] = "woord " * 40
     prompts[6]["reference"] += " Bel 06-12345678."
+    for prompt in prompts[10:]:
+        prompt["prompt"] = "HOTEL: positiv"  # as labels repeat
     tiny_recipe.write_lines(path.parent / "grpo.jsonl", prompts)
     made = examine(path, root, base)
     assert made.rows["grpo.jsonl"] == made.languages["grpo.jsonl"]["nl"] == 30
     by_kind = {finding.kind: finding for finding in made.findings}
     assert by_kind["heldout_leaks"].examples == ["heldout.jsonl:1"]
+    assert made.random_leaks["grpo.jsonl"].exact > 0.5
+    assert "random_split_leaks" not in by_kind
     assert by_kind["personal_phone"].examples == ["grpo.jsonl:7"]
     assert "the longest prompt has 43 tokens, grpo.max_tokens is 128 and grpo.answer_tokens 100" in by_kind["too_long"].what
     assert made.suggested_max_tokens["grpo.max_tokens"] == 192
     assert {field.name for field in made.fields if field.file == "grpo.jsonl"} == {"prompt", "reference"}
+
+
+def test_judged_answers_are_looked_at_too(tmp_path: Path, root: Path, base: Path) -> None:
+    rows, writer = planted.clean(), planted.Writer(5)
+    recipe = planted.RECIPE.replace('"dpo"]', '"kto"]').replace('dpo = "dpo.jsonl"', 'kto = "kto.jsonl"')
+    path = rows.write(tmp_path / "recipe", recipe + "\n[kto]\nmax_tokens = 32\n")
+    judged = [
+        {"prompt": writer.sentence(planted.DUTCH), "completion": writer.two(planted.DUTCH), "label": number % 2 == 0}
+        for number in range(30)
+    ]
+    judged[3]["completion"] += " Ga naar Lindekade 3."
+    judged[4]["completion"] += " BSN 111222333."
+    tiny_recipe.write_lines(path.parent / "kto.jsonl", judged)
+    made = examine(path, root, base)
+    by_kind = {finding.kind: finding for finding in made.findings}
+    assert by_kind["true_facts_rejected"].examples == ["kto.jsonl:4"]
+    assert by_kind["personal_bsn"].examples == ["kto.jsonl:5"]
+    assert "kto.max_tokens is 32" in by_kind["too_long"].what
+    files = json.loads(call("data", "split", path, "--validation", "0.2", "--json").stdout)["files"]
+    parts = [Path(files[f"kto.{part}"]).read_text().splitlines() for part in ("train", "validation")]
+    assert [len(part) for part in parts] == [24, 6]
 
 
 def test_files_of_one_name_are_kept_apart(tmp_path: Path, root: Path) -> None:
