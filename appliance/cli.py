@@ -22,7 +22,7 @@ COMMANDS: Mapping[str, str | Mapping[str, str]] = {
         "split": "appliance.commands.data:split",
         "generate": f"{PLANNED} More examples, written by a model.",
     },
-    "plan": f"{PLANNED} Will it fit, and how long, before anything loads.",
+    "plan": "appliance.commands.plan:plan",
     "train": "appliance.commands.train:train",
     "convert": {
         "merge": "convert.merge:merge",

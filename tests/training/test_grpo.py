@@ -13,7 +13,7 @@ from appliance import artifacts
 from appliance import recipe as recipes
 from appliance.artifacts import digest_of
 from appliance.errors import RecipeError
-from appliance.training import adapters, grpo, lock, loop, prompts, run_files
+from appliance.training import adapters, grpo, lock, loop, prompts, run_files, rungs
 from appliance.training.rewards import reward as rewarding
 from appliance.training.rewards.reward import Reward
 from tests import tiny_recipe
@@ -137,7 +137,7 @@ def test_it_starts_from_the_adapter_of_sft(tuned: Tuned) -> None:
     from appliance.training.model import Base
 
     sft, base = (next(path for path in tuned.root.glob(each) if path.is_dir()) for each in ("adapter/tiny-sft-*", "base/*"))
-    model = adapters.continued(Base(base, ""), sft)
+    model = adapters.continued(Base(base, ""), sft, rungs.CPU[0])
     loaded = {
         key.replace(".default.", "."): digest_of(value.detach().tolist())
         for key, value in model.named_parameters()

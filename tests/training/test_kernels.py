@@ -9,7 +9,7 @@ import pytest
 
 from appliance import recipe as recipes
 from appliance.errors import EnvironmentIncomplete
-from appliance.training import adapters, kernels, loop, sft
+from appliance.training import adapters, kernels, loop, rungs, sft
 from appliance.training import model as models
 from appliance.training.labels import LabelledRow
 from appliance.training_settings import Grpo, Phase, Sft
@@ -87,7 +87,7 @@ def test_optimizer_is_the_one_asked_for(trained: Trained, root: Path, optimizer:
     loop.prepare()
     model = adapters.add(models.load_model(trained.made["base"]), recipe.lora)
     rows = [LabelledRow(1, [5, 6], [5, 6])]
-    trainer = sft._trainer(model, models.load_tokenizer(trained.made["base"]), rows, recipe, root)
+    trainer = sft._trainer(model, models.load_tokenizer(trained.made["base"]), rows, recipe, root, rungs.CPU[0])
     trainer.create_optimizer()
     assert type(trainer.optimizer).__module__ == module
     if optimizer == "adamw_8bit":

@@ -16,7 +16,7 @@ from appliance import recipe as recipes
 from appliance.data import formats
 from appliance.data.formats import CONTROL_TOKEN
 from appliance.errors import DataError, VerificationFailed
-from appliance.training import adapters, conversations, labels, loop, preferences, sft, starter
+from appliance.training import adapters, conversations, labels, loop, preferences, rungs, sft, starter
 from appliance.training import model as models
 from appliance.training.labels import IGNORED, LabelledRow
 from tests import tiny_recipe
@@ -258,7 +258,7 @@ def test_padding_of_a_real_batch_has_no_label(trained: Trained, root: Any) -> No
     labelled = labels.label_conversations(tokenizer, rows, models.marked_template(base, tokenizer))
     loop.prepare()
     model = adapters.add(models.load_model(base), recipe.lora)
-    trainer = sft._trainer(model, tokenizer, labelled, recipe, root)
+    trainer = sft._trainer(model, tokenizer, labelled, recipe, root, rungs.CPU[0])
     padded = 0
     for batch in trainer.get_train_dataloader():
         for ids, mask, learned in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):

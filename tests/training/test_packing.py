@@ -11,7 +11,7 @@ import pytest
 from appliance import artifacts
 from appliance import recipe as recipes
 from appliance.errors import RecipeError
-from appliance.training import adapters, labels, loop, packing, sft
+from appliance.training import adapters, labels, loop, packing, rungs, sft
 from appliance.training import model as models
 from tests import tiny_recipe
 from tests.running import Trained, call
@@ -34,7 +34,7 @@ def trainer(trained: Trained, root: Path, *sets: str, attention: str = "sdpa") -
         for name, value in adapted.named_parameters():
             if "lora_B" in name:
                 value.normal_(std=0.02)
-    return sft._trainer(adapted, tokenizer, labelled, recipe, root)
+    return sft._trainer(adapted, tokenizer, labelled, recipe, root, rungs.CPU[0])
 
 
 def gradients(made: Any) -> tuple[int, float, dict[str, Any]]:

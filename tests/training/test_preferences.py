@@ -12,7 +12,7 @@ from appliance import artifacts
 from appliance import recipe as recipes
 from appliance.data.check import read_rows
 from appliance.errors import RecipeError
-from appliance.training import adapters, judgements, kto, loop, orpo, preferences
+from appliance.training import adapters, judgements, kto, loop, orpo, preferences, rungs
 from appliance.training import model as models
 from appliance.training.labels import IGNORED
 from appliance.training.model import Base
@@ -81,8 +81,8 @@ def test_orpo_is_given_the_checked_tokens(trained: Trained, root: Path) -> None:
     tokenizer = models.load_tokenizer(base.path)
     triplets = preferences.read_checked(tokenizer, trained.made["data"], recipe, "orpo")
     loop.prepare()
-    model = adapters.continued(base, trained.made["sft"])
-    trainer = orpo.trainer(model, tokenizer, triplets, recipe, root)
+    model = adapters.continued(base, trained.made["sft"], rungs.CPU[0])
+    trainer = orpo.trainer(model, tokenizer, triplets, recipe, root, rungs.CPU[0])
     rows = [trainer.train_dataset[i] for i in (0, 2)]
     for row, each in zip(rows, (triplets.pairs[0], triplets.pairs[2]), strict=True):
         assert row["chosen_input_ids"] == [*each.prompt, *each.chosen]
@@ -138,7 +138,7 @@ def test_phase_continues_the_adapter_of_sft_and_prefers_the_chosen_answers(train
     # What it was before, by the adapter of SFT on disk.
     tokenizer = models.load_tokenizer(trained.made["base"])
     pairs = preferences.tokenize(tokenizer, read_rows(trained.made["data"], "dpo"))
-    model = adapters.continued(Base(trained.made["base"], ""), root / sft)
+    model = adapters.continued(Base(trained.made["base"], ""), root / sft, rungs.CPU[0])
     before = preferences.score(model, pairs)
     assert preferences.compare(pairs, before, before)["margin_after_nats"] == pytest.approx(
         results["margin_before_nats"], abs=1e-4

@@ -11,7 +11,7 @@ import pytest
 from appliance import recipe as recipes
 from appliance.artifacts import digest_of
 from appliance.data.check import read_rows
-from appliance.training import adapters, dpo, loop, preferences
+from appliance.training import adapters, dpo, loop, preferences, rungs
 from appliance.training import model as models
 from appliance.training.model import Base
 from tests import tiny_recipe
@@ -33,7 +33,7 @@ def adapter_weights(model: Any, name: str) -> dict[str, str]:
 
 
 def continued(trained: Trained) -> Any:
-    return adapters.continued(Base(trained.made["base"], ""), trained.made["sft"])
+    return adapters.continued(Base(trained.made["base"], ""), trained.made["sft"], rungs.CPU[0])
 
 
 @pytest.mark.parametrize(("step", "first", "final"), [("base", 4.0, 0.5), ("sft", 1.0, 0.5), ("dpo", 0.69, 0.55)])
@@ -96,7 +96,12 @@ def test_reference_is_the_frozen_copy_of_that_adapter(trained: Trained, root: Pa
     tokenizer = models.load_tokenizer(trained.made["base"])
     loop.prepare()
     trainer = dpo.trainer(
-        model, tokenizer, preferences.read_checked(tokenizer, trained.made["data"], recipe, "dpo"), recipe, root
+        model,
+        tokenizer,
+        preferences.read_checked(tokenizer, trained.made["data"], recipe, "dpo"),
+        recipe,
+        root,
+        rungs.CPU[0],
     )
     assert adapter_weights(model, adapters.REFERENCE) == before
     trainer.train()
