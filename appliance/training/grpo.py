@@ -36,7 +36,7 @@ def plan(recipe: Recipe, dataset: str, base: str, adapter: str) -> Plan:
     settings = {**plain(recipe.grpo), "rewards": registry.identities(recipe)}
     del settings["adapter"]  # a parent
     parents = [dataset, base, adapter]
-    config = {"grpo": settings, "languages": list(recipe.languages), "seed": recipe.seed}
+    config = {"memory": plain(recipe.memory), "grpo": settings, "languages": list(recipe.languages), "seed": recipe.seed}
     return Plan(kind="adapter", name=f"{recipe.name}-grpo", inputs={"revision": REVISION}, parents=parents, config=config)
 
 

@@ -35,7 +35,7 @@ METHODS: dict[str, ModuleType] = {"dpo": dpo, "kto": kto, "orpo": orpo}
 
 
 def plan(recipe: Recipe, phase: str, dataset: str, base: str, adapter: str) -> Plan:
-    config = {phase: plain(getattr(recipe, phase)), "seed": recipe.seed}
+    config = {"memory": plain(recipe.memory), phase: plain(getattr(recipe, phase)), "seed": recipe.seed}
     inputs = {"revision": METHODS[phase].REVISION}
     return Plan(
         kind="adapter", name=f"{recipe.name}-{phase}", inputs=inputs, parents=[dataset, base, adapter], config=config

@@ -20,7 +20,7 @@ REVISION = 1  # raised when the same data and settings would give another adapte
 
 
 def plan(recipe: Recipe, dataset: str, base: str) -> Plan:
-    config = {"lora": plain(recipe.lora), "sft": plain(recipe.sft), "seed": recipe.seed}
+    config = {"memory": plain(recipe.memory), "lora": plain(recipe.lora), "sft": plain(recipe.sft), "seed": recipe.seed}
     parents = [dataset, base]
     return Plan(kind="adapter", name=f"{recipe.name}-sft", inputs={"revision": REVISION}, parents=parents, config=config)
 

@@ -29,5 +29,5 @@ def _with_layers(config: Any, layers: int) -> Any:
     text["num_hidden_layers"] = layers
     for key, value in text.items():  # one entry a layer: kinds of attention, widths
         if isinstance(value, list) and len(value) == config.get_text_config().num_hidden_layers:
-            text[key] = value[:layers]
+            text[key] = [value[layer % len(value)] for layer in range(layers)]
     return type(config).from_dict(values)
