@@ -18,12 +18,8 @@ from appliance.training.simulation import Setting, Shape
 from appliance.training_settings import Optimizer
 
 MIB = 1 << 20
-# Of bitsandbytes: weights a scale, scales a scale, and two tables of 256 values.
-NF4_BLOCK, NF4_NESTED_BLOCK, NF4_TABLES_BYTES = (
-    64,
-    256,
-    2 * 1024,
-)
+# Of bitsandbytes: weights a scale, scales a scale; tables of 16 and 256 values, and what is taken from all scales.
+NF4_BLOCK, NF4_NESTED_BLOCK, NF4_TABLES_BYTES = 64, 256, 4 * (16 + 256 + 1)
 CONTEXT_BYTES = 450 * MIB  # of CUDA and its libraries, where there is no card to ask: 300 to 500 MiB by driver and card
 SPARE = 0.04  # of a card's memory: what the allocator rounds up and cannot join again
 # A trained weight's: two moments in 32 bits, or in 8; Adafactor keeps sums of rows and columns, which are next to nothing.

@@ -86,7 +86,7 @@ def _most_held(config: Any, layers: int, shape: Shape, setting: Setting) -> tupl
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
         known = [*model.parameters(), *model.buffers()]
-        with _Held(known) as held:
+        with Held(known) as held:
             for each in known:
                 if each.grad is not None:
                     held.see(each.grad.untyped_storage())
@@ -116,7 +116,7 @@ def _loss(hidden: Tensor, head: nn.Linear, shape: Shape, setting: Setting) -> Te
     return found.sum()
 
 
-class _Held(TorchDispatchMode):  # type: ignore[misc]
+class Held(TorchDispatchMode):  # type: ignore[misc]
     """Adds up the storages that live, but for those known before."""
 
     def __init__(self, known: list[Tensor]) -> None:

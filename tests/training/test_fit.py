@@ -1,0 +1,179 @@
+"""What the ladder counts: weights to the byte, a step as it is, rungs that shrink, and the sizes that small cards have."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from appliance import recipe as recipes
+from appliance.errors import EnvironmentIncomplete, RecipeError
+from appliance.recipe import Recipe
+from appliance.training import adapters, choice, fit, rungs, simulation, skeletons
+from appliance.training.fit import Device, Work
+from appliance.training.model import Base
+from appliance.training.rungs import Rung
+from appliance.training.simulation import Setting, Shape
+from tests import tiny_recipe
+
+GIB = 1 << 30
+QWEN3_4B = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8} | {
+    "num_hidden_layers": 36,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+QWEN25_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4} | {
+    "num_hidden_layers": 28,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2} | {
+    "num_hidden_layers": 6,
+    "head_dim": 32,
+    "vocab_size": 640,
+    "pad_token_id": 0,
+}
+
+
+def config(kind: str, **sizes: Any) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(kind, **sizes)
+
+
+@pytest.fixture
+def recipe(tmp_path: Any) -> Recipe:
+    return recipes.load(tiny_recipe.write(tmp_path / "recipe"), ["lora.rank=16", "lora.alpha=32", "lora.dropout=0"])
+
+
+def card(available: int = 80 * GIB) -> Device:
+    return Device(
+        on_card=True,
+        dtype=torch.bfloat16,
+        available_bytes=available,
+        available_memory_bytes=16 * GIB,
+        context_bytes=fit.CONTEXT_BYTES,
+    )
+
+
+def cpu(available: int = 80 * GIB) -> Device:
+    return Device(on_card=False, dtype=torch.float32, available_bytes=available, available_memory_bytes=available)
+
+
+def work(rows: int = 1, tokens: int = 1024, *, has_reference: bool = False) -> Work:
+    return Work(shape=Shape(rows, tokens, rows * tokens), accumulates=True, has_reference=has_reference)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "task", "limit_gib"),
+    [
+        ("qwen3", QWEN3_4B, work(1, 1024), 3.4),
+        ("qwen3", QWEN3_4B, work(2, 1024, has_reference=True), 3.4),
+        ("qwen2", QWEN25_7B, work(1, 2048), 5.5),
+    ],
+    ids=["4B SFT", "4B DPO", "7B SFT"],
+)
+def test_streamed_is_planned_below_what_small_cards_have(
+    recipe: Recipe, kind: str, sizes: dict[str, Any], task: Work, limit_gib: float
+) -> None:
+    found = fit.Model(recipe, config(kind, **sizes), card()).fit(rungs.CARD[-1], task)
+    assert found.needed_bytes < limit_gib * GIB
+    assert found.memory_bytes < 8 * GIB
+
+
+def test_each_rung_of_a_card_needs_less_than_the_one_before(recipe: Recipe) -> None:
+    model = fit.Model(recipe, config("qwen3", **QWEN3_4B), card())
+    needed = [model.fit(rung, work()).needed_bytes for rung in rungs.CARD]
+    assert needed == sorted(needed, reverse=True)
+    assert needed[-1] < needed[0] / 4
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3_text"])
+@pytest.mark.parametrize("rung", rungs.CPU[:2], ids=lambda rung: rung.name)
+@pytest.mark.parametrize("keeps_gradients", [False, True])
+def test_simulated_step_holds_what_the_real_one_holds(recipe: Recipe, kind: str, rung: Rung, keeps_gradients: bool) -> None:
+    chosen, shape = config(kind, **SMALL), Shape(2, 160, 320)
+    setting = Setting(
+        rung=rung,
+        dtype=torch.float32,
+        adapt=lambda model: adapters.add(model, recipe.lora, is_skeleton=True),
+        on_card=False,
+        keeps_gradients=keeps_gradients,
+    )
+    predicted = simulation.step(chosen, shape, setting).most_bytes(SMALL["num_hidden_layers"])
+    assert predicted == pytest.approx(_really_held(chosen, shape, rung, recipe, keeps_gradients), rel=0.05)
+
+
+def _really_held(chosen: Any, shape: Shape, rung: Rung, recipe: Recipe, keeps_gradients: bool) -> int:
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = adapters.add(AutoModelForCausalLM.from_config(chosen, dtype=torch.float32), recipe.lora).train()
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1", "mean_logits"))
+    if rung.recomputes:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    tokens = torch.arange(shape.rows * shape.tokens).reshape(shape.rows, shape.tokens) % SMALL["vocab_size"]
+    if keeps_gradients:
+        model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss.backward()
+    with simulation.Held([*model.parameters(), *model.buffers()]) as held:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                held.see(parameter.grad.untyped_storage())
+        model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss.backward()
+    return held.most
+
+
+def test_weights_in_four_bits_are_counted_to_the_byte() -> None:
+    from bitsandbytes.nn import Params4bit
+
+    for shape in ((256, 384), (96, 64), (640, 1000)):
+        weight = Params4bit(torch.randn(shape), quant_type="nf4", compress_statistics=True, requires_grad=False).to("cpu")
+        state = weight.quant_state
+        tensors = (weight.data, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+        held = sum(each.numel() * each.dtype.itemsize for each in tensors)
+        assert fit.nf4_bytes(shape[0] * shape[1]) == held
+
+
+def test_weights_are_those_of_the_model(recipe: Recipe) -> None:
+    from transformers import AutoModelForCausalLM
+
+    chosen = config("qwen3", **SMALL)
+    real = AutoModelForCausalLM.from_config(chosen, dtype=torch.float32)
+    held = sum(each.numel() * 4 for each in (*real.parameters(), *real.buffers()))
+    parts = fit.Model(recipe, chosen, cpu()).fit(rungs.CPU[0], work(1, 64)).parts
+    assert parts["weights"] == pytest.approx(held, rel=1e-3)
+    trained = sum(each.numel() for each in adapters.add(real, recipe.lora).parameters() if each.requires_grad)
+    assert parts["adapter"] == 4 * trained
+    assert parts["optimizer"] == 8 * trained
+
+
+def test_first_rung_that_fits_is_chosen(recipe: Recipe, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = config("qwen3", **SMALL | {"vocab_size": 64000})
+    chosen.save_pretrained(tmp_path)
+    base, task = Base(tmp_path, "base"), work(2, 256)
+    model = fit.Model(recipe, chosen, cpu())
+    needed = [model.fit(rung, task).needed_bytes for rung in rungs.CPU]
+    for free, name in ((needed[0], "lora"), (needed[0] - 1, "lora-recomputed"), (needed[1] - 1, "qlora")):
+        monkeypatch.setattr(choice, "now", lambda free=free: cpu(free))
+        assert choice.choose(recipe, base, task, None).name == name
+    monkeypatch.setattr(choice, "now", lambda: cpu(needed[2] - 1))
+    with pytest.raises(EnvironmentIncomplete, match=r"qlora needs .* that are free.*It would with a batch of 1 of 2 rows"):
+        choice.choose(recipe, base, task, None)
+    monkeypatch.setattr(choice, "now", lambda: cpu(1 << 20))
+    with pytest.raises(EnvironmentIncomplete, match="take a smaller base, or free memory"):
+        choice.choose(recipe, base, task, None)
+
+
+def test_rung_of_another_device_is_refused(tmp_path: Any) -> None:
+    path = tiny_recipe.write(tmp_path / "recipe")
+    asked = recipes.load(path, ["memory.rung=streamed"])
+    with pytest.raises(RecipeError, match=r"memory.rung: 'streamed' is none of this device's: lora, lora-recomputed, qlora"):
+        choice.choose(asked, Base(tmp_path, "base"), work(), None)
+
+
+def test_layers_that_alternate_keep_their_pattern() -> None:
+    chosen = config("gemma3_text", **SMALL | {"num_hidden_layers": 12})
+    few = skeletons.make(chosen, layers=3)
+    assert few.config.layer_types == chosen.layer_types[:3]
+    assert len(few.model.layers) == 3
