@@ -139,19 +139,20 @@ def test_prompt_for_rewards_stays_with_its_conversation(tmp_path: Path) -> None:
     assert 'grpo = "grpo.train.jsonl"' in said
 
 
-def test_prompts_all_alike_stay_among_those_trained_on(tmp_path: Path) -> None:
-    """Labels repeat; read again, a row has the columns that it had."""
+def test_prompts_all_alike_are_divided_by_their_references(tmp_path: Path) -> None:
+    """Labels repeat, as instructions do; read again, a row has the columns that it had."""
     path = planted.clean().write(tmp_path, REWARDED.replace("grpo.jsonl", "grpo.txt"))
     writer = planted.Writer(3)
     (tmp_path / "grpo.txt").write_text("".join(f"__label__LAGE:positiv {writer.two(planted.DUTCH)}\n" for _ in range(30)))
     result = json.loads(call("data", "split", path, "--json").stdout)
-    assert result["figures"]["grpo"]["validation_rows"] == 0
+    assert result["figures"]["grpo"]["validation_rows"] == 3
     train = Path(result["files"]["grpo.train"])
     sets = ("--set", f"data.grpo={train}", "--json")
     artifacts = [json.loads(call("data", "check", path, *more).stdout)["artifact"] for more in (("--json",), sets)]
     first, again = ([row["columns"] for row in check.read_rows(Path(each), "grpo")] for each in artifacts)
-    assert first == again
-    assert first[0]["polarities"] == "positiv"
+    assert len(again) == 27
+    assert all(row in first for row in again)
+    assert again[0]["polarities"] == "positiv"
 
 
 def test_rows_are_written_as_they_were_read(tmp_path: Path) -> None:

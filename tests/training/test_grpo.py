@@ -152,12 +152,10 @@ def test_each_phase_starts_from_the_adapter_of_the_one_before(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SFT, DPO, GRPO: what is loaded, by hash, is what was saved, and each phase changes it."""
-    from appliance.training import dpo
-
     text = RECIPE.replace('phases = ["sft", "grpo"]', 'phases = ["sft", "dpo", "grpo"]')
     path = write(tmp_path / "recipe", text.replace('sft = "sft.jsonl"', 'sft = "sft.jsonl"\ndpo = "dpo.jsonl"'))
     loaded: list[dict[str, str]] = []
-    real = dpo.continue_adapter
+    real = adapters.continued
 
     def watched(*arguments: Any) -> Any:
         model = real(*arguments)
@@ -165,7 +163,7 @@ def test_each_phase_starts_from_the_adapter_of_the_one_before(
         loaded.append({key.replace(".default.", "."): digest_of(value.detach().tolist()) for key, value in own.items()})
         return model
 
-    monkeypatch.setattr(dpo, "continue_adapter", watched)
+    monkeypatch.setattr(adapters, "continued", watched)
     made = {}
     epochs = [part for phase in ("sft", "dpo", "grpo") for part in ("--set", f"{phase}.epochs=1")]
     for phase in ("sft", "dpo", "grpo"):
@@ -268,8 +266,9 @@ def test_repeated_from_its_lock_file(tuned: Tuned, root: Path, tmp_path: Path) -
     locked = json.loads((tuned.grpo / lock.LOCK).read_text())
     recipe = tmp_path / "recipe"
     shutil.copytree(tuned.recipe.parent, recipe)
+    sft = next(root.glob(f"adapter/tiny-sft-*/{lock.WEIGHTS}")).parent
     sets = [
-        f"grpo.adapter={next(root.glob('adapter/tiny-sft-*'))}",
+        f"grpo.adapter={sft}",
         f"grpo.rewards.own=[{{function='{recipe}/mine:many_e'}}]",
     ]
     arguments = [part for each in sets for part in ("--set", each)]
@@ -278,7 +277,7 @@ def test_repeated_from_its_lock_file(tuned: Tuned, root: Path, tmp_path: Path) -
     folder = Path(json.loads(made.stdout)["artifact"])
     written = json.loads((folder / lock.LOCK).read_text())
     assert written["rewards"]["mine:many_e"] == locked["rewards"]["mine:many_e"]
-    assert written["adapter"] == artifacts.digest_file(next(root.glob("adapter/tiny-sft-*")) / lock.WEIGHTS)
+    assert written["adapter"] == artifacts.digest_file(sft / lock.WEIGHTS)
     assert "adapter" not in locked
 
     again = call("train", "--from-lock", folder, "--dry-run", "--json")
