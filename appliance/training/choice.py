@@ -59,8 +59,8 @@ def choose(recipe: Recipe, base: Base, work: Work, checkpoint: Path | None, adap
     """
     if checkpoint is not None:
         return layout.remembered(checkpoint.parent)
-    if processes.is_sharded():
-        return rungs.CARD[0]
+    if processes.is_sharded():  # every card has its part; that there are cards enough is for who started so many
+        return rungs.ladder(has_card=models.has_gpu())[0]
     here = now()
     ladder = rungs.ladder(has_card=here.on_card)
     named = [rung for rung in ladder if rung.name == recipe.memory.rung]
@@ -80,7 +80,7 @@ def now() -> Device:
     """This process's device, with what is free on it at this moment."""
     import torch
 
-    memory = device.memory_available_bytes()
+    memory = device.memory_available_bytes() // processes.local_count()
     if not models.has_gpu():
         return Device(
             on_card=False,

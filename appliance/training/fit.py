@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from appliance.errors import RecipeError
 from appliance.recipe import Recipe
@@ -58,7 +58,7 @@ class Device:
     name: str = "CPU"
 
 
-def refuse(name: str, ladder: Sequence[Rung]) -> Rung:
+def refuse(name: str, ladder: Sequence[Rung]) -> NoReturn:
     """Raises `RecipeError` for a rung that the recipe names and this device has not."""
     raise RecipeError(f"memory.rung: {name!r} is none of this device's: {', '.join(rung.name for rung in ladder)}.")
 
