@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,12 +161,23 @@ def assert_learned_the_same(made: Path, expected: Path) -> None:
         assert (value - expected_weights[name]).abs().max() < WEIGHT_TOLERANCE, name
 
 
+def assert_results_the_same(made: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Figures within the tolerance of sums in another order, words (how the model was laid out) as they are."""
+    wanted = {**expected, "processes": 2, "repeated_rows": 0}
+    words = {name for name, value in wanted.items() if isinstance(value, str)}
+    assert made.keys() == wanted.keys()
+    assert {name: made[name] for name in words} == {name: wanted[name] for name in words}
+    assert {name: made[name] for name in wanted.keys() - words} == pytest.approx(
+        {name: wanted[name] for name in wanted.keys() - words}, rel=LOSS_TOLERANCE
+    )
+
+
 @pytest.mark.parametrize("phase", ["sft", "dpo"])
 def test_two_processes_learn_what_one_learns(launched: Launched, trained: Trained, phase: str) -> None:
     made = launched.adapter(trained, phase)
     assert_learned_the_same(made, trained.made[phase])
     results, expected = artifacts.load(made).results, trained.manifest(phase)["results"]
-    assert results == pytest.approx({**expected, "processes": 2, "repeated_rows": 0}, rel=LOSS_TOLERANCE)
+    assert_results_the_same(results, expected)
 
 
 @pytest.mark.parametrize("phase", ["sft", "dpo"])
