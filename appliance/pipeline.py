@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from appliance import bases, config
+from appliance import allocator, bases, config
 from appliance.console import human_seconds, note
 from appliance.errors import StepFailed
 from appliance.recipe import STARTER, Recipe
@@ -166,7 +166,10 @@ def _verify(this: Run, files: Mapping[str, StepResult], merged: StepResult, data
 
 def _run_command(arguments: Sequence[str]) -> Mapping[str, Any]:
     command = [sys.executable, "-m", "appliance", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=config.quiet_environment()) as process:
+    environment = config.quiet_environment()
+    if arguments[0] == "train":
+        environment = allocator.preloaded(environment)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             output, _ = process.communicate()
         except KeyboardInterrupt as reason:

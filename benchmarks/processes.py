@@ -71,6 +71,18 @@ def anonymous_now(pid: int) -> int:
     return _table(PROC / str(pid) / "status").get("RssAnon", 0)
 
 
+def mapped_now(pid: int, ending: str) -> int:
+    """Bytes in memory of the files so called that the process has mapped."""
+    found, counts = 0, False
+    for line in (device.read_text(PROC / str(pid) / "smaps") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name == "Rss":
+            found += int(value.split()[0]) * KIB if counts else 0
+        elif "-" in line.partition(" ")[0]:  # the head of a mapping: its addresses first, its file last
+            counts = line.endswith(ending)
+    return found
+
+
 def entries(pid: int, folder: str) -> int:
     """How many open files (`fd`) or threads (`task`) it has; 0 when it is gone."""
     try:

@@ -65,7 +65,7 @@ def test_json_says_where_settings_come_from(model: Path, monkeypatch: pytest.Mon
 
 
 def test_tuning_is_written_and_used(model: Path, root: Path) -> None:
-    found = result(*QUICK_TUNE, "--minutes", "0.2")
+    found = result(*QUICK_TUNE, "--minutes", "2")  # it ends when all is tried
     path = tuning_file.path_of(model)
     assert found["file"] == str(path)
     written = tuning_file.read(path)

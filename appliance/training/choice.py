@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from appliance import artifacts, device, memory_holders
+from appliance import allocator, artifacts, device, memory_holders
 from appliance.console import human_bytes
 from appliance.errors import EnvironmentIncomplete
 from appliance.recipe import Recipe
@@ -15,8 +15,9 @@ from appliance.training.model import Base
 from appliance.training.rungs import Rung
 from appliance.training.simulation import Shape
 
-# Of Python with torch, transformers, TRL and PEFT loaded: 390 MiB measured on x86-64 Linux.
-PROCESS_BYTES = 400 * fit.MIB
+# What a process takes besides, once it has all modules and the rows: progress, curves, the trainer's own. Measured.
+COMING_BYTES = 64 * fit.MIB
+MUCH_KEPT_BYTES = 256 * fit.MIB
 
 
 def of_sft(recipe: Recipe, rows: Sequence[LabelledRow]) -> Work:
@@ -59,10 +60,10 @@ def choose(recipe: Recipe, base: Base, work: Work, checkpoint: Path | None, adap
     """
     if checkpoint is not None:
         return layout.remembered(checkpoint.parent)
+    here = now(base)
+    ladder = rungs.ladder(has_card=here.on_card, weights=here.weights)
     if processes.is_sharded():  # every card has its part; that there are cards enough is for who started so many
-        return rungs.ladder(has_card=models.has_gpu())[0]
-    here = now()
-    ladder = rungs.ladder(has_card=here.on_card)
+        return ladder[0]
     named = [rung for rung in ladder if rung.name == recipe.memory.rung]
     if recipe.memory.rung != "auto":
         return named[0] if named else fit.refuse(recipe.memory.rung, ladder)
@@ -76,29 +77,43 @@ def choose(recipe: Recipe, base: Base, work: Work, checkpoint: Path | None, adap
     raise EnvironmentIncomplete(f"{_in_words(fits[-1])} {proposal(model, fits[-1].rung, work)}")
 
 
-def now() -> Device:
-    """This process's device, with what is free on it at this moment."""
+def now(base: Base) -> Device:
+    """This process's device, as this base would be trained on it, with what is free at this moment."""
     import torch
 
+    own = 0 if models.has_gpu() else _own_bytes()
     memory = device.memory_available_bytes() // processes.local_count()
     if not models.has_gpu():
+        weights = models.weight_type(base.path)
         return Device(
             on_card=False,
-            dtype=models.weight_type(),
+            weights=weights,
+            kept_share=allocator.kept_share(weights),
             available_bytes=memory,
             available_memory_bytes=memory,
-            context_bytes=max(0, PROCESS_BYTES - memory_holders.own_bytes()),
+            context_bytes=COMING_BYTES,
+            process_bytes=own,
         )
     index = processes.local_index()
     torch.ones(1, device=f"cuda:{index}")  # with its context, what it takes is no longer free
     free, _ = torch.cuda.mem_get_info(index)
     return Device(
         on_card=True,
-        dtype=models.weight_type(),
+        weights=models.weight_type(base.path),
         available_bytes=int(free),
         available_memory_bytes=memory,
         name=torch.cuda.get_device_name(index),
     )
+
+
+def _own_bytes() -> int:
+    """What this process holds before a model, with all that training will import."""
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import torch._subclasses.fake_tensor  # noqa: F401
+    from trl import SFTTrainer  # noqa: F401
+
+    return memory_holders.own_bytes()
 
 
 def proposal(model: fit.Model, rung: Rung, work: Work) -> str:
@@ -124,6 +139,12 @@ def _continuing(ladder: Sequence[Rung], adapter: Path | None) -> Sequence[Rung]:
 
 def _tell(fits: Sequence[Fit]) -> None:
     found = fits[-1]
+    kept = found.parts.get(fit.KEPT, 0)
+    if kept > MUCH_KEPT_BYTES:
+        processes.note(
+            f"memory: glibc keeps about {human_bytes(kept)} of what a step frees; tcmalloc (Debian: libtcmalloc-minimal4,"
+            " which `make train` then uses) needs less and is faster"
+        )
     if len(fits) > 1:
         processes.note(f"memory: {found.rung.about}: {_in_words(found)} {_in_words(fits[0])}")
 

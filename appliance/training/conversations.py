@@ -61,6 +61,14 @@ def read(recipe: Recipe, dataset: Path, base: Base) -> Conversations:
 def _label(
     tokenizer: Any, rows: list[Row], template: str | None, recipe: Recipe, file: Path
 ) -> tuple[list[Row], list[LabelledRow]]:
+    if not template:
+        unfolded = labels.unfold(tokenizer, rows)
+        if len(unfolded) > len(rows):
+            processes.note(
+                f"sft: the chat template writes earlier answers otherwise once a question follows: {len(rows)}"
+                f" conversations of {file.name} become {len(unfolded)} rows, each of which teaches its last answer"
+            )
+        rows = unfolded
     labelled = labels.label_conversations(tokenizer, rows, template)
     if not recipe.sft.truncate:
         lengths = [(row.line, len(row.input_ids)) for row in labelled]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from appliance import allocator
 from appliance.errors import RecipeError
 from appliance.recipe import Recipe
 from appliance.training import adapters, simulation, skeletons, stream, streamed_head
@@ -24,6 +25,7 @@ CONTEXT_BYTES = 450 * MIB  # of CUDA and its libraries, where there is no card t
 SPARE = 0.04  # of a card's memory: what the allocator rounds up and cannot join again
 # A trained weight's: two moments in 32 bits, or in 8; Adafactor keeps sums of rows and columns, which are next to nothing.
 OPTIMIZER_BYTES: Mapping[Optimizer, int] = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0}
+KEPT = "kept by the allocator"  # a part, on a CPU
 LOGIT_COPIES = 4  # in 32 bits: logits, their logarithms of shares, and the gradients of both
 
 
@@ -51,11 +53,19 @@ class Device:
     """Where is trained: a card or the machine's memory. `available_bytes` are free, `context_bytes` will be taken first."""
 
     on_card: bool
-    dtype: Any
+    weights: str  # the type that a base is trained in there, as torch names it
     available_bytes: int
     available_memory_bytes: int
     context_bytes: int = 0
     name: str = "CPU"
+    process_bytes: int = 0  # that this process has taken already, on a CPU
+    kept_share: float = 0.0  # of a step's tensors, by a CPU's allocator
+
+    @property
+    def dtype(self) -> Any:
+        import torch
+
+        return getattr(torch, self.weights)
 
 
 def refuse(name: str, ladder: Sequence[Rung]) -> NoReturn:
@@ -108,6 +118,9 @@ class Model:
             "logits": self._logits(work) if work.has_whole_logits else 0,
             "keys and values": self._cache(work) if work.generates else 0,
         }
+        if not device.on_card:
+            share = allocator.KEPT_BY_TCMALLOC if rung.gives_back else device.kept_share
+            parts[KEPT] = int(share * step.most_bytes(self._layers))
         if device.on_card:
             parts["rounding"] = int(SPARE * sum(parts.values()))
         memory = inputs + (layers if rung.streams else 0) + (ends if rung.ends_in_memory else 0)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from appliance.recipe import Recipe
-from appliance.training import adapters, skeletons
+from appliance.training import adapters, learned_head, skeletons
 from appliance.training.fit import Device, Work
+from appliance.training.rungs import Rung
 from appliance.training.simulation import Shape
 
 FEW_LAYERS, MORE_LAYERS = 1, 3
@@ -41,16 +42,16 @@ def of_rows(lengths: Sequence[int], rows: int, epochs: int, learned_share: float
     return Course(epochs * count, Shape(rows, tokens, max(1, round(rows * tokens * learned_share))))
 
 
-def micro_step_seconds(recipe: Recipe, config: Any, work: Work, device: Device) -> float:
+def micro_step_seconds(recipe: Recipe, config: Any, work: Work, device: Device, rung: Rung) -> float:
     """Of one forward and backward of all layers, on this device, now; the weights are whole ones, of random values."""
-    few, more = (_timed(recipe, config, layers, work, device) for layers in (FEW_LAYERS, MORE_LAYERS))
+    few, more = (_timed(recipe, config, layers, work, device, rung) for layers in (FEW_LAYERS, MORE_LAYERS))
     each = max(0.0, (more - few) / (MORE_LAYERS - FEW_LAYERS))
     layers = int(config.get_text_config().num_hidden_layers)
     reference = 1 / 3 if work.has_reference else 0  # one more forward, of the three that a step amounts to
     return (few + (layers - FEW_LAYERS) * each) * (1 + reference)
 
 
-def _timed(recipe: Recipe, config: Any, layers: int, work: Work, device: Device) -> float:
+def _timed(recipe: Recipe, config: Any, layers: int, work: Work, device: Device, rung: Rung) -> float:
     from trl.trainer.utils import add_fused_lm_head
 
     place = torch.device("cuda" if device.on_card else "cpu")
@@ -61,8 +62,11 @@ def _timed(recipe: Recipe, config: Any, layers: int, work: Work, device: Device)
             if weight.dtype.is_floating_point:
                 torch.nn.init.normal_(weight, std=0.02)
     model = adapters.add(model, recipe.lora).train()
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs",))
     if device.on_card:
+        add_fused_lm_head(model.get_base_model(), outputs=("log_probs",))
+    else:
+        learned_head.install(model)
+    if rung.recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     tokens = torch.zeros(work.shape.rows, work.shape.tokens, dtype=torch.long, device=place)
@@ -71,7 +75,7 @@ def _timed(recipe: Recipe, config: Any, layers: int, work: Work, device: Device)
     seconds = []
     for _ in range(TIMED + 1):
         started = time.perf_counter()
-        with torch.autocast(place.type, dtype=device.dtype, enabled=device.on_card):
+        with torch.autocast(place.type, dtype=device.dtype, enabled=device.weights != "float32"):
             model(input_ids=tokens, labels=labels, fused_lm_head=True).loss.backward()
         if device.on_card:
             torch.cuda.synchronize()

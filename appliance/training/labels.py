@@ -1,10 +1,12 @@
 """Which tokens are learned from: the assistant's words and the token that ends its turn, nothing else.
 
 Labels come from the chat template's `{% generation %}` markers where it has them, and from the difference between
-renderings (prompt with generation prompt, prompt with answer) where it has none. Whatever their source, `verify_labels`
-holds them against the messages on token ids before the first step.
+renderings (prompt with generation prompt, prompt with answer) where it has none. What a template puts before every answer by
+itself, as Qwen3 its empty reasoning, is learned as well: a model that is asked must write it. Whatever their source,
+`verify_labels` holds labels against the messages on token ids before the first step.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +15,9 @@ from appliance.errors import DataError, VerificationFailed, several
 
 IGNORED = -100
 MOST_SHOWN = 20
+LAST_ONLY = "last_only"  # of a row that `unfold` made
+REASONING = re.compile(r"\s*(</?think>)\s*")
+PROBE = "Zx7Qp"  # an answer that no template has in its own text
 HALF_CHARACTER = "\ufffd"  # what a decoder makes of the bytes that a cut left of a character
 
 
@@ -30,6 +35,25 @@ class LabelledRow:
         return sum(label != IGNORED for label in self.labels)
 
 
+def unfold(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as they are, but for conversations whose earlier answers the template writes otherwise once a question follows.
+
+    Qwen3 takes the reasoning out of them. Of such a conversation each answer gets a row that ends with it, and is learned
+    there alone: as the model writes it when it is asked, after what it sees then.
+    """
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        messages = row["messages"]
+        until = [at + 1 for at, message in enumerate(messages) if message["role"] == "assistant"]
+        parts = [render_ids(tokenizer, messages[:end], add_generation_prompt=False) for end in until]
+        whole = parts[-1] if parts else []
+        if all(whole[: len(part)] == part for part in map(_without_end, parts)):
+            found.append(row)
+        else:
+            found += [{**row, "messages": messages[:end], LAST_ONLY: True} for end in until]
+    return found
+
+
 def label_conversations(tokenizer: Any, rows: Sequence[dict[str, Any]], marked_template: str | None) -> list[LabelledRow]:
     """Tokenizes and labels; `marked_template` is the tokenizer's own template with generation markers, if there is one."""
     require_plain_text(tokenizer, [(row["line"], [each["content"] for each in row["messages"]]) for row in rows])
@@ -40,7 +64,7 @@ def label_conversations(tokenizer: Any, rows: Sequence[dict[str, Any]], marked_t
         mask = (
             _mask_by_markers(tokenizer, messages, marked_template, input_ids)
             if marked_template
-            else _mask_by_difference(tokenizer, messages, input_ids)
+            else _mask_by_difference(tokenizer, messages, input_ids, is_last_only=LAST_ONLY in row)
         )
         labels = [token if learned else IGNORED for token, learned in zip(input_ids, mask, strict=True)]
         labelled.append(LabelledRow(row["line"], input_ids, labels))
@@ -78,8 +102,11 @@ def verify_labels(tokenizer: Any, rows: Sequence[dict[str, Any]], labelled: Sequ
     end-of-turn token is not learned. Where a row was cut, the answer at its end must be the beginning of the message.
     """
     problems = []
+    lead = _lead(tokenizer)
     for row, result in zip(rows, labelled, strict=True):
-        answers = [message["content"].strip() for message in row["messages"] if message["role"] == "assistant"]
+        answers = [_plain(message["content"]) for message in row["messages"] if message["role"] == "assistant"]
+        if LAST_ONLY in row:
+            answers = answers[-1:]
         spans = _labelled_spans(result.labels)
         if result.cut_tokens:
             answers = answers[: len(spans)]
@@ -87,13 +114,13 @@ def verify_labels(tokenizer: Any, rows: Sequence[dict[str, Any]], labelled: Sequ
             problems.append(f"line {row['line']}: {len(answers)} assistant turns, {len(spans)} labelled spans")
             continue
         if result.cut_tokens and result.labels[-1] != IGNORED and spans[-1][-1] != tokenizer.eos_token_id:
-            begin = _decode(tokenizer, spans.pop()).strip().rstrip(HALF_CHARACTER)
-            if not answers.pop().startswith(begin):
+            begin = _plain(_decode(tokenizer, spans.pop()).rstrip(HALF_CHARACTER))
+            if not f"{lead}{answers.pop()}".startswith((begin, f"{lead}{begin}")):
                 problems.append(f"line {row['line']}: labelled text differs from the beginning of the cut message")
         for answer, span in zip(answers, spans, strict=True):
             if span[-1] != tokenizer.eos_token_id:
                 problems.append(f"line {row['line']}: the end-of-turn token {tokenizer.eos_token!r} is not learned")
-            elif _decode(tokenizer, span[:-1]).strip() != answer:
+            elif _plain(_decode(tokenizer, span[:-1])) not in (answer, _plain(lead + answer)):
                 problems.append(f"line {row['line']}: labelled text differs from the assistant's message")
     if problems:
         shown = [*problems[:MOST_SHOWN], *([f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else [])]
@@ -134,21 +161,54 @@ def _mask_by_markers(
     return [bool(value) for value in rendered["assistant_masks"]]
 
 
-def _mask_by_difference(tokenizer: Any, messages: Sequence[dict[str, str]], input_ids: Sequence[int]) -> list[bool]:
+def _mask_by_difference(
+    tokenizer: Any, messages: Sequence[dict[str, str]], input_ids: Sequence[int], *, is_last_only: bool = False
+) -> list[bool]:
     mask = [False] * len(input_ids)
-    for position, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = len(render_ids(tokenizer, messages[:position], add_generation_prompt=True))
+    positions = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
+    for position in positions[-1:] if is_last_only else positions:
+        prompt = render_ids(tokenizer, messages[:position], add_generation_prompt=True)
+        start = len(prompt)
         with_answer = render_ids(tokenizer, messages[: position + 1], add_generation_prompt=False)
-        if with_answer[:start] != list(input_ids[:start]) or tokenizer.eos_token_id not in with_answer[start:]:
+        if with_answer[:start] != prompt:
             raise VerificationFailed(
-                "The chat template renders earlier turns differently once an answer follows, so the assistant's tokens"
+                "The chat template does not begin an answer as it asks for one, so the assistant's tokens"
                 " cannot be told apart; give the base a training_template.jinja with {% generation %} markers."
             )
+        if tokenizer.eos_token_id not in with_answer[start:]:
+            raise VerificationFailed(
+                f"The chat template ends an answer with {_decode(tokenizer, with_answer[-4:])!r}, without the tokenizer's"
+                f" eos_token {tokenizer.eos_token!r}, at which a model stops; take the instruction-tuned model, or set"
+                " eos_token in its tokenizer_config.json to the token that the template ends a turn with."
+            )
         end = start + with_answer[start:].index(tokenizer.eos_token_id) + 1
+        if with_answer[:end] != list(input_ids[:end]):
+            raise VerificationFailed(
+                "The chat template renders earlier turns differently once an answer follows (`unfold`)."
+            )
         mask[start:end] = [True] * (end - start)
     return mask
+
+
+def _lead(tokenizer: Any) -> str:
+    """What the template writes before an answer that has no such thing itself: Qwen3 an empty reasoning."""
+    asked: list[dict[str, str]] = [{"role": "user", "content": PROBE.lower()}]
+    prompt = render_ids(tokenizer, asked, add_generation_prompt=True)
+    answered = render_ids(tokenizer, [*asked, {"role": "assistant", "content": PROBE}], add_generation_prompt=False)
+    if answered[: len(prompt)] != prompt:
+        return ""
+    before, found, _ = _decode(tokenizer, answered[len(prompt) :]).partition(PROBE)
+    return before if found else ""
+
+
+def _plain(text: str) -> str:
+    """Without white space at its ends, and around reasoning, which templates set themselves."""
+    return REASONING.sub(r"\1", text.strip())
+
+
+def _without_end(part: Sequence[int]) -> Sequence[int]:
+    """All but the last token: some templates end the last turn without the newline that they have between turns."""
+    return part[:-1]
 
 
 def _decode(tokenizer: Any, span: Sequence[int]) -> str:

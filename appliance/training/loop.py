@@ -27,7 +27,6 @@ from appliance.training_settings import Phase
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete"  # written into a checkpoint after everything else, so that a killed save is never resumed from
-MMAP_THRESHOLD, KEPT_BYTES = -3, 1 << 20
 SHARDS = "pytorch_model_fsdp*"  # accelerate's name for the weights in a checkpoint of a sharded model
 
 # transformers' names (training_args.py, `OptimizerNames`; trainer_utils.py, `SchedulerType`).
@@ -45,11 +44,8 @@ def arguments(folder: Path, phase: Phase, seed: int, rung: Rung | None = None) -
 
     The starter needs none. The batch is this process's share of it; raises `RecipeError` when there is none.
     """
-    import torch
-
     section = type(phase).__name__.lower()
     batch_rows, accumulate = processes.share(phase.batch_rows, phase.accumulate, section)
-    kind = models.weight_type()
     return {
         "output_dir": str(folder / CHECKPOINTS),
         "num_train_epochs": phase.epochs,
@@ -70,8 +66,6 @@ def arguments(folder: Path, phase: Phase, seed: int, rung: Rung | None = None) -
         "disable_tqdm": True,
         "seed": seed,
         "data_seed": seed,
-        "bf16": kind == torch.bfloat16,
-        "fp16": kind == torch.float16,
         "use_cpu": not models.has_gpu(),
         "dataloader_pin_memory": models.has_gpu(),
         "ddp_find_unused_parameters": False,  # a step uses all of an adapter
@@ -87,21 +81,6 @@ def prepare() -> None:
     for name in ("gradient_checkpointing", "use_liger_kernel"):
         warnings.filterwarnings("ignore", message=f".*{name}.*", category=FutureWarning)
     torch.set_num_threads(max(1, device.usable_cores() // processes.local_count()))
-    if not models.has_gpu():
-        _give_memory_back()
-
-
-def _give_memory_back() -> None:
-    """Has glibc give each freed tensor of 1 MiB or more back to the system at once.
-
-    Left to itself it raises that limit to 32 MiB and keeps what lies below: 410 of 2,488 MiB after a step of 512 tokens of a
-    model of 8 layers and 1,024 wide, which fitted no plan (mallopt(3), M_MMAP_THRESHOLD).
-    """
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # not in musl
-        libc.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
 
 
 def require_space(base: Path, root: Path) -> None:

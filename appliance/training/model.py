@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance import artifacts, bases, gpu, gpu_access
+from appliance import artifacts, bases, device, gpu, gpu_access
 from appliance.errors import EnvironmentIncomplete, ModelFileError
 from appliance.training import processes
 
 TRAINING_TEMPLATE = "training_template.jinja"
 KEPT = "trained.safetensors"  # weights that `take_weights` may want back
+BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}  # as the kernel names what x86 and ARM have
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -81,8 +82,8 @@ def marked_template(path: Path, tokenizer: Any) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def load_model(path: Path, *, is_nf4: bool = False, in_memory: bool = False) -> Any:
-    """The model in the type that this device trains in; raises `ModelFileError` when files are damaged.
+def load_model(path: Path, weights: str = "float32", *, is_nf4: bool = False, in_memory: bool = False) -> Any:
+    """The model in the type `weights` (torch's name); raises `ModelFileError` when files are damaged.
 
     On this process's card; in memory where several cards share one model, each of which then takes its part, and where
     `in_memory` asks for it. `is_nf4`: linear layers but the head in four bits, scales quantized too (Dettmers et al. 2023).
@@ -91,22 +92,22 @@ def load_model(path: Path, *, is_nf4: bool = False, in_memory: bool = False) -> 
     from transformers import AutoModelForCausalLM
 
     on_card = has_gpu() and not processes.is_sharded() and not in_memory
-    how: dict[str, Any] = _four_bits(processes.local_index() if on_card else "cpu") if is_nf4 else {}
+    how: dict[str, Any] = _four_bits(processes.local_index() if on_card else "cpu", weights) if is_nf4 else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=weight_type(), local_files_only=True, **how)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=weights, local_files_only=True, **how)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelFileError(f"The model in {path} cannot be loaded: {error}") from error
     return model.to(f"cuda:{processes.local_index()}") if on_card and not is_nf4 else model
 
 
-def _four_bits(place: int | str) -> dict[str, Any]:
+def _four_bits(place: int | str, weights: str) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=weight_type(),
+        bnb_4bit_compute_dtype=weights,
     )
     return {"quantization_config": config, "device_map": {"": place}}
 
@@ -203,7 +204,7 @@ def _compute_on(device: str) -> None:
     import torch
 
     try:
-        ones = torch.ones(16, 16, dtype=weight_type(), device=device)
+        ones = torch.ones(16, 16, dtype=getattr(torch, card_type()), device=device)
         (ones @ ones).sum().item()
     except RuntimeError as error:
         built = torch_build()
@@ -215,14 +216,31 @@ def _compute_on(device: str) -> None:
         ) from error
 
 
-def weight_type() -> Any:
-    """float32 on the CPU, bfloat16 where the card computes in it, float16 on older cards.
+def weight_type(base: Path) -> str:
+    """The type that this device trains the base in, as torch names it: `card_type`, or on a CPU float32.
+
+    There bfloat16 is for a base that is stored in 16 bits, where the CPU multiplies in it: half the memory, and several
+    times as fast. Without such instructions it would be slower than 32 bits.
+    """
+    from appliance.training import skeletons
+
+    if has_gpu():
+        return card_type()
+    stored = str(skeletons.load_config(base).dtype).removeprefix("torch.")
+    return "bfloat16" if stored in ("bfloat16", "float16") and has_bfloat16() else "float32"
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    return bool(device.cpu_features() & BFLOAT16_FEATURES)
+
+
+def card_type() -> str:
+    """bfloat16 where the card computes in it, float16 on older ones.
 
     By compute capability: `torch.cuda.is_bf16_supported()` counts emulation and says yes on a T4 or P100.
     """
     import torch
 
-    if not has_gpu():
-        return torch.float32
     is_recent = torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
-    return torch.bfloat16 if is_recent else torch.float16
+    return "bfloat16" if is_recent else "float16"

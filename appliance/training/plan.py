@@ -28,33 +28,33 @@ class PhasePlan:
     course: Course
     seconds: float | None
     proposal: str | None
+    process_bytes: int
 
 
 def plan(recipe: Recipe, dataset: Path, base: Base, vram_bytes: int | None) -> list[PhasePlan]:
     """Plans for this device, or for a card of `vram_bytes` with this machine's memory beside it."""
-    here = choice.now()
+    works = _work(recipe, dataset, base)
+    here = choice.now(base)
     device = _card(here, vram_bytes) if vram_bytes else here
     config = skeletons.load_config(base.path)
     model = fit.Model(recipe, config, device)
     found = []
-    for phase, work, course in _work(recipe, dataset, base):
-        fits = [model.fit(rung, work) for rung in rungs.ladder(has_card=device.on_card)]
+    for phase, work, course in works:
+        fits = [model.fit(rung, work) for rung in rungs.ladder(has_card=device.on_card, weights=device.weights)]
         chosen = _chosen(recipe, fits)
         seconds = None
         if chosen and vram_bytes is None:
-            micro = forecast.micro_step_seconds(recipe, config, work.with_shape(course.shape), device)
+            micro = forecast.micro_step_seconds(recipe, config, work.with_shape(course.shape), device, chosen.rung)
             seconds = course.seconds(micro)
         proposal = None if chosen else choice.proposal(model, fits[-1].rung, work)
-        found.append(PhasePlan(phase, work, fits, chosen, course, seconds, proposal))
+        found.append(PhasePlan(phase, work, fits, chosen, course, seconds, proposal, device.process_bytes))
     return found
 
 
 def _card(here: Device, vram_bytes: int) -> Device:
-    import torch
-
     return Device(
         on_card=True,
-        dtype=torch.bfloat16,
+        weights="bfloat16",
         available_bytes=vram_bytes,
         available_memory_bytes=here.available_memory_bytes,
         context_bytes=fit.CONTEXT_BYTES,
@@ -131,6 +131,7 @@ def as_data(found: PhasePlan) -> dict[str, Any]:
         "phase": found.phase,
         "rows": found.work.shape.rows,
         "tokens": found.work.shape.tokens,
+        "process_bytes": found.process_bytes,
         "chosen": found.chosen.rung.name if found.chosen else None,
         "seconds": found.seconds,
         "micro_steps": found.course.micro_steps,
@@ -140,6 +141,7 @@ def as_data(found: PhasePlan) -> dict[str, Any]:
             {
                 "name": each.rung.name,
                 "about": each.rung.about,
+                "weights": each.rung.weights,
                 "fits": each.fits,
                 "needed_bytes": each.needed_bytes,
                 "available_bytes": each.available_bytes,

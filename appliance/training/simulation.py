@@ -4,8 +4,9 @@ The model's own code runs, with the recipe's adapters, forward and backward, on 
 what lives is added up as it comes and goes. Every architecture counts as it is; nothing is loaded. Main entry: `step`.
 """
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from appliance.training import skeletons, streamed_head
+from appliance.training import learned_head, skeletons, streamed_head
 from appliance.training.rungs import Rung
 
 FEW_LAYERS, MORE_LAYERS = 2, 4  # enough for layers that alternate (Gemma's windows)
@@ -74,9 +75,9 @@ def _most_held(config: Any, layers: int, shape: Shape, setting: Setting) -> tupl
     if setting.rung.is_nf4:
         _put_four_bits(model, setting.dtype)
     model = setting.adapt(model).train()
-    # A card's trainer computes under autocast, in 16 bits whatever the adapters are.
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting.on_card)
-    with FakeTensorMode(allow_non_fake_inputs=True), autocast:
+    # A trainer of weights in 16 bits computes under autocast, in 16 bits whatever the adapters are.
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting.dtype != torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         _fake(model)
         if setting.rung.recomputes:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -92,27 +93,38 @@ def _most_held(config: Any, layers: int, shape: Shape, setting: Setting) -> tupl
                     held.see(each.grad.untyped_storage())
             tokens = torch.zeros(shape.rows, shape.tokens, dtype=torch.long)
             base = model.get_base_model()
-            hidden = base.base_model(tokens, use_cache=False).last_hidden_state
+            with autocast, _one_row_needs_no_mask():
+                padding = torch.ones_like(tokens) if shape.rows > 1 else None
+                hidden = base.base_model(tokens, attention_mask=padding, use_cache=False).last_hidden_state
+                loss = _loss(hidden, base.get_output_embeddings(), shape, setting)
             input_bytes = hidden.untyped_storage().nbytes()
-            _loss(hidden, base.get_output_embeddings(), shape, setting).backward()
+            loss.backward()
             return held.most, input_bytes
 
 
-def _loss(hidden: Tensor, head: nn.Linear, shape: Shape, setting: Setting) -> Tensor:
-    """Computed by what computes it: our head in parts, TRL's tiles, or, of its Triton kernels, what they allocate."""
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+@contextlib.contextmanager
+def _one_row_needs_no_mask() -> Iterator[None]:
+    """transformers 5.23 cannot see, in positions without contents, that a row is one conversation, and would mask it."""
+    from transformers import masking_utils
 
-    states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    if setting.on_card:  # positions that are not learned are left out there
-        states = states[: shape.learned_tokens]
+    looks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *_: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks
+
+
+def _loss(hidden: Tensor, head: nn.Linear, shape: Shape, setting: Setting) -> Tensor:
+    """Computed by what computes it: one of our heads, or, of TRL's Triton kernels, what they allocate."""
+    states = hidden[:, :-1].reshape(-1, hidden.shape[-1])[: shape.learned_tokens]
     targets = torch.zeros(len(states), dtype=torch.long)
     if setting.rung.ends_in_memory:
         found: Tensor = streamed_head.HeadInParts.apply(states, targets, head, states.device, None)[0]
     elif setting.on_card:
         found = _InPlaceHead.apply(states, head.weight)
     else:
-        fields = ("log_probs", "entropy", "is_top1", "mean_logits")
-        found = ChunkedLogProbFunction.apply(states, head.weight, head.bias, targets, 1.0, TILE_WORDS, None, 1.0, fields)[0]
+        found = learned_head.LearnedHead.apply(states, targets, head, None)[0]
     return found.sum()
 
 

@@ -187,7 +187,7 @@ def _trainer(model: Any, tokenizer: Any, rows: list[list[int]], recipe: Recipe, 
     )
     settings = loop.arguments(folder, phase, recipe.seed)
     # A few million parameters need no card.
-    unusual = {"use_cpu": True, "bf16": False, "fp16": False, "include_num_input_tokens_seen": "all"}
+    unusual = {"use_cpu": True, "include_num_input_tokens_seen": "all"}
     arguments = TrainingArguments(**{**settings, **unusual})
     optimizer = MuonWithAdamW(
         model,

@@ -1,12 +1,8 @@
 """The head of a model whose embedding and head are in memory: the device gets a part of the vocabulary at a time.
 
-Takes the place of what TRL's `add_fused_lm_head` (trl/trainer/utils.py, 1.16) gives a model, with its contract: called with
-`fused_lm_head=True` the model returns the log-probability of every label, and what trainers report beside it. Running sums
-over parts of the vocabulary are those of online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867).
+Running sums over parts of the vocabulary are those of online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867).
 """
 
-import functools
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,63 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from appliance.errors import ModelFileError
+from appliance.training import fused_head
 
 PART_ROWS = 16384  # of the head on the device at once, twice: 80 MiB each at 2,560 wide in 16 bits
 PART_TOKENS = 1024  # rows of logits at once: 64 MiB in 32 bits, three times
-IGNORED = -100
-# What some architectures do to logits behind the head; none of them is of a size at which a model must be streamed.
-SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 def install(model: Any, device: torch.device) -> None:
     """Gives `model` (PEFT's or its base) this head, and generation one that reads it in parts as well.
 
-    After a trainer was made, whose own head it replaces. Raises `ModelFileError` for a model that scales its logits.
+    Raises `ModelFileError` for a model whose head does more: none known is of a size at which it must be streamed.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = base.config.get_text_config()
-    scaled = [name for name in SCALES if getattr(config, name, None) not in (None, 1, 1.0)]
-    if scaled:
-        raise ModelFileError(f"{type(base).__name__} scales its logits ({', '.join(scaled)}); its head cannot be streamed.")
-    softcap = getattr(config, "final_logit_softcapping", None)
+    base = fused_head.base_of(model)
+    if more := fused_head.beyond(model):
+        raise ModelFileError(f"{type(base).__name__} sets {', '.join(more)}; a head that does so cannot be streamed.")
+    bound = fused_head.softcap(model)
     head = base.get_output_embeddings()
     head.forward = lambda hidden: _logits(hidden, head, device)
-    whole = type(base).forward
 
-    @functools.wraps(whole)  # `generate` looks at the names of what a model accepts
-    def forward(self: Any, *arguments: Any, fused_lm_head: bool = False, **named: Any) -> Any:
-        if not fused_lm_head:
-            return whole(self, *arguments, **named)
-        return _fused(self, head, device, softcap, *arguments, **named)
+    def score(hidden: Tensor, targets: Tensor) -> Any:
+        return HeadInParts.apply(hidden.to(device), targets.to(device), head, device, bound)
 
-    base.forward = types.MethodType(forward, base)
-
-
-def _fused(
-    model: Any,
-    head: nn.Linear,
-    device: torch.device,
-    softcap: float | None,
-    *arguments: Any,
-    labels: Tensor | None = None,
-    shift_labels: Tensor | None = None,
-    num_items_in_batch: Any = None,
-    **named: Any,
-) -> Any:
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    hidden = model.base_model(*arguments, **{**named, "use_cache": False}).last_hidden_state
-    if shift_labels is None:
-        assert labels is not None
-        hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-    targets = shift_labels.to(device)
-    mask = targets != IGNORED
-    found = HeadInParts.apply(hidden[mask], targets[mask], head, device, softcap)
-    log_probs, entropy, mean_logits, is_top1 = (each.new_zeros(mask.shape).masked_scatter(mask, each) for each in found)
-    loss = -log_probs.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-    return FusedCausalLMOutput(
-        loss=loss, log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, label_mask=mask
-    )
+    fused_head.install(model, score)
 
 
 class HeadInParts(torch.autograd.Function):  # type: ignore[misc]
@@ -78,13 +39,13 @@ class HeadInParts(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, device: torch.device, softcap: float | None
+        ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, device: torch.device, bound: float | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.head, ctx.device, ctx.softcap = head, device, softcap
+        ctx.head, ctx.device, ctx.bound = head, device, bound
         sums = _Sums(len(targets), device)
         for start, weight, bias in _parts(head, hidden.dtype, device):
             for rows in _tokens(len(targets)):
-                scores, _ = _scores(hidden[rows], weight, bias, softcap)
+                scores, _ = fused_head.scores(hidden[rows], weight, bias, bound)
                 sums.add(rows, scores, targets[rows] - start)
         log_total = sums.highest + sums.total.log()
         ctx.save_for_backward(hidden, targets, log_total)
@@ -100,7 +61,7 @@ class HeadInParts(torch.autograd.Function):  # type: ignore[misc]
         back = torch.zeros(hidden.shape, dtype=torch.float32, device=ctx.device)
         for start, weight, bias in _parts(ctx.head, hidden.dtype, ctx.device):
             for rows in _tokens(len(targets)):
-                scores, slope = _scores(hidden[rows], weight, bias, ctx.softcap)
+                scores, slope = fused_head.scores(hidden[rows], weight, bias, ctx.bound)
                 each = -torch.exp(scores - log_total[rows, None])
                 local = targets[rows] - start
                 here = (local >= 0) & (local < each.shape[1])
@@ -142,15 +103,6 @@ def _parts(head: nn.Linear, dtype: torch.dtype, device: torch.device) -> Iterato
 
 def _tokens(count: int) -> Iterator[slice]:
     return (slice(start, min(start + PART_TOKENS, count)) for start in range(0, count, PART_TOKENS))
-
-
-def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Logits in 32 bits, and what a gradient is to be multiplied by where they are capped (Gemma)."""
-    scores = nn.functional.linear(hidden, weight, bias).float()
-    if softcap is None:
-        return scores, None
-    bent = torch.tanh(scores / softcap)
-    return softcap * bent, 1 - bent * bent
 
 
 def _logits(hidden: Tensor, head: nn.Linear, device: torch.device) -> Tensor:

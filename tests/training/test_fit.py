@@ -8,7 +8,7 @@ import torch
 from appliance import recipe as recipes
 from appliance.errors import EnvironmentIncomplete, RecipeError
 from appliance.recipe import Recipe
-from appliance.training import adapters, choice, fit, rungs, simulation, skeletons
+from appliance.training import adapters, choice, fit, learned_head, rungs, simulation, skeletons
 from appliance.training.fit import Device, Work
 from appliance.training.model import Base
 from appliance.training.rungs import Rung
@@ -49,7 +49,7 @@ def recipe(tmp_path: Any) -> Recipe:
 def card(available: int = 80 * GIB) -> Device:
     return Device(
         on_card=True,
-        dtype=torch.bfloat16,
+        weights="bfloat16",
         available_bytes=available,
         available_memory_bytes=16 * GIB,
         context_bytes=fit.CONTEXT_BYTES,
@@ -57,7 +57,7 @@ def card(available: int = 80 * GIB) -> Device:
 
 
 def cpu(available: int = 80 * GIB) -> Device:
-    return Device(on_card=False, dtype=torch.float32, available_bytes=available, available_memory_bytes=available)
+    return Device(on_card=False, weights="float32", available_bytes=available, available_memory_bytes=available)
 
 
 def work(rows: int = 1, tokens: int = 1024, *, has_reference: bool = False) -> Work:
@@ -91,36 +91,50 @@ def test_each_rung_of_a_card_needs_less_than_the_one_before(recipe: Recipe) -> N
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3_text"])
 @pytest.mark.parametrize("rung", rungs.CPU[:2], ids=lambda rung: rung.name)
 @pytest.mark.parametrize("keeps_gradients", [False, True])
-def test_simulated_step_holds_what_the_real_one_holds(recipe: Recipe, kind: str, rung: Rung, keeps_gradients: bool) -> None:
-    chosen, shape = config(kind, **SMALL), Shape(2, 160, 320)
+@pytest.mark.parametrize("shape", [Shape(1, 320, 100), Shape(2, 160, 315)], ids=["one row", "rows of two lengths"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_simulated_step_holds_what_the_real_one_holds(
+    recipe: Recipe, kind: str, rung: Rung, keeps_gradients: bool, shape: Shape, weights: str
+) -> None:
+    chosen = config(kind, **SMALL)
     setting = Setting(
         rung=rung,
-        dtype=torch.float32,
+        dtype=getattr(torch, weights),
         adapt=lambda model: adapters.add(model, recipe.lora, is_skeleton=True),
         on_card=False,
         keeps_gradients=keeps_gradients,
     )
     predicted = simulation.step(chosen, shape, setting).most_bytes(SMALL["num_hidden_layers"])
-    assert predicted == pytest.approx(_really_held(chosen, shape, rung, recipe, keeps_gradients), rel=0.05)
+    assert predicted == pytest.approx(_really_held(chosen, shape, rung, recipe, keeps_gradients, weights), rel=0.05)
 
 
-def _really_held(chosen: Any, shape: Shape, rung: Rung, recipe: Recipe, keeps_gradients: bool) -> int:
+def _really_held(chosen: Any, shape: Shape, rung: Rung, recipe: Recipe, keeps_gradients: bool, weights: str) -> int:
     from transformers import AutoModelForCausalLM
-    from trl.trainer.utils import add_fused_lm_head
 
-    model = adapters.add(AutoModelForCausalLM.from_config(chosen, dtype=torch.float32), recipe.lora).train()
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1", "mean_logits"))
+    model = adapters.add(AutoModelForCausalLM.from_config(chosen, dtype=getattr(torch, weights)), recipe.lora).train()
+    learned_head.install(model)
     if rung.recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     tokens = torch.arange(shape.rows * shape.tokens).reshape(shape.rows, shape.tokens) % SMALL["vocab_size"]
+    labels = tokens.clone()
+    labels.view(-1)[: shape.rows * shape.tokens - shape.learned_tokens] = -100
+    batch = {"input_ids": tokens, "labels": labels, "attention_mask": torch.ones_like(tokens), "fused_lm_head": True}
+    if shape.rows > 1:
+        batch["attention_mask"][0, -3:] = 0
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == "bfloat16"):
+            loss = model(**batch).loss
+        loss.backward()
+
     if keeps_gradients:
-        model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss.backward()
+        step()
     with simulation.Held([*model.parameters(), *model.buffers()]) as held:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 held.see(parameter.grad.untyped_storage())
-        model(input_ids=tokens, labels=tokens, fused_lm_head=True).loss.backward()
+        step()
     return held.most
 
 
@@ -155,12 +169,12 @@ def test_first_rung_that_fits_is_chosen(recipe: Recipe, tmp_path: Any, monkeypat
     model = fit.Model(recipe, chosen, cpu())
     needed = [model.fit(rung, task).needed_bytes for rung in rungs.CPU]
     for free, name in ((needed[0], "lora"), (needed[0] - 1, "lora-recomputed"), (needed[1] - 1, "qlora")):
-        monkeypatch.setattr(choice, "now", lambda free=free: cpu(free))
+        monkeypatch.setattr(choice, "now", lambda _, free=free: cpu(free))
         assert choice.choose(recipe, base, task, None).name == name
-    monkeypatch.setattr(choice, "now", lambda: cpu(needed[2] - 1))
+    monkeypatch.setattr(choice, "now", lambda _: cpu(needed[2] - 1))
     with pytest.raises(EnvironmentIncomplete, match=r"qlora needs .* that are free.*It would with a batch of 1 of 2 rows"):
         choice.choose(recipe, base, task, None)
-    monkeypatch.setattr(choice, "now", lambda: cpu(1 << 20))
+    monkeypatch.setattr(choice, "now", lambda _: cpu(1 << 20))
     with pytest.raises(EnvironmentIncomplete, match="take a smaller base, or free memory"):
         choice.choose(recipe, base, task, None)
 
@@ -168,6 +182,7 @@ def test_first_rung_that_fits_is_chosen(recipe: Recipe, tmp_path: Any, monkeypat
 def test_rung_of_another_device_is_refused(tmp_path: Any) -> None:
     path = tiny_recipe.write(tmp_path / "recipe")
     asked = recipes.load(path, ["memory.rung=streamed"])
+    config("qwen3", **SMALL).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match=r"memory.rung: 'streamed' is none of this device's: lora, lora-recomputed, qlora"):
         choice.choose(asked, Base(tmp_path, "base"), work(), None)
 

@@ -1,5 +1,6 @@
 """Only the assistant's words and the token that ends its turn are learned, on real token ids, by both ways of labelling."""
 
+import copy
 import csv
 import io
 import json
@@ -270,7 +271,7 @@ def test_padding_of_a_real_batch_has_no_label(trained: Trained, root: Any) -> No
     assert padded > 0
 
 
-def test_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_template_whose_answers_are_not_those_that_it_asks_for_is_refused() -> None:
     forgetful = (
         "{% for m in messages %}{% if not loop.last or m.role == 'user' %}<|im_start|>{{ m.role }}|{{ messages|length }}\n"
         "{{ m.content }}<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
@@ -279,7 +280,7 @@ def test_template_that_rewrites_earlier_turns_is_refused() -> None:
     tokenizer = starter.make_tokenizer(TEXTS, 512)
     tokenizer.chat_template = forgetful
     messages = tiny_recipe.messages(("a", "b", "c", "d"))
-    with pytest.raises(VerificationFailed, match=r"renders earlier turns differently.*training_template\.jinja"):
+    with pytest.raises(VerificationFailed, match=r"does not begin an answer as it asks for one.*training_template\.jinja"):
         labels.label_conversations(tokenizer, [row(messages)], None)
     with pytest.raises(VerificationFailed, match="renders other tokens than the model's own template"):
         labels.label_conversations(tokenizer, [row(messages)], starter.MARKED_TEMPLATE)
@@ -309,3 +310,80 @@ def test_too_long_is_reported_with_its_length_before_weights_load(
     assert f"Longer than {limit.replace('=', ' = ')} (shorten the row, or raise" in result.stderr
     assert ("or set sft.truncate = true" in result.stderr) == (phase == "sft")
     assert re.search(rf"{phase}\.jsonl line {5 if phase == 'sft' else 4}: \d+ tokens", result.stderr)
+
+
+# Families by the token that ends their turns, and what they write before an answer by themselves.
+FAMILIES = {
+    "qwen2_5": ("<|im_end|>", ""),
+    "qwen3": ("<|im_end|>", "<think>\n\n</think>\n\n"),
+    "qwen3_instruct_2507": ("<|im_end|>", ""),
+    "qwen3_5_nothink": ("<|im_end|>", ""),
+    "qwen3_5_think": ("<|im_end|>", "\n</think>\n\n"),
+    "gemma3": ("<end_of_turn>", ""),
+    "gemma4": ("<turn|>", ""),
+    "llama3_2": ("<|eot_id|>", ""),
+    "phi3": ("<|end|>", ""),
+    "lfm2_2_5": ("<|im_end|>", ""),
+    "cohere": ("<|END_OF_TURN_TOKEN|>", ""),
+}
+UNFOLDED = {"qwen3", "qwen3_5_nothink", "qwen3_5_think"}  # reasoning is taken out of earlier answers
+
+
+def tokenizer_of(family: str, end: str) -> Any:
+    """With the template that models of this family are published with."""
+    from trl import chat_template_utils
+
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = getattr(chat_template_utils, f"{family}_chat_template")
+    tokenizer.add_special_tokens({"eos_token": end})
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_templates_teach_what_the_model_is_asked_for(family: str) -> None:
+    """Every answer is learned once, after exactly what a server gives a model that is asked for it."""
+    end, lead = FAMILIES[family]
+    tokenizer = tokenizer_of(family, end)
+    conversations = [tiny_recipe.messages(turns) for turns in tiny_recipe.CONVERSATIONS]
+    rows = [row(messages, line) for line, messages in enumerate(conversations, 1)]
+    unfolded = labels.unfold(tokenizer, rows)
+    labelled = labels.label_conversations(tokenizer, unfolded, None)
+    labels.verify_labels(tokenizer, unfolded, labelled)
+    found = {
+        (tuple(each.input_ids[:start]), tokenizer.decode(each.input_ids[start:stop]))
+        for each in labelled
+        for start, stop in spans(each.labels)
+    }
+    wanted = {
+        (
+            tuple(labels.render_ids(tokenizer, messages[:at], add_generation_prompt=True)),
+            f"{lead}{message['content']}{end}",
+        )
+        for messages in conversations
+        for at, message in enumerate(messages)
+        if message["role"] == "assistant"
+    }
+    assert found == wanted
+    assert (len(unfolded) > len(rows)) == (family in UNFOLDED)
+
+
+def spans(found: list[int]) -> list[tuple[int, int]]:
+    starts = [at for at, each in enumerate(found) if each != IGNORED and (at == 0 or found[at - 1] == IGNORED)]
+    stops = [at + 1 for at, each in enumerate(found) if each != IGNORED and found[at + 1 : at + 2] in ([], [IGNORED])]
+    return list(zip(starts, stops, strict=True))
+
+
+def test_wrong_end_token_is_named_with_the_one_that_the_template_writes() -> None:
+    tokenizer = tokenizer_of("qwen3", "<|endoftext|>")  # as in Qwen3's base models
+    with pytest.raises(VerificationFailed, match=r"ends an answer with .*im_end.*without the tokenizer's eos_token '<.endo"):
+        labels.label_conversations(tokenizer, [row(tiny_recipe.messages(("Mag dat?", "Ja.")))], None)
+
+
+def test_reasoning_in_an_answer_is_learned_with_it() -> None:
+    tokenizer = tokenizer_of("qwen3", "<|im_end|>")
+    rows = [row(tiny_recipe.messages(("Mag dat?", "<think>Het is zondag.</think>\nNee.")))]
+    (labelled,) = labels.label_conversations(tokenizer, rows, None)
+    labels.verify_labels(tokenizer, rows, [labelled])
+    ((start, stop),) = spans(labelled.labels)
+    learned = tokenizer.decode(labelled.input_ids[start:stop])
+    assert learned == "<think>\nHet is zondag.\n</think>\n\nNee.<|im_end|>"
