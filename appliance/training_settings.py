@@ -8,7 +8,7 @@ from appliance.config import setting
 from appliance.reward_settings import Rewards
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
-Rung = Literal["auto", "lora", "lora-recomputed", "qlora", "qlora-inputs", "qlora-ends", "streamed"]
+Rung = Literal["auto", "lora", "lora-recomputed", "qlora", "qlora-tight", "qlora-inputs", "qlora-ends", "streamed"]
 Scheduler = Literal["cosine", "linear", "constant"]
 PREFERENCES = ("dpo", "kto", "orpo")  # phases that learn which answers are better; a recipe has one of them at most
 

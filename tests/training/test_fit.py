@@ -57,7 +57,9 @@ def card(available: int = 80 * GIB) -> Device:
 
 
 def cpu(available: int = 80 * GIB) -> Device:
-    return Device(on_card=False, weights="float32", available_bytes=available, available_memory_bytes=available)
+    return Device(
+        on_card=False, weights="float32", available_bytes=available, available_memory_bytes=available, kept_share=0.5
+    )
 
 
 def work(rows: int = 1, tokens: int = 1024, *, has_reference: bool = False) -> Work:
@@ -168,11 +170,14 @@ def test_first_rung_that_fits_is_chosen(recipe: Recipe, tmp_path: Any, monkeypat
     base, task = Base(tmp_path, "base"), work(2, 256)
     model = fit.Model(recipe, chosen, cpu())
     needed = [model.fit(rung, task).needed_bytes for rung in rungs.CPU]
-    for free, name in ((needed[0], "lora"), (needed[0] - 1, "lora-recomputed"), (needed[1] - 1, "qlora")):
+    names = [rung.name for rung in rungs.CPU]
+    for free, name in zip([needed[0], *(each - 1 for each in needed)], names, strict=False):
         monkeypatch.setattr(choice, "now", lambda _, free=free: cpu(free))
         assert choice.choose(recipe, base, task, None).name == name
-    monkeypatch.setattr(choice, "now", lambda _: cpu(needed[2] - 1))
-    with pytest.raises(EnvironmentIncomplete, match=r"qlora needs .* that are free.*It would with a batch of 1 of 2 rows"):
+    monkeypatch.setattr(choice, "now", lambda _: cpu(needed[-1] - 1))
+    with pytest.raises(
+        EnvironmentIncomplete, match=r"qlora-tight needs .* that are free.*It would with a batch of 1 of 2 rows"
+    ):
         choice.choose(recipe, base, task, None)
     monkeypatch.setattr(choice, "now", lambda _: cpu(1 << 20))
     with pytest.raises(EnvironmentIncomplete, match="take a smaller base, or free memory"):

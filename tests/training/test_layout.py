@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from appliance import artifacts
+from appliance import allocator, artifacts
 from appliance import recipe as recipes
 from appliance.errors import ArtifactError
 from appliance.training import adapters, layout, loop, rungs, sft
@@ -16,7 +16,7 @@ from appliance.training.labels import LabelledRow
 from tests.running import Trained, call
 
 STREAMED = rungs.CARD[-1]
-QLORA = rungs.CPU[-1]
+QLORA, TIGHT = rungs.CPU[-2:]
 
 
 def made(root: Path) -> dict[str, Any]:
@@ -35,12 +35,16 @@ def train(trained: Trained, root: Path, rung: str) -> dict[str, Any]:
     return made(root)
 
 
-def test_rungs_of_a_cpu_learn_alike(trained: Trained, tmp_path: Path) -> None:
+def test_rungs_of_a_cpu_learn_alike(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr(allocator, "give_back", lambda: given_back.append(True))  # of this process, for good
     found = {rung.name: train(trained, tmp_path / rung.name, rung.name) for rung in rungs.CPU}
     assert found["lora"]["losses"] == pytest.approx(found["lora-recomputed"]["losses"], rel=1e-5)
     assert found["qlora"]["losses"] == pytest.approx(found["lora"]["losses"], rel=0.2)
     assert found["qlora"]["losses"] != found["lora"]["losses"]
-    assert [found[rung.name]["trained_on"] for rung in rungs.CPU] == ["16-bit", "16-bit", "nf4"]
+    assert [found[rung.name]["trained_on"] for rung in rungs.CPU] == ["16-bit", "16-bit", "nf4", "nf4"]
+    assert found[TIGHT.name]["losses"] == found[QLORA.name]["losses"]
+    assert given_back == [True]
 
 
 def losses(trained: Trained, folder: Path, rung: rungs.Rung) -> list[float]:
