@@ -3,7 +3,7 @@ export ENGINE BACKEND TARGET MODEL BUILD_ARGS
 RECIPE ?= recipes/shelter/recipe.toml
 BIN := .venv/bin
 
-.PHONY: help setup demo train serve chat test full check lint type onnx-env bench-peers bench-serve bench-train \
+.PHONY: help setup demo train serve chat test full check lint type onnx-env bench-peers bench-serve bench-train bench-training bench-card \
 	image-cpu image-cuda image-rocm image-test image-test-arm64 clean
 
 help: ## this list
@@ -52,6 +52,13 @@ bench-serve: setup ## this server beside llama-server and others on this machine
 
 bench-train: setup ## what a 4B model's way to Q4_K_M costs here, beside the plain upstream chain (ARGS=4B)
 	$(BIN)/python -m benchmarks.conversion $(or $(ARGS),4B)
+
+bench-training: setup ## memory of training beside its plan, and its speed beside a plain TRL script, here, 40 minutes
+	$(BIN)/python -m benchmarks.training_memory $(or $(FOLDER),build/training)
+	$(BIN)/python -m benchmarks.training_speed $(or $(FOLDER),build/training)
+
+bench-card: setup ## training on a capped NVIDIA card, streamed and as plain QLoRA (ARGS="--rounds 3")
+	$(BIN)/python -m benchmarks.training_card $(or $(FOLDER),build/training) $(ARGS)
 
 image-cpu: ## container image for any x86-64 or ARM CPU (ENGINE=docker|podman, TARGET=serve|train, MODEL=FILE.appliance)
 	@$(PYTHON) -m appliance.images cpu

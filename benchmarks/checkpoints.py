@@ -31,9 +31,15 @@ GEMMA3_1B = {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers"
     "vocab_size": 262_144,
     "sliding_window": 512,
 }
+QWEN25_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28} | {
+    "num_key_value_heads": 4,
+    "vocab_size": 152_064,
+    "tie_word_embeddings": False,
+}
 OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Llama-3.2-1B": ("llama", LLAMA_1B),
     "Gemma-3-1B": ("gemma3_text", GEMMA3_1B),
+    "Qwen2.5-7B": ("qwen2", QWEN25_7B),
 }
 
 

@@ -45,6 +45,6 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None, ou
         seconds = time.monotonic() - started
         if process.returncode:
             log.seek(0)
-            words = " ".join(command[:6])
+            words = " ".join(each.strip().splitlines()[0] for each in command[:6])
             raise ApplianceError(f"{words} … failed (exit {process.returncode}): {log.read()[-SHOWN_CHARACTERS:]}")
     return Timed(seconds, peak, held)

@@ -46,6 +46,7 @@ trainer = SFTTrainer(
         save_strategy="no",
         report_to="none",
         logging_steps=1,
+        use_cpu=True,
     ),
     train_dataset=load_dataset("json", data_files=rows, split="train"),
     processing_class=tokenizer,

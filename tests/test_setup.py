@@ -250,7 +250,17 @@ class TestEnvironment:
 class TestMakefile:
     TARGETS = (
         *("help", "setup", "demo", "train", "serve", "chat", "test", "full", "check", "lint", "type", "onnx-env"),
-        *("bench-peers", "bench-serve", "bench-train", "image-cpu", "image-cuda", "image-rocm", "image-test"),
+        *(
+            "bench-peers",
+            "bench-serve",
+            "bench-train",
+            "bench-training",
+            "bench-card",
+            "image-cpu",
+            "image-cuda",
+            "image-rocm",
+            "image-test",
+        ),
         *("image-test-arm64", "clean"),
     )
 

@@ -56,6 +56,15 @@ def _step(*, is_paged: bool) -> None:
         raise RuntimeError(f"its state is {stored}, and the step from 0 led to {float(weight.max())}")
 
 
+def has_triton() -> bool:
+    """Whether Triton's kernels run on this process's card: not on a P100, though Triton can be imported there."""
+    import torch
+
+    if not models.has_gpu() or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(processes.local_index())[0] >= LEAST_CAPABILITY
+
+
 def _require_liger(what: str) -> None:
     import torch
 

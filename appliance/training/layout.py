@@ -42,7 +42,7 @@ def settle(trainer: Any, rung: Rung) -> None:
     """To be called once the trainer was made: it has put its head, and DPO's frozen adapter, on the model by then."""
     import torch
 
-    from appliance.training import learned_head, stream, streamed_head
+    from appliance.training import kernels, learned_head, stream, streamed_head
 
     # TRL makes the adapters of a model in four bits bfloat16, which float16's gradient scaling cannot take, and in which
     # small updates are lost.
@@ -51,7 +51,7 @@ def settle(trainer: Any, rung: Rung) -> None:
             parameter.data = parameter.data.to(torch.float32)
     device = trainer.args.device
     if not rung.ends_in_memory:
-        if device.type == "cpu":
+        if not kernels.has_triton():
             learned_head.install(trainer.model)
         return
     streamed_head.install(trainer.model, device)

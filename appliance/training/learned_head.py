@@ -1,4 +1,4 @@
-"""The head on a CPU: computed for what is learned alone, and its gradient along with the loss.
+"""The head on a CPU, and on cards without Triton: computed for what is learned alone, and its gradient along with the loss.
 
 TRL's own computes all positions there, computes logits again in backward, and multiplies their gradient in 32 bits
 (trl/kernels/chunked_logprob.py, 1.16). The gradient of a log-probability is known with it, but for the factor that backward
@@ -32,9 +32,10 @@ class LearnedHead(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, bound: float | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gradient = torch.empty(hidden.shape) if ctx.needs_input_grad[0] else None
-        found = torch.empty(3, len(targets))
-        is_top1 = torch.empty(len(targets), dtype=torch.bool)
+        device = hidden.device
+        gradient = torch.empty(hidden.shape, device=device) if ctx.needs_input_grad[0] else None
+        found = torch.empty(3, len(targets), device=device)
+        is_top1 = torch.empty(len(targets), dtype=torch.bool, device=device)
         for rows in _parts(len(targets), head.weight.shape[0]):
             scores, slope = fused_head.scores(hidden[rows], head.weight, head.bias, bound)
             mean = scores.mean(-1)

@@ -11,13 +11,12 @@ from appliance.artifacts import Draft, Plan
 from appliance.findings import Finding
 from appliance.page import Found, Part, Sample, Section, Table, curves, html
 from appliance.recipe import Recipe
-from appliance.training import curve, diagnose, lock, processes
+from appliance.training import curve, diagnose, lock, processes, samples
 from appliance.training.curve import Point
 from appliance.training.model import Base
 from appliance.training_settings import PREFERENCES
 
 REPORT, CARD = "run.html", "README.md"
-SAMPLES = "samples.json"
 REWARD_FINDINGS = "reward_findings.json"
 VERIFIED = {
     "sft": "Before the first step every label was held against the messages, as token ids: only answers are learned.",
@@ -70,6 +69,7 @@ def page(folder: Path, title: str, locked: Mapping[str, Any], results: Mapping[s
         *([Section("What was said of the rewards before the first step", tried)] if tried else []),
         Section("Curves", charts(folder, findings)),
         Section("Answers before and after", _samples(folder)),
+        *([Section("What is learned of a row", learned)] if (learned := _learned(folder)) else []),
         Section("Results", [Table(("figure", "value"), figures)]),
         Section("Settings", [Table(("setting", "value"), _settings(locked))]),
     ]
@@ -209,7 +209,7 @@ def _figures(results: Mapping[str, Any]) -> str:
 
 
 def _samples(folder: Path) -> list[Part]:
-    path = folder / SAMPLES
+    path = folder / samples.SAMPLES
     parts: list[Part] = []
     for each in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []:
         parts += [
@@ -219,6 +219,15 @@ def _samples(folder: Path) -> list[Part]:
             Sample(each["trained_for"], "trained for"),
         ]
     return parts or ["No answers were kept."]
+
+
+def _learned(folder: Path) -> list[Part]:
+    path = folder / samples.LEARNED
+    if not path.is_file():
+        return []
+    row = json.loads(path.read_text(encoding="utf-8"))
+    pieces = [Sample(each["text"], "learned" if each["is_learned"] else "read only") for each in row["pieces"]]
+    return [f"Line {row['line']}, as the model sees it, with the template's own tokens.", *pieces]
 
 
 def _is_number(value: Any) -> bool:

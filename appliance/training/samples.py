@@ -1,5 +1,6 @@
 """Greedy answers of the base beside those of the adapter, so that a person sees what training changed."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from appliance.data import personal
 from appliance.data.questions import Question, training_questions
 from appliance.recipe import Recipe
 from appliance.training import processes
-from appliance.training.labels import render_ids
+from appliance.training.labels import IGNORED, LabelledRow, render_ids
 
+SAMPLES, LEARNED = "samples.json", "learned.json"
 ANSWER_TOKENS = 120
 CANDIDATES = 8  # questions of a language, of which the first is asked that holds no personal data
 
@@ -38,7 +40,24 @@ def write(model: Any, tokenizer: Any, rows: list[dict[str, Any]], recipe: Recipe
         )
     if processes.is_first():
         text = json.dumps(samples, indent=2, ensure_ascii=False) + "\n"
-        (folder / "samples.json").write_text(text, encoding="utf-8")
+        (folder / SAMPLES).write_text(text, encoding="utf-8")
+
+
+def write_learned(tokenizer: Any, labelled: Sequence[LabelledRow], recipe: Recipe, folder: Path) -> None:
+    """`learned.json`: one row as the model sees it, in pieces that are learned and that are not; from the first process.
+
+    The middle one of those without personal data; none where all have some.
+    """
+    if not processes.is_first():
+        return
+    for row in labelled[len(labelled) // 2 :]:
+        spans = itertools.groupby(zip(row.input_ids, row.labels, strict=True), lambda pair: pair[1] != IGNORED)
+        texts = [(is_learned, tokenizer.decode([token for token, _ in pairs])) for is_learned, pairs in spans]
+        pieces = [{"is_learned": is_learned, "text": text} for is_learned, text in texts]
+        if not _holds_personal("".join(str(each["text"]) for each in pieces), recipe.languages):
+            text = json.dumps({"line": row.line, "pieces": pieces}, indent=2, ensure_ascii=False) + "\n"
+            (folder / LEARNED).write_text(text, encoding="utf-8")
+            return
 
 
 def _questions(rows: list[dict[str, Any]], languages: Sequence[str]) -> list[Question]:
@@ -55,7 +74,11 @@ def _questions(rows: list[dict[str, Any]], languages: Sequence[str]) -> list[Que
 
 def _is_personal(question: Question, languages: Sequence[str]) -> bool:
     """Whether anything in it looks like personal data; an organisation's own number counts too."""
-    text, regions = f"{question.question}\n{question.answer}", personal.regions_of(languages)
+    return _holds_personal(f"{question.question}\n{question.answer}", languages)
+
+
+def _holds_personal(text: str, languages: Sequence[str]) -> bool:
+    regions = personal.regions_of(languages)
     return any(any(True for _ in kind.values(text, regions)) for kind in personal.KINDS)
 
 

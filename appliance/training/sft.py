@@ -53,6 +53,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, root: Path, *, resume: bool
         outcome = loop.train(trainer, draft.path, "sft", checkpoint, batches=recorded, validation=watched)
         models.save_adapter(model, draft.path)
         samples.write(model, read.tokenizer, read.rows, recipe, draft.path)
+        samples.write_learned(read.tokenizer, read.labelled, recipe, draft.path)
         if recipe.sft.truncate:
             outcome |= {"cut_rows": read.cut_rows, "left_out_rows": read.left_out}
         draft.results.update(

@@ -68,6 +68,17 @@ def test_liger_needs_a_recent_card_and_its_package(card: Any, monkeypatch: pytes
     kernels.require("sft", Sft(liger=True))
 
 
+def test_triton_is_not_for_old_cards_though_it_is_installed(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not kernels.has_triton()  # no card
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: SimpleNamespace())
+    card(6, 0)
+    assert not kernels.has_triton()  # a P100
+    card(8, 6)
+    assert kernels.has_triton()
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert not kernels.has_triton()
+
+
 @pytest.mark.parametrize("sets", ["dpo.optimizer=paged_adamw_8bit", "dpo.liger=true"])
 def test_refusal_comes_before_the_first_phase(root: Path, tmp_path: Path, sets: str) -> None:
     path = tiny_recipe.write(tmp_path / "recipe")

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
 from appliance import artifacts
+from appliance import recipe as recipes
 from appliance.findings import Finding
-from appliance.training import curve, lock, run_files, samples
+from appliance.training import curve, labels, lock, run_files, samples
+from appliance.training import model as models
 from tests import tiny_recipe
 from tests.running import Trained, call
 from tests.training.test_diagnose import spiked
@@ -222,6 +225,29 @@ def test_sample_question_holds_no_personal_data() -> None:
     rows = [{"messages": tiny_recipe.messages(turns)} for turns in (fine, private, called)]
     assert [each.question for each in samples._questions(rows, ["en"])] == [fine[0]]
     assert samples._questions(rows[1:], ["en"]) == []
+
+
+def test_report_shows_one_row_with_what_is_learned_of_it(trained: Trained) -> None:
+    folder = trained.made["sft"]
+    row = json.loads((folder / samples.LEARNED).read_text())
+    rows = [json.loads(line) for line in (trained.made["data"] / "sft.jsonl").read_text().splitlines()]
+    (shown,) = (each["messages"] for each in rows if each["line"] == row["line"])
+    learned = [each["text"].removesuffix("<|im_end|>") for each in row["pieces"] if each["is_learned"]]
+    assert learned == [each["content"] for each in shown if each["role"] == "assistant"]
+    questions = [each["content"] for each in shown if each["role"] == "user"]
+    others = [each["text"] for each in row["pieces"] if not each["is_learned"]]
+    assert all(question in other for question, other in zip(questions, others, strict=False))
+    page = (folder / run_files.REPORT).read_text()
+    assert "What is learned of a row" in page
+    assert str(escape(learned[0])) in page
+
+
+def test_row_with_personal_data_is_not_shown(trained: Trained, tmp_path: Path) -> None:
+    tokenizer = models.load_tokenizer(trained.made["base"])
+    turns = tiny_recipe.messages(("Wie?", "Bel 06 12345678 of schrijf naar jan@example.org."))
+    labelled = labels.label_conversations(tokenizer, [{"line": 1, "messages": turns}], None)
+    samples.write_learned(tokenizer, labelled, recipes.load(trained.recipe), tmp_path)
+    assert not (tmp_path / samples.LEARNED).exists()
 
 
 def test_lock_names_everything_that_decided(trained: Trained) -> None:
