@@ -70,6 +70,13 @@ def audit(recipe: Recipe, dataset: Artifact, base: Path | None, root: Path) -> A
     return artifacts.load(identity.location(root))
 
 
+def last_of(dataset: str, root: Path) -> Artifact | None:
+    """The newest report on a dataset, by the dataset's id; None where there is none."""
+    folders = [each for each in root.glob("report/*-audit-*") if (each / artifacts.MANIFEST).is_file()]
+    made = [each for each in map(artifacts.load, folders) if dataset in each.manifest["parents"]]
+    return max(made, key=lambda each: str(each.manifest["made_at"]), default=None)
+
+
 def read_findings(made: Artifact) -> list[Finding]:
     """What an audit found."""
     found = json.loads((made.path / "audit.json").read_text(encoding="utf-8"))["findings"]

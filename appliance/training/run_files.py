@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from appliance import artifacts
+from appliance import artifacts, config
 from appliance.artifacts import Draft, Plan
+from appliance.data import audit
 from appliance.findings import Finding
 from appliance.page import Found, Part, Sample, Section, Table, curves, html
 from appliance.recipe import Recipe
@@ -46,8 +47,10 @@ def write(draft: Draft, identity: Plan, recipe: Recipe, phase: str, dataset: Pat
     folder = draft.path
     contents = lock.describe(recipe, identity, phase, folder, dataset, base.path)
     lock.write(folder, contents)
+    report = audit.last_of(artifacts.identity(dataset), config.artifacts_root())
+    said = in_brief(audit.read_findings(report) if report else None)
     data = artifacts.load(dataset).results
-    (folder / CARD).write_text(card(folder, contents, draft.results, data), encoding="utf-8")
+    (folder / CARD).write_text(card(folder, contents, draft.results, data, said), encoding="utf-8")
     title = contents["artifact"].partition("/")[2]
     (folder / REPORT).write_text(page(folder, title, contents, draft.results), encoding="utf-8")
 
@@ -140,8 +143,19 @@ def in_words(points: Sequence[Point]) -> str:
     return said
 
 
-def card(folder: Path, locked: Mapping[str, Any], results: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """A model card in Markdown, with the front matter that hubs and tools read."""
+def in_brief(audited: Sequence[Finding] | None) -> str:
+    """What an audit said of the data, without the lines that it named: they may be about people."""
+    if audited is None:
+        return "The data was not audited before; `appliance data audit RECIPE` does it."
+    if not audited:
+        return "The audit of the data found nothing."
+    return "The audit of the data found:\n\n" + "\n".join(f"- {each.level}: {each.what}" for each in audited)
+
+
+def card(
+    folder: Path, locked: Mapping[str, Any], results: Mapping[str, Any], data: Mapping[str, Any], audited: str = ""
+) -> str:
+    """A model card in Markdown, with the front matter that hubs and tools read; `audited` is `in_brief`'s."""
     recipe, phase = locked["recipe"], locked["phase"]
     base = _without_folders(locked["base"]["name"])
     points = curve.read(folder)
@@ -166,6 +180,7 @@ def card(folder: Path, locked: Mapping[str, Any], results: Mapping[str, Any], da
         "## Data",
         f"{rows} rows. Languages of the answers: {spoken or 'unknown'}. {data.get('fixed', 0)} defects were repaired,"
         f" {data.get('set_aside', 0)} rows set aside.",
+        *([audited] if audited else []),
         "\n".join(["| file | sha256 |", "|---|---|", *files]),
         "## Training",
         in_words(points),

@@ -78,7 +78,7 @@ def _most_held(config: Any, layers: int, shape: Shape, setting: Setting) -> tupl
     # A trainer of weights in 16 bits computes under autocast, in 16 bits whatever the adapters are.
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting.dtype != torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fake(model)
+        fake(model)
         if setting.rung.recomputes:
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             model.enable_input_require_grads()
@@ -214,7 +214,7 @@ def _put_four_bits(model: Any, dtype: torch.dtype) -> None:
             model.set_submodule(name, four)
 
 
-def _fake(model: Any) -> None:
+def fake(model: Any) -> None:
     """Contents that are none, on the CPU: without a device, torch would compute attention in another way."""
     made: dict[int, Any] = {}
     for module in model.modules():

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from appliance import gpu
-from benchmarks import training_card, training_memory, training_rows, training_speed
+from benchmarks import projection, training_card, training_memory, training_rows, training_speed
 from benchmarks.training_card import Run as CardRun
 from benchmarks.training_memory import Case
 from benchmarks.training_speed import Run
@@ -43,6 +43,20 @@ def test_rows_are_as_long_as_they_are_said_to_be(tmp_path: Path) -> None:
     lengths = [training_rows.tokens(base, row) for row in training_rows.conversations(12, 300)]
     assert max(lengths) == lengths[0]
     assert 280 <= lengths[0] <= 300
+
+
+def test_projected_operations_are_those_of_the_matrices() -> None:
+    work = projection.Work("Qwen3-0.6B", "sft", 1, 64)
+    config = projection.config_of(work.base)
+    heads = config.num_attention_heads * config.head_dim
+    pairs = config.num_key_value_heads * config.head_dim
+    matrices = config.hidden_size * (2 * heads + 2 * pairs + 3 * config.intermediate_size)
+    head = config.hidden_size * config.vocab_size
+    passes = 3  # forward, once more for backward, and backward to the states: frozen weights have no gradient
+    found = projection.step(work)
+    assert found.flops == pytest.approx(2 * 64 * passes * (config.num_hidden_layers * matrices + head), rel=0.1)
+    moved = config.num_hidden_layers * matrices * 0.5 * 2  # four bits, twice
+    assert found.moved_bytes == pytest.approx(moved + 2 * 2 * head, rel=0.1)
 
 
 def test_card_is_needed_for_the_cards_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

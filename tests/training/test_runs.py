@@ -250,6 +250,23 @@ def test_row_with_personal_data_is_not_shown(trained: Trained, tmp_path: Path) -
     assert not (tmp_path / samples.LEARNED).exists()
 
 
+def test_card_says_what_the_audit_found(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "`appliance data audit RECIPE` does it" in (trained.made["sft"] / run_files.CARD).read_text()
+    assert run_files.in_brief([]) == "The audit of the data found nothing."
+    monkeypatch.setenv("APPLIANCE_ARTIFACTS", str(tmp_path))
+    recipe = tiny_recipe.write(tmp_path / "recipe")
+    rows = recipe.with_name("sft.jsonl")
+    rows.write_text(rows.read_text() * 2)  # each twice
+    flags = ("--set", f"base={trained.made['base']}")
+    audited = json.loads(call("data", "audit", recipe, *flags, "--json").stdout)
+    assert audited["findings"]
+    made = json.loads(call("train", recipe, "--phase", "sft", *flags, "--set", "sft.epochs=1", "--json").stdout)
+    card = (Path(made["artifact"]) / run_files.CARD).read_text()
+    for finding in audited["findings"]:
+        assert f"- {finding['level']}: {finding['what']}" in card
+        assert not any(example in card for example in finding["examples"])
+
+
 def test_lock_names_everything_that_decided(trained: Trained) -> None:
     locked = json.loads((trained.made["dpo"] / lock.LOCK).read_text())
     data = artifacts.load(trained.made["data"]).manifest["inputs"]["files"]
