@@ -18,8 +18,8 @@ SHOWN_CHARACTERS = 2000  # of what a command that failed had to say
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """The largest sums that were sampled. `held_bytes` has with anonymous memory the pages of weights that are used as they
-    lie in their file; the kernel could drop them, and would read them again for every step.
+    """The largest sum that was sampled. `held_bytes` has with it the pages of weights that are used as they lie in their
+    file, as of the end: the kernel could drop them, and would read them again for every step.
     """
 
     seconds: float
@@ -33,13 +33,13 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None, ou
     with tempfile.TemporaryFile("w+") as log, output.open("w") if output else tempfile.TemporaryFile("w") as result:
         started = time.monotonic()
         process = subprocess.Popen(command, env=environ, stdout=result, stderr=log)
-        peak = held = mapped = samples = 0
+        peak = mapped = samples = 0
         while process.poll() is None:
             tree = processes.tree(process.pid)
             anonymous = sum(processes.anonymous_now(each) for each in tree)
             if samples % MAPPED_EVERY == 0:
-                mapped = sum(processes.mapped_now(each, WEIGHTS) for each in tree)
-            peak, held = max(peak, anonymous), max(held, anonymous + mapped)
+                mapped = sum(processes.mapped_now(each, WEIGHTS) for each in tree) or mapped
+            peak = max(peak, anonymous)
             samples += 1
             time.sleep(SAMPLE_SECONDS)
         seconds = time.monotonic() - started
@@ -47,4 +47,4 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None, ou
             log.seek(0)
             words = " ".join(each.strip().splitlines()[0] for each in command[:6])
             raise ApplianceError(f"{words} … failed (exit {process.returncode}): {log.read()[-SHOWN_CHARACTERS:]}")
-    return Timed(seconds, peak, held)
+    return Timed(seconds, peak, peak + mapped)
