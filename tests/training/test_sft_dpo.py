@@ -57,6 +57,7 @@ def test_adapter_artifact_holds_one_adapter_and_no_checkpoint(trained: Trained, 
     assert names == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "manifest.json"),
         *("loss.jsonl", "loss.png", "samples.json", "run.html", "run.lock.json"),
+        *(("learned.json",) if step == "sft" else ()),
     }
 
 
