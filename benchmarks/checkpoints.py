@@ -43,13 +43,11 @@ OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def write_model(folder: Path, shape: Shape) -> None:
-    """A Qwen3 checkpoint in bfloat16, in shards, with Qwen's own vocabulary."""
-    import torch
+def qwen3_config(shape: Shape) -> Any:
+    """As transformers describes a Qwen3 model of this shape."""
     from transformers import Qwen3Config
 
-    folder.mkdir()
-    settings = Qwen3Config(
+    return Qwen3Config(
         vocab_size=shape.vocabulary_tokens,
         hidden_size=shape.hidden,
         intermediate_size=shape.feed_forward,
@@ -61,7 +59,24 @@ def write_model(folder: Path, shape: Shape) -> None:
         architectures=["Qwen3ForCausalLM"],
         dtype="bfloat16",
     )
-    settings.save_pretrained(folder)
+
+
+def config(name: str) -> Any:
+    """Of a model by its name here: one of `QWEN3`, or of `OTHERS`."""
+    from transformers import AutoConfig
+
+    if name in QWEN3:
+        return qwen3_config(QWEN3[name])
+    kind, sizes = OTHERS[name]
+    return AutoConfig.for_model(kind, **sizes)
+
+
+def write_model(folder: Path, shape: Shape) -> None:
+    """A Qwen3 checkpoint in bfloat16, in shards, with Qwen's own vocabulary."""
+    import torch
+
+    folder.mkdir()
+    qwen3_config(shape).save_pretrained(folder)
     write_tokenizer(folder)
     torch.manual_seed(1)
     places: dict[str, str] = {}
@@ -77,11 +92,10 @@ def write_model(folder: Path, shape: Shape) -> None:
 def write_other(folder: Path, name: str) -> None:
     """A checkpoint of another architecture, in bfloat16, with Qwen's tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    kind, sizes = OTHERS[name]
     torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes), dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config(name), dtype=torch.bfloat16).save_pretrained(folder)
     write_tokenizer(folder)
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from appliance.console import Command, emit, human_seconds, json_option
 from appliance.training import adapters, fit, simulation, skeletons, stream, streamed_head
 from appliance.training_settings import Lora
-from benchmarks import about, checkpoints, shapes
+from benchmarks import about, checkpoints
 
 FEW_LAYERS, MORE_LAYERS = 1, 2
 
@@ -52,8 +52,8 @@ class Work:
 
 
 WORKS: Sequence[Work] = (
-    Work("Qwen3-4B", "sft", 1, 1024),
-    Work("Qwen3-4B", "dpo", 2, 1024),
+    Work("4B", "sft", 1, 1024),
+    Work("4B", "dpo", 2, 1024),
     Work("Qwen2.5-7B", "sft", 1, 2048),
 )
 
@@ -87,7 +87,7 @@ def projection(as_json: bool) -> None:
 
 def step(work: Work) -> Step:
     """Counts one micro-batch of all layers; of the layers two depths are simulated."""
-    config = config_of(work.base)
+    config = checkpoints.config(work.base)
     layers = int(config.num_hidden_layers)
     few, more = (_flops(config, count, work) for count in (FEW_LAYERS, MORE_LAYERS))
     flops = few + (layers - FEW_LAYERS) * (more - few)
@@ -96,18 +96,6 @@ def step(work: Work) -> Step:
     reference = (layers - stream.SLOTS) * layer if work.phase == "dpo" else 0
     moved = stream.moved_bytes([layer] * layers) + reference + 2 * _head_bytes(config)
     return Step(work, flops, moved)
-
-
-def config_of(base: str) -> Any:
-    from transformers import AutoConfig
-
-    if base in checkpoints.OTHERS:
-        kind, sizes = checkpoints.OTHERS[base]
-        return AutoConfig.for_model(kind, **sizes)
-    shape = shapes.SHAPES[base.removeprefix("Qwen3-")]
-    sizes = {"hidden_size": shape.hidden, "intermediate_size": shape.feed_forward, "num_hidden_layers": shape.layers}
-    sizes |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_width}
-    return AutoConfig.for_model("qwen3", vocab_size=shape.vocabulary_tokens, tie_word_embeddings=True, **sizes)
 
 
 def _flops(config: Any, layers: int, work: Work) -> float:

@@ -140,7 +140,7 @@ def _continuing(ladder: Sequence[Rung], adapter: Path | None) -> Sequence[Rung]:
 def _tell(fits: Sequence[Fit]) -> None:
     found = fits[-1]
     kept = found.parts.get(fit.KEPT, 0)
-    if kept > MUCH_KEPT_BYTES:
+    if kept > MUCH_KEPT_BYTES and not allocator.is_tcmalloc():
         processes.note(
             f"memory: glibc keeps about {human_bytes(kept)} of what a step frees; tcmalloc (Debian: libtcmalloc-minimal4,"
             " which `make train` then uses) needs less and is faster"

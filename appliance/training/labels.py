@@ -115,7 +115,8 @@ def verify_labels(tokenizer: Any, rows: Sequence[dict[str, Any]], labelled: Sequ
             continue
         if result.cut_tokens and result.labels[-1] != IGNORED and spans[-1][-1] != tokenizer.eos_token_id:
             begin = _plain(_decode(tokenizer, spans.pop()).rstrip(HALF_CHARACTER))
-            if not f"{lead}{answers.pop()}".startswith((begin, f"{lead}{begin}")):
+            answer = answers.pop()
+            if not (answer.startswith(begin) or _plain(lead + answer).startswith(begin)):
                 problems.append(f"line {row['line']}: labelled text differs from the beginning of the cut message")
         for answer, span in zip(answers, spans, strict=True):
             if span[-1] != tokenizer.eos_token_id:
@@ -184,7 +185,8 @@ def _mask_by_difference(
         end = start + with_answer[start:].index(tokenizer.eos_token_id) + 1
         if with_answer[:end] != list(input_ids[:end]):
             raise VerificationFailed(
-                "The chat template renders earlier turns differently once an answer follows (`unfold`)."
+                "The chat template renders earlier turns differently once an answer follows, so the assistant's tokens"
+                " cannot be told apart; give the base a training_template.jinja with {% generation %} markers."
             )
         mask[start:end] = [True] * (end - start)
     return mask

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from appliance import gpu
-from benchmarks import projection, training_card, training_memory, training_rows, training_speed
+from benchmarks import checkpoints, projection, training_card, training_memory, training_rows, training_speed
 from benchmarks.training_card import Run as CardRun
 from benchmarks.training_memory import Case
 from benchmarks.training_speed import Run
@@ -46,8 +46,8 @@ def test_rows_are_as_long_as_they_are_said_to_be(tmp_path: Path) -> None:
 
 
 def test_projected_operations_are_those_of_the_matrices() -> None:
-    work = projection.Work("Qwen3-0.6B", "sft", 1, 64)
-    config = projection.config_of(work.base)
+    work = projection.Work("0.6B", "sft", 1, 64)
+    config = checkpoints.config(work.base)
     heads = config.num_attention_heads * config.head_dim
     pairs = config.num_key_value_heads * config.head_dim
     matrices = config.hidden_size * (2 * heads + 2 * pairs + 3 * config.intermediate_size)

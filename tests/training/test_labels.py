@@ -379,6 +379,21 @@ def test_wrong_end_token_is_named_with_the_one_that_the_template_writes() -> Non
         labels.label_conversations(tokenizer, [row(tiny_recipe.messages(("Mag dat?", "Ja.")))], None)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_think", "llama3_2"])
+def test_answers_of_published_templates_may_be_cut(family: str) -> None:
+    """Anywhere: in what the template writes before the answer, and in the answer; another text is found there too."""
+    tokenizer = tokenizer_of(family, FAMILIES[family][0])
+    rows = [row(tiny_recipe.messages(("Mag dat?", "Ja, dat mag, als het maar niet regent.")))]
+    others = [row(tiny_recipe.messages(("Mag dat?", "Nee, dat mag niet, want het regent.")))]
+    labelled = labels.label_conversations(tokenizer, rows, None)
+    ((start, stop),) = spans(labelled[0].labels)
+    for limit in range(start + 1, stop):
+        cut = labels.truncate(labelled, limit)
+        labels.verify_labels(tokenizer, rows, cut)
+    with pytest.raises(VerificationFailed, match="differs from the beginning of the cut message"):
+        labels.verify_labels(tokenizer, others, labels.truncate(labelled, stop - 1))
+
+
 def test_reasoning_in_an_answer_is_learned_with_it() -> None:
     tokenizer = tokenizer_of("qwen3", "<|im_end|>")
     rows = [row(tiny_recipe.messages(("Mag dat?", "<think>Het is zondag.</think>\nNee.")))]
