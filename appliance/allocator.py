@@ -39,6 +39,12 @@ def preloaded(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, PRELOAD: os.pathsep.join(filter(None, (name, environment.get(PRELOAD))))}
 
 
+def release() -> None:
+    """Gives back at once what was freed, after something that took much and will not come again."""
+    if is_tcmalloc():
+        ctypes.CDLL(None).MallocExtension_ReleaseFreeMemory()
+
+
 def give_back() -> None:
     """Has glibc give each freed block of 128 KiB or more back to the system at once; tcmalloc is left as it is."""
     libc = ctypes.CDLL(None)

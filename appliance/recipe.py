@@ -149,6 +149,15 @@ class Serve:
     cache_tokens: int = setting(4096, minimum=0, about="tokens kept in memory after their request has ended")
     snapshot_mib: int = setting(512, minimum=0, about="disk for prefixes that outlive a restart; 0 keeps none")
     system_prompts: tuple[str, ...] = setting((), about="read at start, so that the first visitor need not wait for it")
+    documents: Literal["auto", "exact", "stitched"] = setting(
+        "auto", about="stitched: each is read once, by itself, and then moved; auto: where that was proven for the model"
+    )
+    document_reread_tokens: int = setting(
+        0, minimum=0, maximum=1024, about="of each document that was read by itself, read again where it stands"
+    )
+    document_tolerance: float = setting(
+        0.1, minimum=0.0, maximum=1.0, about="of the range of all scores: documents so near may change places"
+    )
     kv_type: Literal["auto", "f16", "q8_0"] = setting("auto", about="auto: f16, and q8_0 when memory is short")
     mmap: Literal["auto", "on", "off"] = setting("auto", about="whether weights stay in the file's page cache")
     repack: Literal["auto", "on", "off"] = setting("auto", about="copy weights into the layout that computes fastest")

@@ -36,6 +36,12 @@ QWEN25_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers
     "vocab_size": 152_064,
     "tie_word_embeddings": False,
 }
+LLAMA_VOCABULARY = (
+    "models/ggml-vocab-llama-bpe.gguf",
+    "models/templates/meta-llama-Llama-3.2-3B-Instruct.jinja",
+    "<|eot_id|>",
+)
+QWEN_VOCABULARY = (shapes.VOCABULARY_FILE, shapes.TEMPLATE_FILE, "<|im_end|>")
 OTHERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Llama-3.2-1B": ("llama", LLAMA_1B),
     "Gemma-3-1B": ("gemma3_text", GEMMA3_1B),
@@ -90,26 +96,27 @@ def write_model(folder: Path, shape: Shape) -> None:
 
 
 def write_other(folder: Path, name: str) -> None:
-    """A checkpoint of another architecture, in bfloat16, with Qwen's tokenizer."""
+    """A checkpoint of another architecture, in bfloat16, with Llama's tokenizer or, where there is none, Qwen's."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config(name), dtype=torch.bfloat16).save_pretrained(folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, LLAMA_VOCABULARY if name.startswith("Llama") else QWEN_VOCABULARY)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Qwen's, with Qwen3's chat template."""
+def write_tokenizer(folder: Path, source: tuple[str, str, str] = QWEN_VOCABULARY) -> None:
+    """A vocabulary and a chat template that llama.cpp's source holds, and the token that ends a turn."""
     from transformers import AutoTokenizer
 
-    name = Path(shapes.VOCABULARY_FILE).name
-    contents = llama_cpp_source.read_source(shapes.VOCABULARY_FILE, shapes.TEMPLATE_FILE)
-    (folder / name).write_bytes(contents[shapes.VOCABULARY_FILE])
+    vocabulary, template, end = source
+    name = Path(vocabulary).name
+    contents = llama_cpp_source.read_source(vocabulary, template)
+    (folder / name).write_bytes(contents[vocabulary])
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     (folder / name).unlink()
-    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
-    tokenizer.chat_template = contents[shapes.TEMPLATE_FILE].decode()
+    tokenizer.add_special_tokens({"eos_token": end})
+    tokenizer.chat_template = contents[template].decode()
     tokenizer.save_pretrained(folder)
 
 

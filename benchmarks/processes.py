@@ -71,16 +71,25 @@ def anonymous_now(pid: int) -> int:
     return _table(PROC / str(pid) / "status").get("RssAnon", 0)
 
 
-def mapped_now(pid: int, ending: str) -> int:
-    """Bytes in memory of the files so called that the process has mapped."""
+def used_now(pid: int, ending: str) -> int:
+    """Bytes of the files so called that the process has mapped and touched since `forget_used`.
+
+    Pages that were read once, as of weights that were quantized since, are in memory as long as nobody wants it.
+    """
     found, counts = 0, False
     for line in (device.read_text(PROC / str(pid) / "smaps") or "").splitlines():
         name, _, value = line.partition(":")
-        if name == "Rss":
+        if name == "Referenced":
             found += int(value.split()[0]) * KIB if counts else 0
         elif "-" in line.partition(" ")[0]:  # the head of a mapping: its addresses first, its file last
             counts = line.endswith(ending)
     return found
+
+
+def forget_used(pid: int) -> None:
+    """Lets the kernel note anew which pages are touched; nothing happens when the process is gone."""
+    with contextlib.suppress(OSError):
+        (PROC / str(pid) / "clear_refs").write_text("1")
 
 
 def entries(pid: int, folder: str) -> int:

@@ -35,7 +35,7 @@ checkpoint_steps = 1000
 """
 SHORTEST = 0.6  # of the longest row, which is there too
 ANSWER = 0.5  # of a row's words are the assistant's
-TOKENS_AROUND = 24  # of the template, and what a word may take more than one
+TOKENS_AROUND = 40  # of the template, Llama 3.2's date with it, and what a word may take more than one
 
 
 def base(folder: Path, name: str) -> Path:

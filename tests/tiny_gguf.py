@@ -55,6 +55,30 @@ def write_sliding(path: Path, window: int) -> Path:
     return _finished(writer, path, [*_tensors(random), *((name, _ones(HIDDEN)) for name in names)])
 
 
+def write_rotary(
+    path: Path,
+    architecture: str,
+    *,
+    base: float = 10000.0,
+    factors: Sequence[float] = (),
+    scaling: gguf.RopeScalingType = gguf.RopeScalingType.NONE,
+) -> Path:
+    """Writes a chat model that turns pairs of neighbouring values ("llama"), or of the two halves of a head ("qwen3")."""
+    writer = _writer(path, architecture, freq_base=base)
+    writer.add_rope_dimension_count(HEAD_WIDTH)
+    if scaling != gguf.RopeScalingType.NONE:
+        writer.add_rope_scaling_type(scaling)
+        writer.add_rope_scaling_factor(4.0)
+    tensors = [
+        (name, tensor)
+        for name, tensor in _tensors(np.random.default_rng(7))
+        if architecture == "qwen3" or not name.endswith(("attn_q_norm.weight", "attn_k_norm.weight"))
+    ]
+    if factors:
+        tensors.append(("rope_freqs.weight", np.asarray(factors, dtype=np.float32)))
+    return _finished(writer, path, tensors)
+
+
 def write_adapter(path: Path, seed: int = 1, *, rank: int = 4) -> Path:
     """Writes a LoRA for the chat model that changes its answers visibly."""
     random = np.random.default_rng(seed)
@@ -99,7 +123,9 @@ def write_reranker(path: Path, *, is_causal: bool = False, seed: int = 7) -> Pat
     return _finished(writer, path, [*_bert_tensors(random), head, bias])
 
 
-def _writer(path: Path, architecture: str = "qwen3", controls: Sequence[str] = ()) -> gguf.GGUFWriter:
+def _writer(
+    path: Path, architecture: str = "qwen3", controls: Sequence[str] = (), freq_base: float = 10000.0
+) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("tiny")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
@@ -112,7 +138,7 @@ def _writer(path: Path, architecture: str = "qwen3", controls: Sequence[str] = (
     writer.add_key_length(HEAD_WIDTH)
     writer.add_value_length(HEAD_WIDTH)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(freq_base)
     _add_vocabulary(writer, controls)
     return writer
 

@@ -86,10 +86,11 @@ class Composer:
 
 
 def _feed(answer: Answer, count: int, drafts: Sequence[int]) -> Feed:
-    job = answer.job
+    job = answer.in_slot
     end = job.computed + count
     tokens = [*job.tokens[job.computed : end], *drafts]
-    return Feed(job.slot, tokens, job.computed, is_sampled=end == len(job.tokens), drafted=len(drafts))
+    is_sampled = end == len(job.tokens) and job is answer.job
+    return Feed(job.slot, tokens, job.computed, is_sampled=is_sampled, drafted=len(drafts))
 
 
 def _shares(reading: Sequence[Answer], room: int, *, is_first_served: bool) -> list[tuple[Answer, int]]:
@@ -98,7 +99,7 @@ def _shares(reading: Sequence[Answer], room: int, *, is_first_served: bool) -> l
     Where none is short, the first that came is served, or else the one that is nearest to its answer. A part of a prompt is
     as long as can be, because each one in a batch costs a pass over the weights.
     """
-    left = {answer: answer.job.prompt_tokens - answer.job.computed for answer in reading}
+    left = {answer: answer.in_slot.next_stop - answer.in_slot.computed for answer in reading}
     if len(reading) == 1:
         # In equal parts: a last part of a few tokens takes nearly as long as one of fifty.
         parts = math.ceil(left[reading[0]] / room) if room > 0 else 0

@@ -15,7 +15,7 @@ from appliance.serving import answer_grammar
 from appliance.serving.deadline import deadline_at
 from appliance.serving.engine import Engine, EngineLease, Generation
 from appliance.serving.events import Accepted, Finished, TextPiece, TokenLogprob
-from appliance.serving.requests import ChatPrompt, GenerationRequest, Grammar, SamplingSettings
+from appliance.serving.requests import ChatPrompt, Document, GenerationRequest, Grammar, SamplingSettings
 from appliance.text import tool_calls
 from appliance.text.reasoning import Markers, ReasoningSplitter, markers_of, opening_of
 from appliance.text.tool_call_parser import CallArguments, CallStarted, Piece, PlainText, ToolCallParser
@@ -34,6 +34,7 @@ class ChatTurn:
     """
 
     messages: tuple[dict[str, Any], ...]
+    documents: tuple[Document, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: Literal["auto", "none", "required"] = "auto"
     named_tool: str | None = None
@@ -145,7 +146,12 @@ async def start(
 ) -> ChatAnswer:
     """Returns once the engine has accepted the turn; raises what `Engine.submit` raises."""
     turn = _settled(turn, lease.engine.model.chat_template)
-    prompt = ChatPrompt(messages=turn.messages, tools=turn.tools, template_variables=dict(turn.template_variables))
+    prompt = ChatPrompt(
+        messages=turn.messages,
+        tools=turn.tools,
+        documents=turn.documents,
+        template_variables=dict(turn.template_variables),
+    )
     request = GenerationRequest(
         id=request_id,
         prompt=prompt,

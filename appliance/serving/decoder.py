@@ -105,6 +105,10 @@ class Decoder(Protocol):
     def can_share(self) -> bool:
         """Whether `remove` of a tail, `save`, `move` and drafts work: not so for recurrent and sliding-window models."""
 
+    @property
+    def can_move(self) -> bool:
+        """Whether saved parts may be restored at other positions than those they were computed at."""
+
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Any thread. Raises `RequestError` with the position of a mistake, or for what is too large or takes too long."""
 
@@ -138,13 +142,13 @@ class Decoder(Protocol):
         """The cells of a sequence and their positions."""
 
     def restore(self, slot: int, parts: Sequence[SavedPart]) -> None:
-        """Replaces a sequence by saved parts, one behind the other from position 0 on.
+        """Replaces a sequence by saved parts, one behind the other from position 0 on; they are moved where `can_move`.
 
         Raises `SnapshotRefused`, and then the sequence is empty.
         """
 
     def join(self, parts: Sequence[SavedPart]) -> SavedCells:
-        """Saved cells of all parts, one behind the other. Raises `SnapshotRefused`."""
+        """Saved cells of all parts, one behind the other; the first stays at its position. Raises `SnapshotRefused`."""
 
     def check(self, cells: SavedCells, tokens: int) -> None:
         """Raises `SnapshotRefused` unless these are the cells of positions 0 to `tokens` - 1, as this model has them."""

@@ -35,6 +35,8 @@ class EngineSettings(Struct, frozen=True, kw_only=True):
     snapshot_folder: str | None = None
     snapshot_bytes: int = 0
     system_prompts: tuple[str, ...] = ()
+    reread_tokens: int | None = None  # of each document, which is read by itself otherwise; None: all, in their place
+    document_tolerance: float = 0.0  # of the range of all scores, by which documents may be out of their order
     is_speculating: bool = True
     stream_seconds: float = 0.0  # text of an answer leaves at most this often
     notes: tuple[str, ...] = ()  # what was stepped down from what was asked, for a person

@@ -10,6 +10,7 @@ from appliance.errors import EngineFailed, RequestError, TryAgain
 FinishReason = Literal["stop", "length", "cancelled"]
 Outcome = Literal["stop", "length", "cancelled", "failed"]
 Phase = Literal["queue", "prefill", "decode"]
+Reading = Literal["exact", "stitched"]  # of documents: in their place, or by themselves and then moved
 EngineState = Literal["loading", "ready", "draining", "restarting", "failed", "stopped"]
 ModelKind = Literal["chat", "embedding", "rerank"]
 
@@ -46,7 +47,9 @@ class Finished(Struct, frozen=True, kw_only=True, tag=True):
     reason: FinishReason
     prompt_tokens: int
     generated_tokens: int
-    cached_tokens: int = 0  # of the prompt: found in the prefix cache
+    cached_tokens: int = 0  # of the prompt: not computed for this request
+    stitched_tokens: int = 0  # of them: of documents that were read by themselves
+    documents: Reading | None = None  # None: there were none
     index: int = 0
     is_deadline: bool = False  # "length" because the time was over
     stop: str | None = None  # the stop string that ended it
@@ -173,6 +176,8 @@ class RequestStats(Struct, frozen=True, kw_only=True, tag=True):
     decode_seconds: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    stitched_tokens: int = 0
+    documents: Reading | None = None
     generated_tokens: int = 0
     n: int = 1
     max_tokens: int = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from appliance import artifacts
 from appliance.errors import EngineFailed, ModelFileError, RecipeError, RequestError
-from appliance.serving.decoder import CompiledGrammar
+from appliance.serving.decoder import CompiledGrammar, SnapshotRefused
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import Failed, Load, ModelInfo, RequestStats, Text, Tokens
 from appliance.serving.llama import Context, Model, PoolingContext
@@ -55,10 +55,12 @@ class Hosted:
         adapters = {name: artifacts.digest_file(Path(file)) for name, file in settings.adapters.items()}
         self._encoder = PromptEncoder(self._model, _template(path, self._model), settings.context_tokens)
         self._context: Context | None = None
+        self._notes: tuple[str, ...] = ()
         self._pooling: PoolingContext | None = None
         self._runner: Scheduler | PoolingQueue
         if settings.kind == "chat":
             self._context = Context(self._model, settings)
+            self._notes = _allow_moving(self._context, settings)
             self._runner = self._scheduler(self._context, adapters)
         else:
             self._pooling = PoolingContext(self._model, settings)
@@ -157,9 +159,8 @@ class Hosted:
         grammar: CompiledGrammar | None = context.compile(request.grammar) if request.grammar is not None else None
         encoded = self._encoder.encode(request.prompt)
         deliver = functools.partial(self._outbox.deliver, request.id)
-        return functools.partial(
-            runner.submit, request, encoded.tokens, encoded.shared_tokens, grammar, deliver, encoded.opening
-        )
+        prompt = (encoded.tokens, encoded.shared_tokens)
+        return functools.partial(runner.submit, request, *prompt, grammar, deliver, encoded.opening, encoded.passages)
 
     def _prepared_pooling(self, request: PoolingRequest) -> Callable[[], None]:
         context, runner = self._pooling, self._runner
@@ -220,7 +221,7 @@ class Hosted:
 
     def _describe(self, adapters: Mapping[str, str]) -> ModelInfo:
         settings, model, context = self._settings, self._model, self._context
-        notes = settings.notes
+        notes = settings.notes + self._notes
         if settings.kind == "chat" and model.chat_template is None:
             notes += ("chat template: none in the file, so that this model can only continue text.",)
         return ModelInfo(
@@ -246,6 +247,17 @@ class Hosted:
             gpu_layers=settings.gpu_layers,
             notes=notes,
         )
+
+
+def _allow_moving(context: Context, settings: EngineSettings) -> tuple[str, ...]:
+    """What is to be said about documents that are to be read by themselves."""
+    if settings.reread_tokens is None:
+        return ()
+    try:
+        context.allow_moving()
+    except SnapshotRefused as error:
+        return (f"documents: read in their place; this model's cannot be read by themselves, for {error}.",)
+    return (f"documents: read by themselves and moved, their first {settings.reread_tokens} tokens read again; not proven.",)
 
 
 def _template(path: Path, model: Model) -> ChatTemplate:

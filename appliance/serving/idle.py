@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
+from appliance.serving import passages
 from appliance.serving.decoder import Adapter, Decoder, Feed, Sampled
 from appliance.serving.job import Job
 from appliance.serving.pace import Pace
@@ -110,7 +111,8 @@ class IdleWork:
 
     def _begin(self, prefix: Prefix) -> Job:
         size = len(prefix.tokens)
-        job = Job(list(prefix.tokens), size, prefix.adapter, None)
+        is_alone = passages.is_alone(prefix.tokens)
+        job = Job(passages.texts(prefix.tokens), size, prefix.adapter, None, is_alone=is_alone)
         place = self._prefixes.choose(job)
         self._job = job
         self._decoder.start(place.slot, SamplingSettings(), None, None)

@@ -5,9 +5,10 @@ Turns sampled tokens into events. Knows the `Decoder` only as a vocabulary; slot
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from appliance.serving import passages
 from appliance.serving.decoder import Adapter, CompiledGrammar, Sampled
 from appliance.serving.events import (
     Event,
@@ -15,10 +16,12 @@ from appliance.serving.events import (
     FinishReason,
     Outcome,
     Phase,
+    Reading,
     RequestStats,
     TextPiece,
     TokenLogprob,
 )
+from appliance.serving.passages import Passages
 from appliance.serving.requests import GenerationRequest
 from appliance.serving.snapshots import Prefix
 from appliance.serving.speculation import Lookup, Record
@@ -41,10 +44,50 @@ class Job:
     owner: str | None  # whose prompt it is; None: the operator's
     slot: int = -1
     computed: int = 0
+    is_alone: bool = False  # a document that is read by itself
+    stitching: "Stitching | None" = None
 
     @property
     def is_reading(self) -> bool:
         return self.computed < self.prompt_tokens
+
+    @property
+    def next_stop(self) -> int:
+        """The most tokens that may be computed before something else has to be done."""
+        stops = self.stitching.stops if self.stitching is not None else ()
+        return next((stop for stop in stops if stop > self.computed), len(self.tokens))
+
+    def prefix(self, length: int) -> Prefix:
+        """How its first tokens are known."""
+        tokens = tuple(self.tokens[:length])
+        if self.is_alone:
+            tokens = passages.alone(tokens)
+        elif self.stitching is not None:
+            tokens = passages.stitched(tokens, self.stitching.passages, self.stitching.reread_tokens)
+        return Prefix(tokens, self.adapter, self.owner)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Stitching:
+    """How a prompt is put together from documents that were read by themselves.
+
+    `stops` are positions up to which tokens are computed, and behind which the rest of a document is known.
+    """
+
+    passages: Passages
+    reread_tokens: int  # of each document, computed where it stands
+    stops: Sequence[int] = ()
+    tried: set[tuple[int, int]] = dataclasses.field(default_factory=set)  # what was read for it
+
+    def kept(self, span: tuple[int, int]) -> int:
+        """How much of a document is not read again."""
+        start, end = span
+        return max(0, end - start - self.reread_tokens)
+
+    def stops_from(self, begin: int) -> list[int]:
+        """Where what is known up to `begin`."""
+        spans = (span for span in self.passages.spans if span[0] >= begin and self.kept(span))
+        return [start + self.reread_tokens for start, _ in spans] if self.reread_tokens else []
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -55,15 +98,18 @@ class Answer:
     index: int
     job: Job
     stream: TextStream
+    errand: Job | None = None  # what is read before the job, in its slot
+    read_apart: int = 0  # tokens of errands that are over
     expected_cached: int = 0  # when it was queued
     started_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     cached: int = 0
+    stitched: int = 0  # of them, moved to where they stand
     generated: int = 0
     awaited: "Answer | None" = None  # reads a prefix that this answer needs too
     has_awaited: bool = False
-    recalled: Prefix | None = None  # is being read from disk for this answer
+    recalled: Sequence[Prefix] = ()  # are being read from disk for this answer
     has_recalled: bool = False
     lookup: Lookup | None = None
     record: Record | None = None
@@ -80,13 +126,18 @@ class Answer:
         return self.generated > 0
 
     @property
+    def in_slot(self) -> Job:
+        """The sequence that is computed now."""
+        return self.errand or self.job
+
+    @property
     def has_unsent(self) -> bool:
         return bool(self.unsent or self.unsent_logprobs)
 
     @property
     def known_tokens(self) -> int:
         """Computed tokens that are part of the conversation: none behind what ended the answer."""
-        return min(self.job.computed, self.job.prompt_tokens + self.generated)
+        return min(self.in_slot.computed, self.in_slot.prompt_tokens + self.generated)
 
     def take(self, sampled: Iterable[Sampled], vocabulary: Vocabulary, now: float) -> int:
         """Adds what was sampled and delivers its text; returns how many tokens counted. Sets `reason` at the end."""
@@ -125,6 +176,8 @@ class Answer:
             prompt_tokens=self.job.prompt_tokens,
             generated_tokens=self.generated,
             cached_tokens=self.cached,
+            stitched_tokens=self.stitched,
+            documents=self.ticket.reading,
             index=self.index,
             is_deadline=is_deadline,
             stop=self.stream.stopped_by,
@@ -165,6 +218,7 @@ class Ticket:
     grammar: CompiledGrammar | None
     deliver: Callable[[Event], None]
     max_tokens: int
+    passages: Passages | None = None
     answers: list[Answer] = dataclasses.field(default_factory=list)
     first_token_at: float | None = None
     is_cancelled: bool = False
@@ -177,6 +231,13 @@ class Ticket:
     @property
     def is_over(self) -> bool:
         return all(answer.is_over for answer in self.answers)
+
+    @property
+    def reading(self) -> Reading | None:
+        """How the documents are read, if there are any, as far as it is known by now."""
+        if self.passages is None:
+            return None
+        return "exact" if self.answers[0].job.stitching is None else "stitched"
 
     @property
     def phase(self) -> Phase:
@@ -200,6 +261,8 @@ class Ticket:
             decode_seconds=None if first is None else now - first,
             prompt_tokens=len(self.prompt),
             cached_tokens=self.answers[0].cached,
+            stitched_tokens=self.answers[0].stitched,
+            documents=self.reading,
             generated_tokens=sum(answer.generated for answer in self.answers),
             n=self.request.n,
             max_tokens=self.request.max_tokens,

@@ -162,6 +162,8 @@ def _plan(outset: _Outset, asked: Serve, *, chunk_tokens: int = IDLE_CHUNK_TOKEN
         snapshot_folder=outset.snapshot_folder if asked.snapshot_mib else None,
         snapshot_bytes=asked.snapshot_mib * MIB,
         system_prompts=asked.system_prompts if model.kind == "chat" else (),
+        reread_tokens=asked.document_reread_tokens if asked.documents == "stitched" and model.kind == "chat" else None,
+        document_tolerance=asked.document_tolerance,
         is_speculating=asked.speculation == "auto" and model.kind == "chat",
         stream_seconds=asked.stream_seconds,
         notes=tuple(notes),

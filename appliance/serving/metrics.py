@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from appliance.errors import RequestError
 from appliance.serving.engine import Models, RestartReason
-from appliance.serving.events import EngineState, ModelInfo, Outcome, Phase, RequestStats, StepStats
+from appliance.serving.events import EngineState, ModelInfo, Outcome, Phase, Reading, RequestStats, StepStats
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -157,7 +157,9 @@ class _Families:
         self.failures = counter("failures", "Requests that failed after they were accepted, by error code.", "code")
         self.cancelled = counter("cancellations", "Requests whose client went away, by phase.", "phase")
         self.missed = counter("deadline_misses", "Requests that ran out of time, by phase.", "phase")
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, computed or found in the cache.", "source")
+        about = "Prompt tokens: computed, cached, or stitched from documents that had been read by themselves."
+        self.prompt_tokens = counter("prompt_tokens", about, "source")
+        self.document_requests = counter("document_requests", "Requests with documents, by how these were read.", "reading")
         self.generated_tokens = counter("generated_tokens", "Tokens generated.")
         self.forced_tokens = counter("forced_tokens", "Tokens that a grammar left no choice about.")
         self.drafted_tokens = counter("speculation_drafted_tokens", "Tokens guessed from the prompt.")
@@ -196,6 +198,8 @@ class ModelMetrics:
         self._accepted_tokens = families.accepted_tokens.labels(label)
         self._computed_tokens = families.prompt_tokens.labels(label, "computed")
         self._cached_tokens = families.prompt_tokens.labels(label, "cached")
+        self._stitched_tokens = families.prompt_tokens.labels(label, "stitched")
+        self._document_requests = {each: families.document_requests.labels(label, each) for each in get_args(Reading)}
         kinds = get_args(StepKind)
         self._steps = {kind: families.steps.labels(label, kind) for kind in kinds}
         self._step_seconds = {kind: families.step_seconds.labels(label, kind) for kind in kinds}
@@ -250,7 +254,10 @@ class ModelMetrics:
         families.answer_length.labels(label).observe(stats.generated_tokens)
         families.max_length.labels(label).observe(stats.max_tokens)
         families.answers.labels(label).observe(stats.n)
-        self._cached_tokens.inc(stats.cached_tokens)
+        self._cached_tokens.inc(stats.cached_tokens - stats.stitched_tokens)
+        self._stitched_tokens.inc(stats.stitched_tokens)
+        if stats.documents is not None:
+            self._document_requests[stats.documents].inc()
         if stats.cancelled_in is not None:
             families.cancelled.labels(label, _bounded(stats.cancelled_in, get_args(Phase))).inc()
         if stats.missed_deadline_in is not None:

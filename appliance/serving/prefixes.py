@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 
+from appliance.serving import passages
 from appliance.serving.cache import Match, PrefixCache, common_length
 from appliance.serving.decoder import Decoder, SavedCells, SavedPart, SnapshotRefused
 from appliance.serving.job import Job
@@ -17,7 +18,7 @@ SNAPSHOT_TOKENS = 32  # a shorter prefix is read as fast as it is loaded
 RECALL_TOKENS = 64  # what loading a file must save before a request waits for it
 COPY_RATIO = 16  # a slot is copied whole: not for the sake of fewer tokens than one of so many, while somebody waits
 SIGHTINGS = 2  # of a shared prefix, before it is written to disk
-REMEMBERED = 64  # shared prefixes whose sightings are counted
+REMEMBERED = 1024  # shared prefixes and documents whose sightings are counted
 
 logger = logging.getLogger("appliance.serving")
 
@@ -82,7 +83,7 @@ class Prefixes:
 
     def cached_tokens(self, job: Job) -> int:
         """How much of the prompt need not be computed now; the last token always is."""
-        return self._source(_prompt(job)).length
+        return self.source(_prompt(job)).length
 
     def known_tokens(self, job: Job) -> int:
         """As `cached_tokens`, with what would be loaded from disk."""
@@ -91,11 +92,21 @@ class Prefixes:
 
     def has(self, prefix: Prefix) -> bool:
         """Whether all of it is known."""
-        return self._source(prefix).length == len(prefix.tokens)
+        return self.source(prefix).length == len(prefix.tokens)
+
+    def is_somewhere(self, prefix: Prefix) -> bool:
+        """Whether all of it is known, or on disk."""
+        return self.has(prefix) or (self._store is not None and prefix in self._store)
+
+    def parts(self, prefix: Prefix) -> list[SavedPart]:
+        """The saved cells of a prefix that is known."""
+        source = self.source(prefix)
+        assert source.length == len(prefix.tokens), f"{source.length} of {len(prefix.tokens)} tokens are known"
+        return self._parts(source)
 
     def choose(self, job: Job) -> Place:
         """Where the job would go now; there must be a free slot."""
-        source = self._source(_prompt(job))
+        source = self.source(_prompt(job))
         return Place(self._slots.choose(source.slot), source)
 
     def enter(self, job: Job, place: Place) -> None:
@@ -104,28 +115,70 @@ class Prefixes:
         if source.slot == slot:
             lost = len(self._slots.left[slot].prefix.tokens) - source.length
             if lost * COPY_RATIO > source.length:
-                self._keep(slot)
+                self.keep_left(slot)
             self._decoder.remove(slot, source.length, -1)
             job.computed = source.length
         else:
             parts = self._parts(source)
-            self._keep(slot)
-            job.computed = self._fill(slot, parts, source)
+            self.keep_left(slot)
+            job.computed = self._fill(slot, parts, job.prefix(source.length))
         self._slots.enter(slot, job)
+
+    def enter_with(self, job: Job, slot: int, parts: Sequence[SavedPart]) -> bool:
+        """Gives the job this slot with these cells; False when they are refused, and the slot is empty then."""
+        self.keep_left(slot)
+        length = sum(part.end - part.start for part in parts)
+        try:
+            if parts:
+                self._decoder.restore(slot, parts)
+            else:
+                self._decoder.remove(slot, 0, -1)
+        except SnapshotRefused as error:
+            logger.warning("event=prefix_not_loaded tokens=%d reason=%r", length, str(error))
+            self._slots.empty(slot)
+            job.computed = 0
+            return False
+        job.computed = length
+        self._slots.enter(slot, job)
+        return True
+
+    def keep(self, job: Job) -> None:
+        """Takes the job out of its slot, and copies what it has computed into the cache."""
+        self._slots.leave(job, job.prefix(job.computed))
+        self.keep_left(job.slot)
 
     def leave(self, job: Job, known_tokens: int) -> None:
         """Takes the job's slot back; what it has computed of its `known_tokens` stays there until the slot is needed."""
         kept = min(known_tokens, job.computed) if self.can_share else 0
         self._decoder.release(job.slot, kept)
-        self._slots.leave(job, Prefix(tuple(job.tokens[:kept]), job.adapter, job.owner))
+        self._slots.leave(job, job.prefix(kept))
         job.computed = 0
+
+    def keep_left(self, slot: int) -> None:
+        """Copies what was left in a slot into the cache, unless it is there or finds no place."""
+        left = self._slots.left.get(slot)
+        if left is None or left.is_cached:
+            return
+        self._slots.note_cached(slot)
+        saved: list[SavedPart] = []
+        prefix, size = left.prefix, len(left.prefix.tokens)
+
+        def save() -> SavedPart:
+            if not saved:
+                saved.append(SavedPart(self._decoder.save(slot), 0, size))
+            return saved[0]
+
+        common = 0 if prefix.owner is None else self._operator_length(prefix)
+        if common:
+            self._cache.insert(prefix.adapter, None, prefix.tokens[:common], save)
+        self._cache.insert(prefix.adapter, prefix.owner, prefix.tokens, save)
 
     def close_gaps(self) -> None:
         """Moves running answers until they are side by side."""
         if not self.can_share:
             return
         for source, target in self._slots.moves():
-            self._keep(target)
+            self.keep_left(target)
             self._decoder.move(source, target)
             self._slots.moved(source, target)
 
@@ -133,7 +186,7 @@ class Prefixes:
         """Copies what was left in a slot into the cache, for an idle moment; False when all is there."""
         for slot, left in self._slots.left.items():
             if not left.is_cached:
-                self._keep(slot)
+                self.keep_left(slot)
                 return True
         return False
 
@@ -150,15 +203,18 @@ class Prefixes:
 
     def see(self, job: Job, shared_tokens: int) -> None:
         """Counts a prompt whose first `shared_tokens` hold no visitor's text."""
+        self.see_prefix(job.prefix(shared_tokens))
+
+    def see_prefix(self, prefix: Prefix) -> None:
+        """Counts a prefix that may be asked for again."""
         if self._store is None:
             return
-        tokens = tuple(job.tokens[:shared_tokens])
+        tokens = prefix.tokens
         for each in self._operators:
-            if each.adapter == job.adapter and tokens[: len(each.tokens)] == each.tokens:
+            if each.adapter == prefix.adapter and tokens[: len(each.tokens)] == each.tokens:
                 self._used.add(each)
                 if len(tokens) < len(each.tokens) + SNAPSHOT_TOKENS:
                     return  # what it has beside the operator's text is not worth a file
-        prefix = Prefix(tokens, job.adapter, job.owner)
         self._used.add(prefix)
         self._sightings[prefix] = self._sightings.get(prefix, 0) + 1
         self._sightings.move_to_end(prefix)
@@ -189,7 +245,7 @@ class Prefixes:
         """The cells of a known prefix; None when they cannot be put together."""
         self._tried.add(prefix)
         size = len(prefix.tokens)
-        source = self._source(prefix)
+        source = self.source(prefix)
         try:
             return self._decoder.join(self._parts(source)) if source.length == size else None
         except SnapshotRefused as error:
@@ -197,11 +253,16 @@ class Prefixes:
             return None
 
     def restorable(self) -> Iterator[tuple[Prefix, SavedCells]]:
-        """Prefixes on disk that are not known, the last used last. Reads files: not for a held lock."""
+        """Prefixes on disk that are not known, the last used last; documents wait until they are asked for.
+
+        Reads files: not for a held lock.
+        """
         if self._store is None:
             return
         for prefix in reversed(self._store.prefixes()):
-            if not self.has(prefix) and (payload := self._store.read(prefix)) is not None:
+            if passages.is_alone(prefix.tokens) or self.has(prefix):
+                continue
+            if (payload := self._store.read(prefix)) is not None:
                 yield prefix, payload
 
     def worth_recalling(self, job: Job) -> Prefix | None:
@@ -233,7 +294,7 @@ class Prefixes:
         self._cache.clear()
         self._slots.clear()
 
-    def _source(self, wanted: Prefix) -> Source:
+    def source(self, wanted: Prefix) -> Source:
         """The longest known beginning; one in a free slot, which need not be copied, before another of the same length."""
         match = self._cache.match(wanted.adapter, wanted.owner, wanted.tokens)
         best, is_best_free = Source(match.length, match), False
@@ -257,7 +318,7 @@ class Prefixes:
             return [SavedPart(self._decoder.save(source.slot), 0, source.length)]
         return self._cache.parts(source.match)
 
-    def _fill(self, slot: int, parts: Sequence[SavedPart], source: Source) -> int:
+    def _fill(self, slot: int, parts: Sequence[SavedPart], prefix: Prefix) -> int:
         """Puts saved cells into a slot; returns how many tokens it holds then."""
         if not parts:
             if slot in self._slots.left:
@@ -266,30 +327,12 @@ class Prefixes:
         try:
             self._decoder.restore(slot, parts)
         except SnapshotRefused as error:
-            logger.warning("event=prefix_not_loaded tokens=%d reason=%r", source.length, str(error))
-            if source.match.length:
-                self._cache.forget(source.match)
+            logger.warning("event=prefix_not_loaded tokens=%d reason=%r", len(prefix.tokens), str(error))
+            match = self._cache.match(prefix.adapter, prefix.owner, prefix.tokens)
+            if match.length:
+                self._cache.forget(match)
             return 0
-        return source.length
-
-    def _keep(self, slot: int) -> None:
-        """Copies what was left in a slot into the cache, unless it is there or finds no place."""
-        left = self._slots.left.get(slot)
-        if left is None or left.is_cached:
-            return
-        self._slots.note_cached(slot)
-        saved: list[SavedPart] = []
-        prefix, size = left.prefix, len(left.prefix.tokens)
-
-        def save() -> SavedPart:
-            if not saved:
-                saved.append(SavedPart(self._decoder.save(slot), 0, size))
-            return saved[0]
-
-        common = 0 if prefix.owner is None else self._operator_length(prefix)
-        if common:
-            self._cache.insert(prefix.adapter, None, prefix.tokens[:common], save)
-        self._cache.insert(prefix.adapter, prefix.owner, prefix.tokens, save)
+        return len(prefix.tokens)
 
     def _operator_length(self, prefix: Prefix) -> int:
         same = [each.tokens for each in self._operators if each.adapter == prefix.adapter]
@@ -298,11 +341,11 @@ class Prefixes:
 
 def _prompt(job: Job) -> Prefix:
     """What may be shared of a prompt: its last token is always computed."""
-    return Prefix(tuple(job.tokens[: job.prompt_tokens - 1]), job.adapter, job.owner)
+    return job.prefix(job.prompt_tokens - 1)
 
 
 def awaited_length(reader: Job, waiter: Job) -> int:
     """How many tokens of the waiter's prompt the reader will have computed when it has read its own."""
     if reader.adapter != waiter.adapter or reader.owner != waiter.owner:
         return 0
-    return min(common_length(reader.tokens[: reader.prompt_tokens], waiter.tokens), waiter.prompt_tokens - 1)
+    return common_length(reader.prefix(reader.prompt_tokens).tokens, _prompt(waiter).tokens)

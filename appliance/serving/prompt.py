@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from appliance.errors import PromptTooLong, RequestError
+from appliance.serving.passages import Passages
 from appliance.serving.requests import ChatPrompt, Prompt, TextPrompt
+from appliance.text import passages as passage_texts
 from appliance.text import tool_calls
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
 from appliance.text.reasoning import markers_of, opening_of
@@ -39,12 +41,14 @@ class Vocabulary(Protocol):
 class EncodedPrompt:
     """The first `shared_tokens` come from system messages and tools alone, whatever is asked after them.
 
-    `opening` is the end of the rendered prompt that belongs to the answer, such as "<think>\\n".
+    `opening` is the end of the rendered prompt that belongs to the answer, such as "<think>\\n"; `passages` are where
+    documents lie.
     """
 
     tokens: tuple[int, ...]
     shared_tokens: int = 0
     opening: str = ""
+    passages: Passages | None = None
 
 
 class PromptEncoder:
@@ -75,17 +79,44 @@ class PromptEncoder:
     def render(self, prompt: ChatPrompt) -> str:
         """The text that a conversation becomes; raises `RequestError`."""
         marks = _Marks(self._control)
-        return marks.restored(self._rendered(self._shown(prompt, marks), add_generation_prompt=True))
+        text = marks.restored(self._rendered(self._shown(prompt, marks), add_generation_prompt=True))
+        return text.replace(marks.place, "".join(passage_texts.shown(each.id, each.text) for each in prompt.documents))
 
     def _encode_chat(self, prompt: ChatPrompt) -> EncodedPrompt:
         marks = _Marks(self._control)
         shown = self._shown(prompt, marks)
         text = self._rendered(shown, add_generation_prompt=True)
         self._require_room(self._fewest_tokens(text), "messages", "at least ")
+        if prompt.documents:
+            return self._with_documents(prompt, marks, shown, text)
         tokens = self._tokenize(marks, text)
         self._require_room(len(tokens), "messages")
         shared = self._tokenize(marks, self._shared_text(shown))
         return EncodedPrompt(tuple(tokens), _common(tokens, shared), self._opening(shown, text))
+
+    def _with_documents(self, prompt: ChatPrompt, marks: "_Marks", shown: "_Shown", text: str) -> EncodedPrompt:
+        """Documents go where their place is marked, each of them tokenised by itself."""
+        before, place, after = text.partition(marks.place)
+        if not place or marks.place in after:
+            raise RequestError(
+                "This model's chat template does not show the first message just once, so documents have no place in it; "
+                "put their text into a message.",
+                param="documents",
+            )
+        tokens = self._tokenize(marks, before)
+        bounds = [len(tokens)]
+        for document in prompt.documents:
+            tokens += self._tokenize(marks, marks.neutral(passage_texts.shown(document.id, document.text)))
+            bounds.append(len(tokens))
+        tokens += self._tokenize(marks, after)
+        if len(tokens) >= self._context_tokens:
+            raise PromptTooLong(
+                f"The prompt has {len(tokens)} tokens, {bounds[-1] - bounds[0]} in {len(prompt.documents)} "
+                f"documents; the limit is {self._context_tokens} for prompt and answer together. Send fewer or shorter.",
+                param="documents",
+            )
+        passages = Passages(tuple(bounds), tuple(document.score for document in prompt.documents))
+        return EncodedPrompt(tuple(tokens), bounds[0], self._opening(shown, text), passages)
 
     def _shown(self, prompt: ChatPrompt, marks: "_Marks") -> "_Shown":
         reserved = RESERVED_VARIABLES & prompt.template_variables.keys()
@@ -95,11 +126,12 @@ class PromptEncoder:
                 param="chat_template_kwargs",
             )
         variables = marks.neutral(prompt.template_variables)
+        place = [marks.place] if prompt.documents else []
         if self._format.is_native:
             messages = marks.neutral(tool_calls.for_template(prompt.messages, self._format))
-            return _Shown(messages, marks.neutral(prompt.tools) or None, "", variables)
-        tools_text = tool_calls.tools_text(prompt.tools) if prompt.tools else ""
-        return _Shown(marks.neutral(tool_calls.as_text(prompt.messages)), None, marks.neutral(tools_text), variables)
+            return _Shown(messages, marks.neutral(prompt.tools) or None, place, variables)
+        added = [marks.neutral(tool_calls.tools_text(prompt.tools))] if prompt.tools else []
+        return _Shown(marks.neutral(tool_calls.as_text(prompt.messages)), None, [*added, *place], variables)
 
     def _shared_text(self, shown: "_Shown") -> str:
         """What two conversations have in common that share the leading system messages and the tools, and no more.
@@ -107,7 +139,7 @@ class PromptEncoder:
         Two, because many templates refuse a conversation without a user.
         """
         system = list(itertools.takewhile(lambda message: message["role"] == "system", shown.messages))
-        if not (system or shown.tools or shown.tools_text):
+        if not (system or shown.tools or shown.added):
             return ""
         texts = []
         for question in ("a", "b"):
@@ -130,11 +162,8 @@ class PromptEncoder:
             return self._template.render(messages, **given)
 
         try:
-            return (
-                _with_tools_text(shown.messages, shown.tools_text, rendered)
-                if shown.tools_text
-                else rendered(shown.messages)
-            )
+            text = passage_texts.SEPARATOR.join(shown.added)
+            return _with_text(shown.messages, text, rendered) if text else rendered(shown.messages)
         except TemplateFailed as error:
             raise RequestError(str(error), param="messages") from error
 
@@ -158,11 +187,14 @@ class PromptEncoder:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Shown:
-    """A conversation as the template knows it, without control texts; `tools_text` if it knows no tools."""
+    """A conversation as the template knows it, without control texts; `added` is what it does not know to show.
+
+    That is a description of the tools, where it knows none, and the place of documents.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
-    tools_text: str
+    added: list[str]
     variables: dict[str, Any]
 
 
@@ -173,6 +205,7 @@ class _Marks:
         self._control = control
         self._nonce = secrets.token_hex(8)  # no client can guess it
         self._found: list[str] = []
+        self.place = f"[{self._nonce}:documents]"
         self._mark = re.compile(rf"\[{self._nonce}:(\d+)\]")  # no character that `tojson` or `string` would escape
 
     def neutral(self, value: Any) -> Any:
@@ -199,10 +232,10 @@ class _Marks:
         return f"[{self._nonce}:{len(self._found) - 1}]"
 
 
-def _with_tools_text(
+def _with_text(
     messages: Sequence[Mapping[str, Any]], text: str, rendered: Callable[[Sequence[Mapping[str, Any]]], str]
 ) -> str:
-    """The description of the tools ends the system message; where a template has none, it begins the first message."""
+    """The text ends the system message; where a template has none, it begins the first message."""
     first, *rest = messages
     if first["role"] == "system":
         return rendered([{**first, "content": f"{first['content']}\n\n{text}"}, *rest])

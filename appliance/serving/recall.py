@@ -11,6 +11,7 @@ from appliance.serving.decoder import SavedCells
 from appliance.serving.job import Answer
 from appliance.serving.prefixes import Prefixes
 from appliance.serving.snapshots import Prefix
+from appliance.serving.stitcher import Stitcher
 
 logger = logging.getLogger("appliance.serving")
 
@@ -18,8 +19,9 @@ logger = logging.getLogger("appliance.serving")
 class Recall:
     """Used from the scheduler's thread, with its lock; `notify` is called from another when a file has been read."""
 
-    def __init__(self, prefixes: Prefixes, notify: Callable[[], None]) -> None:
+    def __init__(self, prefixes: Prefixes, stitcher: Stitcher, notify: Callable[[], None]) -> None:
         self._prefixes = prefixes
+        self._stitcher = stitcher
         self._notify = notify
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "recall")
         self._reader.submit(bool)  # starts its thread now: an engine has as many when it is new as when it is old
@@ -30,18 +32,16 @@ class Recall:
         return any(not file.done() for file in self._files.values())
 
     def has_to_wait(self, answer: Answer) -> bool:
-        """Whether a file with the beginning of the prompt is being read. Each answer waits for one file only."""
-        if answer.recalled is None and not answer.has_recalled:
+        """Whether files with the prompt's beginning or its documents are being read. Each answer asks for them once."""
+        if not answer.has_recalled:
             answer.has_recalled = True
-            if (prefix := self._prefixes.worth_recalling(answer.job)) is not None:
-                answer.recalled = prefix
+            answer.recalled = self._stitcher.worth_recalling(answer.job)
+            for prefix in answer.recalled:
                 if prefix not in self._files:
                     self._files[prefix] = file = self._reader.submit(self._prefixes.read, prefix)
                     file.add_done_callback(lambda _: self._notify())
-        if answer.recalled in self._files:
-            return True
-        answer.recalled = None
-        return False
+        answer.recalled = [prefix for prefix in answer.recalled if prefix in self._files]
+        return bool(answer.recalled)
 
     def settle(self) -> None:
         """Caches what has been read."""

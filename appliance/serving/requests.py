@@ -10,11 +10,23 @@ from msgspec import Struct
 GrammarKind = Literal["json_schema", "regex", "lark", "gbnf"]
 
 
+class Document(Struct, frozen=True, kw_only=True):
+    """What an answer may rest on. `score` says how relevant it is, higher is more; None: its place is as given."""
+
+    id: str
+    text: str
+    score: float | None = None
+
+
 class ChatPrompt(Struct, frozen=True, kw_only=True, tag=True):
-    """A conversation for the model's chat template; `messages` and `tools` as OpenAI's API spells them, content as text."""
+    """A conversation for the model's chat template; `messages` and `tools` as OpenAI's API spells them, content as text.
+
+    `documents` stand between the system prompt and the conversation.
+    """
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
+    documents: tuple[Document, ...] = ()
     template_variables: dict[str, Any] = {}  # reach the template by name, for example enable_thinking
 
 

@@ -14,6 +14,7 @@ from appliance.serving.job import Answer
 from appliance.serving.pace import Pace
 from appliance.serving.prefixes import Prefixes, awaited_length
 from appliance.serving.speculation import Gate, Lookup
+from appliance.serving.stitcher import Stitcher
 
 AWAITED_TOKENS = 64  # a prefix that another request is just reading is worth waiting for from here on
 
@@ -21,9 +22,12 @@ AWAITED_TOKENS = 64  # a prefix that another request is just reading is worth wa
 class Running:
     """Answers in slots, in order of admission."""
 
-    def __init__(self, decoder: Decoder, prefixes: Prefixes, pace: Pace, gate: Gate | None, weight_bytes: int) -> None:
+    def __init__(
+        self, decoder: Decoder, prefixes: Prefixes, stitcher: Stitcher, pace: Pace, gate: Gate | None, weight_bytes: int
+    ) -> None:
         self._decoder = decoder
         self._prefixes = prefixes
+        self._stitcher = stitcher
         self._pace = pace
         self._gate = gate
         self._weight_bytes = weight_bytes
@@ -44,10 +48,9 @@ class Running:
         place = self._prefixes.choose(job)
         self._decoder.start(place.slot, sampling, answer.ticket.grammar, request.top_logprobs)
         self.answers.append(answer)
-        self._prefixes.enter(job, place)
+        self._stitcher.enter(answer, place)
         if answer.index == 0:
             self._prefixes.see(job, answer.ticket.shared_tokens)
-        answer.cached = job.computed
         answer.started_at = now
         if self._gate is not None:
             answer.record = self._gate.record()
@@ -57,6 +60,8 @@ class Running:
         """Whether a running answer is just reading much of this one's prompt. It is waited for once, and then no more."""
         if not self._prefixes.can_share:
             return False
+        if self._stitcher.has_to_wait(answer, self.answers):
+            return True
         if answer.awaited is None and not answer.has_awaited:
             cached = self._prefixes.cached_tokens(answer.job)
             for reader in self.answers:
@@ -82,7 +87,7 @@ class Running:
         first: list[float] = []
         between: list[float] = []
         for answer, feed in batch.parts:
-            job, given = answer.job, sampled.get(feed.slot, ())
+            job, given = answer.in_slot, sampled.get(feed.slot, ())
             read_cells += feed.position + len(feed.tokens)
             if answer.is_decoding:
                 rows += len(feed.tokens)
@@ -93,7 +98,10 @@ class Running:
             if feed.drafted and self._gate is not None and answer.record is not None:
                 self._gate.learn(answer.record, feed.drafted, right)
                 drafted, accepted = drafted + feed.drafted, accepted + right
-            if answer.ticket.is_cancelled or not given:
+            if answer.ticket.is_cancelled:
+                continue
+            self._stitcher.went_on(answer)
+            if not given:
                 continue
             if answer.ticket.first_token_at is None:
                 first.append(now - answer.ticket.request.arrived_at)
@@ -128,12 +136,12 @@ class Running:
         """Brings sequences back to what is known after an aborted call."""
         if self._decoder.can_share:
             for answer, feed in batch.parts:
-                self._decoder.remove(feed.slot, answer.job.computed, -1)
+                self._decoder.remove(feed.slot, answer.in_slot.computed, -1)
 
     def leave(self, answer: Answer) -> None:
         """Frees the slot; what was computed stays there until the slot is needed."""
         self.answers.remove(answer)
-        self._prefixes.leave(answer.job, answer.known_tokens)
+        self._prefixes.leave(answer.in_slot, answer.known_tokens)
 
     def clear(self) -> None:
         """After a failure, with no answer left."""

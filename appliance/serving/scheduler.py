@@ -2,8 +2,9 @@
 
 Each step computes the running answers first and fills what room is left with prompts, so that a long prompt never freezes
 an answer. `Scheduler` is used from any thread. Its parts: `job.py` (a request's state), `backlog.py` (who waits),
-`running.py` (who is answered), `slots.py` (where), `prefixes.py` (what is known of a prompt), `batch.py` (what a step
-computes), `recall.py` (what comes back from disk), `idle.py` (what is done while nobody asks), `heap.py` (freed memory).
+`running.py` (who is answered), `slots.py` (where), `prefixes.py` (what is known of a prompt), `stitcher.py` (documents that
+were read by themselves), `batch.py` (what a step computes), `recall.py` (what comes back from disk), `idle.py` (what is done
+while nobody asks), `heap.py` (freed memory).
 Knows nothing of llama.cpp (a `Decoder` does the computing), of HTTP or of templates.
 """
 
@@ -23,12 +24,14 @@ from appliance.serving.idle import SETTLE_SECONDS, IdleWork
 from appliance.serving.intake import Intake
 from appliance.serving.job import Answer, Job, Ticket
 from appliance.serving.pace import Pace, Work
+from appliance.serving.passages import Passages
 from appliance.serving.prefixes import Prefixes
 from appliance.serving.recall import Recall
 from appliance.serving.requests import GenerationRequest
 from appliance.serving.running import Running
 from appliance.serving.snapshots import Prefix, SnapshotStore
 from appliance.serving.speculation import Gate
+from appliance.serving.stitcher import Stitcher
 from appliance.serving.text_stream import TextStream
 from appliance.serving.thread_choice import ThreadChoice
 
@@ -37,6 +40,10 @@ logger = logging.getLogger("appliance.serving")
 
 def _no_flush() -> None:
     """For listeners that need no telling when a step is over."""
+
+
+def _adapter(request: GenerationRequest) -> Adapter | None:
+    return None if request.adapter is None else Adapter(request.adapter, request.adapter_scale)
 
 
 def _unexpected() -> EngineFailed:
@@ -72,10 +79,11 @@ class Scheduler:
         self._changed = threading.Condition()  # guards everything below
         self._prefixes = Prefixes(decoder, settings.cache_tokens, snapshots)
         self._backlog = Backlog(decoder.slots, settings.queue_requests, settings.queue_tokens)
-        self._running = Running(decoder, self._prefixes, self._pace, self._gate, weight_bytes)
+        self._stitcher = Stitcher(decoder, self._prefixes, settings.reread_tokens, settings.document_tolerance)
+        self._running = Running(decoder, self._prefixes, self._stitcher, self._pace, self._gate, weight_bytes)
         self._idle = IdleWork(decoder, self._prefixes, self._pace, snapshots)
         self._heap = Heap()
-        self._recall = Recall(self._prefixes, self._notify)
+        self._recall = Recall(self._prefixes, self._stitcher, self._notify)
         self._tickets: dict[str, Ticket] = {}
         self._in_flight: Sequence[Answer] = ()  # answers of the decode call now running
         self._step_started_at: float | None = None
@@ -92,6 +100,7 @@ class Scheduler:
         grammar: CompiledGrammar | None,
         deliver: Callable[[Event], None],
         opening: str = "",
+        passages: Passages | None = None,
     ) -> None:
         """Queues a request; `Accepted` is delivered before this returns, the rest by the scheduler's thread.
 
@@ -106,9 +115,10 @@ class Scheduler:
                 param="messages",
             )
         max_tokens = min(request.max_tokens, limit - len(prompt))
-        ticket = Ticket(request, tuple(prompt), min(shared_tokens, len(prompt)), grammar, deliver, max_tokens)
-        ticket.answers = [self._answer(ticket, index) for index in range(request.n)]
         with self._changed:
+            prompt, passages = self._stitcher.arranged(prompt, passages, _adapter(request), request.tenant)
+            ticket = Ticket(request, tuple(prompt), min(shared_tokens, len(prompt)), grammar, deliver, max_tokens, passages)
+            ticket.answers = [self._answer(ticket, index) for index in range(request.n)]
             self._require_place(ticket)
             self._tickets[request.id] = ticket
             deliver(Accepted(prompt_tokens=len(prompt), opening=opening))
@@ -173,8 +183,8 @@ class Scheduler:
 
     def _answer(self, ticket: Ticket, index: int) -> Answer:
         request = ticket.request
-        adapter = None if request.adapter is None else Adapter(request.adapter, request.adapter_scale)
-        job = Job(list(ticket.prompt), len(ticket.prompt), adapter, request.tenant)
+        job = Job(list(ticket.prompt), len(ticket.prompt), _adapter(request), request.tenant)
+        self._stitcher.plan(job, ticket.passages)
         return Answer(ticket, index, job, TextStream(request.stop), interval_seconds=self._stream_seconds)
 
     def _require_place(self, ticket: Ticket) -> None:
@@ -184,7 +194,7 @@ class Scheduler:
             raise RequestError(f"A request with the id {ticket.request.id!r} is being answered; choose another id.")
         running = [self._work(answer) for answer in self._running.answers]
         self._backlog.require_place(len(ticket.prompt), running, self._work, self._pace)
-        cached = self._prefixes.known_tokens(ticket.answers[0].job)
+        cached = self._stitcher.known_tokens(ticket.answers[0].job)
         for answer in ticket.answers:
             answer.expected_cached = cached if answer.index == 0 else len(ticket.prompt) - 1
         if ticket.request.deadline_at is not None:
@@ -194,7 +204,7 @@ class Scheduler:
 
     def _work(self, answer: Answer) -> Work:
         job = answer.job
-        left = job.prompt_tokens - max(job.computed, answer.expected_cached)
+        left = job.prompt_tokens - max(job.computed, answer.expected_cached + answer.read_apart)
         return Work(max(left, 0), self._pace.expected_answer(answer.ticket.max_tokens, answer.generated))
 
     def _run(self) -> None:

@@ -39,7 +39,7 @@ class Slots:
             yield slot, left.prefix
         for slot, job in self.running.items():
             if job.computed:
-                yield slot, Prefix(tuple(job.tokens[: job.computed]), job.adapter, job.owner)
+                yield slot, job.prefix(job.computed)
 
     def choose(self, wanted: int | None) -> int:
         """A free slot, of which there is one: the wanted one, if it is beside the running ones."""
@@ -57,6 +57,10 @@ class Slots:
         if kept.tokens:
             self._clock += 1
             self.left[job.slot] = Left(kept, self._clock)
+
+    def empty(self, slot: int) -> None:
+        """Its cells are lost."""
+        self.left.pop(slot, None)
 
     def note_cached(self, slot: int) -> None:
         self.left[slot] = dataclasses.replace(self.left[slot], is_cached=True)

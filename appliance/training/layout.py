@@ -23,6 +23,7 @@ def load(base: Path, rung: Rung) -> Any:
     model = models.load_model(base, rung.weights, is_nf4=rung.is_nf4, in_memory=rung.ends_in_memory)
     if rung.is_nf4:
         _hold_four_bits(model)
+        allocator.release()  # each weight was there in 16 and in 32 bits
     return model
 
 

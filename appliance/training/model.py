@@ -71,7 +71,26 @@ def load_tokenizer(path: Path) -> Any:
         raise ModelFileError(f"The tokenizer in {path} names no end-of-turn token (eos_token).")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding never has a label, so the choice cannot be learned
+    _check_ids(path, tokenizer)
     return tokenizer
+
+
+def _check_ids(path: Path, tokenizer: Any) -> None:
+    """Raises `ModelFileError` where the model has no embedding for a token that any text can have.
+
+    Tokens that were added and that no conversation uses do not matter: Gemma 3 1B has one for images.
+    """
+    from transformers import AutoConfig
+
+    rows = int(AutoConfig.from_pretrained(path, local_files_only=True).get_text_config().vocab_size)
+    probe = [{"role": "user", "content": "?"}]
+    used = tokenizer.apply_chat_template(probe, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+    highest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id, *used)
+    if highest >= rows:
+        raise ModelFileError(
+            f"The tokenizer in {path} gives token ids up to {highest}, the model has embeddings for {rows}: it belongs to "
+            "another model, or tokens were added without resizing the embeddings. Copy the tokenizer of this model."
+        )
 
 
 def marked_template(path: Path, tokenizer: Any) -> str | None:

@@ -1,8 +1,9 @@
 """Greedy answers of the base beside those of the adapter, so that a person sees what training changed."""
 
+import contextlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from appliance.training.labels import IGNORED, LabelledRow, render_ids
 
 SAMPLES, LEARNED = "samples.json", "learned.json"
 ANSWER_TOKENS = 120
+HEAD_PARTS = 16
 CANDIDATES = 8  # questions of a language, of which the first is asked that holds no personal data
 
 
@@ -87,7 +89,7 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
     import torch
 
     ids = torch.tensor([render_ids(tokenizer, messages, add_generation_prompt=True)], device=model.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), _head_in_parts(model):
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -98,3 +100,26 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
         )
     text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
+
+
+@contextlib.contextmanager
+def _head_in_parts(model: Any) -> Iterator[None]:
+    """On a CPU, what oneDNN lays out anew of 16-bit weights is as large as they are, and it keeps the place."""
+    import torch
+
+    head = model.get_output_embeddings()
+    if head.weight.device.type != "cpu":
+        yield
+        return
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        weights = head.weight.chunk(HEAD_PARTS)
+        biases = [None] * len(weights) if head.bias is None else head.bias.chunk(HEAD_PARTS)
+        parts = [torch.nn.functional.linear(hidden, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return torch.cat(parts, -1)
+
+    whole, head.forward = head.forward, forward
+    try:
+        yield
+    finally:
+        head.forward = whole

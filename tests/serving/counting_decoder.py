@@ -37,11 +37,12 @@ class Listener:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One computed token; `digest` stands for it and all that was before it."""
+    """One computed token; `digest` stands for it and all that was before it, when it was computed at position `origin`."""
 
     token: int
     digest: int
     adapter: Adapter | None
+    origin: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class CountingDecoder:
     slots: int = 2
     context_tokens: int = 64
     can_share: bool = True
+    can_move: bool = False
     follow: Callable[[tuple[int, ...]], int] = lambda history: END if history[-1] == 99 else history[-1] + 1
     cell_bytes: int = CELL_BYTES
     held: dict[int, dict[int, Cell]] = field(default_factory=dict)  # cells by position, by slot
@@ -239,11 +241,15 @@ class CountingDecoder:
         self._require(slot in self.samplers, f"slot {slot} was not started")
         cells = self.held.setdefault(slot, {})
         self._require(sorted(cells) == list(range(position)), f"position {position} in a sequence of {len(cells)}")
-        digest = 0
         for at in range(position):  # what is attended to must be what these tokens mean here
-            digest = hash((digest, cells[at].token))
-            self._require(cells[at].digest == digest, f"position {at} was computed from other tokens")
-            self._require(cells[at].adapter == adapter, f"position {at} was computed with another adapter")
+            cell = cells[at]
+            start = at - cell.origin
+            self._require(start == 0 or self.can_move, f"position {at} was computed at {cell.origin}")
+            digest = cells[at - 1].digest if at and not start else 0
+            for each in range(start if start else at, at + 1):  # one that was moved belongs to a text read by itself
+                digest = hash((digest, cells[each].token))
+            self._require(cell.digest == digest, f"position {at} was computed from other tokens")
+            self._require(cell.adapter == adapter, f"position {at} was computed with another adapter")
         self._extend(cells, tokens, adapter)
         self._require(len(cells) <= self.context_tokens, f"{len(cells)} tokens in a context of {self.context_tokens}")
         self.computed += len(tokens)
@@ -251,7 +257,7 @@ class CountingDecoder:
     def _extend(self, cells: dict[int, Cell], tokens: Sequence[int], adapter: Adapter | None) -> None:
         for token in tokens:
             before = cells[len(cells) - 1].digest if cells else 0
-            cells[len(cells)] = Cell(token, hash((before, token)), adapter)
+            cells[len(cells)] = Cell(token, hash((before, token)), adapter, len(cells))
 
     def _packed(self, cells: Mapping[int, Cell]) -> bytes:
         start = min(cells)
@@ -259,17 +265,22 @@ class CountingDecoder:
         self.copied += len(cells)
         adapter = cells[start].adapter
         told = None if adapter is None else [adapter.name, adapter.scale]
-        return json.dumps([start, told, [[cells[at].token, cells[at].digest] for at in sorted(cells)]]).encode()
+        saved = [[cells[at].token, cells[at].digest, cells[at].origin] for at in sorted(cells)]
+        return json.dumps([start, told, saved]).encode()
 
     def _joined(self, parts: Sequence[SavedPart]) -> dict[int, Cell]:
         joined: dict[int, Cell] = {}
         for part in parts:
-            self._require(not joined or max(joined) + 1 == part.start < part.end, f"a part begins at {part.start}")
+            at = max(joined, default=part.start - 1) + 1
+            self._require(self.can_move or at == part.start < part.end, f"a part begins at {part.start}")
             start, told, saved = json.loads(bytes(part.cells))
-            if start > part.start or start + len(saved) < part.end or any(token == -1 for token, _ in saved):
+            if start > part.start or start + len(saved) < part.end or any(each[0] == -1 for each in saved):
                 raise SnapshotRefused("The cells are of another size.")
             adapter = None if told is None else Adapter(*told)
-            joined |= {at: Cell(*saved[at - start], adapter) for at in range(part.start, part.end)}
+            cells = saved[part.start - start : part.end - start]
+            joined |= {
+                at + number: Cell(token, digest, adapter, origin) for number, (token, digest, origin) in enumerate(cells)
+            }
         self.copied += len(joined)
         return joined
 

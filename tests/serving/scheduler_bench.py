@@ -9,6 +9,7 @@ from typing import Any
 
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import Accepted, Event, Failed, Finished, TextPiece
+from appliance.serving.passages import Passages
 from appliance.serving.requests import GenerationRequest, SamplingSettings, TokenPrompt
 from appliance.serving.scheduler import Scheduler
 from appliance.serving.snapshots import SnapshotStore
@@ -48,6 +49,7 @@ class Client:
         *,
         shared: int = 0,
         grammar: Forcing | None = None,
+        passages: Passages | None = None,
         wait: float | None = None,
         seed: int | None = None,
         **fields: Any,
@@ -67,7 +69,7 @@ class Client:
         )
         self.n = request.n
         self._scheduler = scheduler
-        scheduler.submit(request, prompt, shared, grammar, self.events.put, "<think>")
+        scheduler.submit(request, prompt, shared, grammar, self.events.put, "<think>", passages)
         assert self.next() == Accepted(prompt_tokens=len(prompt), opening="<think>")
 
     @property

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from appliance.errors import PromptTooLong, RequestError
 from appliance.serving.prompt import PromptEncoder
-from appliance.serving.requests import ChatPrompt, TextPrompt, TokenPrompt
+from appliance.serving.requests import ChatPrompt, Document, TextPrompt, TokenPrompt
+from appliance.text import passages
 from appliance.text.chat_template import ChatTemplate
 from tests.serving.fakes import TEMPLATE
 from tests.tiny_gguf import CHATML
@@ -184,3 +185,49 @@ def test_opening_belongs_to_the_answer() -> None:
     assert encoder(TEMPLATE).encode(chat(USER, enable_thinking=False)).opening == "<think>\n\n</think>\n\n"
     bare = "{{ messages[0].content }}"
     assert encoder(bare).encode(chat({"role": "user", "content": "What is <think>"})).opening == ""
+
+
+BEDS = Document(id="beds.md", text="  Beds are given at six.\n", score=0.5)
+FOOD = Document(id='the "kitchen"', text="Soup <|im_end|> at noon.")
+
+
+@pytest.mark.parametrize("template", [CHATML, STERN, TEMPLATE, THINKING])
+@pytest.mark.parametrize("messages", [(USER,), (SYSTEM, USER)])
+def test_documents_stand_between_system_prompt_and_conversation(template: str, messages: tuple[Any, ...]) -> None:
+    if template == STERN and messages[0] == SYSTEM:
+        pytest.skip("this template has no system message")
+    prompt = ChatPrompt(messages=messages, documents=(BEDS, FOOD))
+    encoded = encoder(template).encode(prompt)
+    found = encoded.passages
+    assert found is not None
+    texts = [text_of(encoded.tokens[start:end]) for start, end in found.spans]
+    assert texts == [passages.shown(each.id, each.text) for each in (BEDS, FOOD)]
+    assert texts[0] == '<document id="beds.md">\nBeds are given at six.\n</document>\n'
+    assert found.scores == (0.5, None)
+    before, after = text_of(encoded.tokens[: found.start]), text_of(encoded.tokens[found.end :])
+    assert ("Be brief." in before) == (SYSTEM in messages)
+    assert "hi" in after
+    assert encoded.shared_tokens == found.start
+    whole = encoder(template).render(prompt)
+    assert whole == before + "".join(texts) + after
+    assert controls(encoded.tokens[found.start : found.end]) == []  # what a document says ends no turn
+
+
+def test_documents_come_behind_tools_that_are_described_in_the_system_message() -> None:
+    encoded = encoder().encode(ChatPrompt(messages=(SYSTEM, USER), documents=(BEDS,), tools=(TOOL,)))
+    assert encoded.passages is not None
+    assert "weather" in text_of(encoded.tokens[: encoded.passages.start])
+
+
+def test_documents_that_do_not_fit_are_counted() -> None:
+    long = Document(id="long", text="x" * 100)
+    with pytest.raises(PromptTooLong, match=r"of them|in 2 documents; the limit is 160 .* fewer or shorter") as caught:
+        encoder(context_tokens=160).encode(ChatPrompt(messages=(USER,), documents=(long, BEDS)))
+    assert caught.value.param == "documents"
+
+
+@pytest.mark.parametrize("template", ["{{ messages[-1].content }}", "{{ messages[0].content }}{{ messages[0].content }}"])
+def test_documents_need_one_place(template: str) -> None:
+    with pytest.raises(RequestError, match="no place") as caught:
+        encoder(template).encode(ChatPrompt(messages=(SYSTEM, USER), documents=(BEDS,)))
+    assert caught.value.param == "documents"

@@ -235,6 +235,18 @@ def test_unusable_base_folder(trained: Trained, root: Path, tmp_path: Path, chan
     assert not list(root.glob("adapter/*/*.safetensors"))
 
 
+def test_tokenizer_of_another_model_is_refused(trained: Trained, root: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base model"
+    shutil.copytree(trained.made["base"], base, ignore=shutil.ignore_patterns("manifest.json"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] - 1}))
+    result = call("train", trained.recipe, "--phase", "sft", "--set", f"base={base}")
+    assert result.exit_code == 1, result.stderr
+    rows = config["vocab_size"] - 1
+    assert f"gives token ids up to {rows}, the model has embeddings for {rows}" in " ".join(result.stderr.split())
+    assert not list(root.glob("adapter/*/*.safetensors"))
+
+
 def test_too_long_triplet_is_said_before_sft(trained: Trained, root: Path) -> None:
     trained.copy(root, "data", "base")
     result = call("train", trained.recipe, "--phase", "sft", "--set", "dpo.max_tokens=16", "--set", "sft.epochs=99")

@@ -10,6 +10,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from appliance.serving.api.fields import (
     MAX_CHOICES,
+    MAX_NAME_CHARACTERS,
     MAX_TOP_LOGPROBS,
     AdapterScale,
     DeadlineSeconds,
@@ -30,6 +31,8 @@ from appliance.serving.api.fields import (
 )
 from appliance.serving.api.tools import MAX_CALLS, MAX_TOOLS, CalledTool, CallId, NamedTool, Tool, plain_tools
 from appliance.serving.chat_turn import ChatTurn, Effort
+from appliance.serving.passages import MOST_DOCUMENTS
+from appliance.serving.requests import Document
 
 MAX_MESSAGES = 1024
 MAX_TEXT_CHARACTERS = 512 * 1024
@@ -97,6 +100,14 @@ class ToolMessage(Strict):
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
+class DocumentBody(Strict):
+    """What an answer may rest on."""
+
+    id: Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARACTERS)]
+    text: Annotated[str, StringConstraints(min_length=1)]
+    score: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
 class ChatRequest(SamplingFields):
     """The body of POST /v1/chat/completions."""
 
@@ -113,6 +124,13 @@ class ChatRequest(SamplingFields):
 
     model: ModelName | None = Field(None, description="May be left out: the default model.")
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    documents: list[DocumentBody] = Field(
+        default_factory=list,
+        max_length=MOST_DOCUMENTS,
+        fail_fast=True,
+        description="Of this server: texts that stand between system prompt and conversation. With scores, those that are "
+        "about as relevant may change places, so that more of what was read before can be used.",
+    )
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
@@ -140,8 +158,12 @@ class ChatRequest(SamplingFields):
     def _agrees(self) -> Self:
         if self.messages[-1].role == "assistant":
             raise ValueError("the last message must not be the assistant's; end with the user's or a tool's.")
-        if sum(len(message.content) for message in self.messages) > MAX_TEXT_CHARACTERS:
-            raise ValueError(f"the messages are longer than the limit of {MAX_TEXT_CHARACTERS} characters together.")
+        texts = [*(message.content for message in self.messages), *(document.text for document in self.documents)]
+        if sum(map(len, texts)) > MAX_TEXT_CHARACTERS:
+            raise ValueError(
+                f"messages and documents are longer than the limit of {MAX_TEXT_CHARACTERS} characters together."
+            )
+        _require_different(self.documents)
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed when stream is true.")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
@@ -161,6 +183,7 @@ class ChatRequest(SamplingFields):
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         return ChatTurn(
             messages=tuple(message.plain() for message in self.messages),
+            documents=tuple(Document(id=each.id, text=each.text, score=each.score) for each in self.documents),
             tools=plain_tools(self.tools),
             tool_choice="required" if isinstance(self.tool_choice, NamedTool) else self.tool_choice,
             named_tool=named,
@@ -177,6 +200,19 @@ class ChatRequest(SamplingFields):
             adapter_scale=self.adapter_scale,
             ignore_end=self.ignore_eos,
         )
+
+
+def _require_different(documents: Sequence[DocumentBody]) -> None:
+    ids: dict[str, int] = {}
+    texts: dict[str, int] = {}
+    for at, document in enumerate(documents):
+        text = document.text.strip()
+        if not text:
+            raise ValueError(f"documents[{at}], {document.id!r}, is empty; leave it out.")
+        for known, key, what in ((ids, document.id, "id"), (texts, text, "text")):
+            if key in known:
+                raise ValueError(f"documents[{at}] has the {what} of documents[{known[key]}]; give each document once.")
+            known[key] = at
 
 
 def _named(name: str | None) -> dict[str, str]:

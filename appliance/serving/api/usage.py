@@ -4,13 +4,21 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from appliance.serving.events import Finished
+from appliance.serving.events import Finished, Reading
 
 
 class PromptDetails(BaseModel):
-    """`cached_tokens` had been read for an earlier request and cost nothing."""
+    """`cached_tokens` had been read for an earlier request and cost nothing; the rest is of requests with documents.
+
+    Of the cached tokens `stitched_tokens` are of documents that had been read by themselves, and `restored_tokens` had been
+    read where they stand. The answer of an "exact" reading is that of a prompt without any cache.
+    """
 
     cached_tokens: int
+    reading: Reading | None = None
+    computed_tokens: int | None = None
+    restored_tokens: int | None = None
+    stitched_tokens: int | None = None
 
 
 class CompletionDetails(BaseModel):
@@ -34,6 +42,18 @@ def usage(answers: Sequence[Finished], reasoning_tokens: int | None = None) -> U
         prompt_tokens=prompt,
         completion_tokens=generated,
         total_tokens=prompt + generated,
-        prompt_tokens_details=PromptDetails(cached_tokens=max(answer.cached_tokens for answer in answers)),
+        prompt_tokens_details=_details(max(answers, key=lambda answer: answer.cached_tokens)),
         completion_tokens_details=details,
+    )
+
+
+def _details(answer: Finished) -> PromptDetails:
+    if answer.documents is None:
+        return PromptDetails(cached_tokens=answer.cached_tokens)
+    return PromptDetails(
+        cached_tokens=answer.cached_tokens,
+        reading=answer.documents,
+        computed_tokens=answer.prompt_tokens - answer.cached_tokens,
+        restored_tokens=answer.cached_tokens - answer.stitched_tokens,
+        stitched_tokens=answer.stitched_tokens,
     )

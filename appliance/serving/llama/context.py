@@ -32,7 +32,7 @@ from appliance.serving.decoder import (
 from appliance.serving.engine_settings import KV_VALUE_BYTES, EngineSettings
 from appliance.serving.grammar import CompiledGrammar as LlguidanceGrammar
 from appliance.serving.grammar import GrammarCompiler
-from appliance.serving.llama import library, sampler, saved_cells
+from appliance.serving.llama import library, rope, sampler, saved_cells
 from appliance.serving.llama.batch import Batch
 from appliance.serving.llama.model import Model
 from appliance.serving.llama.sampler import Candidates, SlotSampler
@@ -40,6 +40,7 @@ from appliance.serving.requests import Grammar, SamplingSettings
 from appliance.serving.sampling import Logits
 
 TILE_ROWS = 64  # ggml_fa_tile_config::Q
+PROBE_TEXT = "Each passage is read once, wherever it stands in a prompt: its keys are moved there."
 
 
 class Context:
@@ -70,6 +71,7 @@ class Context:
         self._rows: dict[int, Logits] = {}  # by address
         values = KV_VALUE_BYTES
         self.cell_bytes = int(model.kv_bytes_per_token * values[settings.kv_type] / values["f16"])
+        self._rotation: rope.Rotation | None = None
         self._adapter: Adapter | None = None
         self._adapters = {name: _load_adapter(model, Path(path)) for name, path in settings.adapters.items()}
 
@@ -81,6 +83,31 @@ class Context:
     def batch_tokens(self) -> int:
         """The most that one `decode` takes, drafts included."""
         return self._batch.capacity
+
+    @property
+    def can_move(self) -> bool:
+        return self._rotation is not None
+
+    def allow_moving(self) -> None:
+        """Saved parts may stand at other positions from now on. Raises `SnapshotRefused` with the reason why they cannot.
+
+        Before anything is answered: a short text is read at two places, and its keys are moved from one to the other.
+        """
+        if not self.can_share:
+            raise SnapshotRefused("parts of its memory cannot be kept")
+        rope_type = c.llama_model_rope_type(self._model.handle)
+        rotation = rope.of(self._model.header, self._model.path, rope_type)
+        tokens = self._model.tokenize(PROBE_TEXT, parse_special=False)
+
+        def keys_at(position: int) -> Sequence[rope.Keys]:
+            self._compute([Feed(0, tokens, position, is_sampled=False)])
+            try:
+                return saved_cells.keys(self.save(0))
+            finally:
+                self.remove(0, 0, -1)
+
+        rope.check(rotation, keys_at, self.context_tokens - len(tokens))
+        self._rotation = rotation
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         return self._grammars.compile(grammar)
@@ -138,7 +165,7 @@ class Context:
     def restore(self, slot: int, parts: Sequence[SavedPart]) -> None:
         self.remove(slot, 0, -1)
         is_whole = len(parts) == 1 and saved_cells.can_be_taken(parts[0], self.slots, self.context_tokens)
-        data = np.frombuffer(parts[0].cells, np.uint8) if is_whole else saved_cells.join(parts, self.slots)
+        data = np.frombuffer(parts[0].cells, np.uint8) if is_whole else self._joined(parts)
         library.forget_errors()
         if c.llama_state_seq_set_data(self._context, _pointer(data), len(data), slot) == 0:
             self.remove(slot, 0, -1)
@@ -149,10 +176,13 @@ class Context:
     def join(self, parts: Sequence[SavedPart]) -> memoryview:
         if len(parts) == 1 and saved_cells.is_whole(parts[0]):
             return memoryview(parts[0].cells)
-        return saved_cells.join(parts, self.slots).data
+        return self._joined(parts).data
 
     def check(self, cells: SavedCells, tokens: int) -> None:
         saved_cells.check(cells, tokens, self.cell_bytes, self._kv_type)
+
+    def _joined(self, parts: Sequence[SavedPart]) -> saved_cells.Bytes:
+        return saved_cells.join(parts, self.slots, self._rotation)
 
     def move(self, source: int, target: int) -> None:
         if tokens := c.llama_memory_seq_pos_max(self._memory, source) + 1:  # none where nothing was read yet

@@ -68,6 +68,10 @@ class Model:
         return self._token_count
 
     @property
+    def header(self) -> gguf_file.GgufHeader:
+        return self._header
+
+    @property
     def architecture(self) -> str:
         return self._header.architecture
 

@@ -1,4 +1,4 @@
-"""The bytes in which llama.cpp gives away the cells of a sequence and takes them back: checked, cut and joined by tokens.
+"""The bytes in which llama.cpp gives away the cells of a sequence and takes them back: checked, cut, joined and moved.
 
 Layout, little-endian (commit 0c1e57098: `llama_context::state_seq_get_data`, `llama_kv_cache::state_write`): magic u32,
 sequence i32, streams u32; then for each stream the number of cells u32, and where it is not 0: for each cell its position
@@ -14,12 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from appliance.serving.decoder import SavedCells, SavedPart, SnapshotRefused
+from appliance.serving.llama.rope import Keys, Rotation
 
 _FRONT = struct.Struct("<IiI")  # magic, sequence, streams
 _COUNT = struct.Struct("<I")
 _LAYERS = struct.Struct("<II")
 _ROWS = struct.Struct("<iQ")
 PLAIN_CELL_BYTES = 12  # of position, number of sequences, sequence
+POSITION_BYTES = 4  # the first of them
+F16 = 1  # ggml_type
 EXTRA_CELL_BYTES = (0, 8, 12)  # llama_kv_cell_ext, of models with positions in two dimensions
 
 Bytes = npt.NDArray[np.uint8]
@@ -98,14 +101,21 @@ def can_be_taken(part: SavedPart, streams: int, most_cells: int) -> bool:
     return layout.streams == streams and part.end <= layout.cells <= min(most_cells, part.end + part.end // 4)
 
 
-def join(parts: Sequence[SavedPart], streams: int) -> Bytes:
-    """The cells of all parts, for a memory of so many streams. Raises `SnapshotRefused` where they do not go together."""
+def join(parts: Sequence[SavedPart], streams: int, rotation: Rotation | None = None) -> Bytes:
+    """The cells of all parts, one behind the other from where the first begins, for a memory of so many streams.
+
+    What was computed at other positions is moved. Raises `SnapshotRefused` where the parts do not go together, or where
+    there is no `rotation` to move them by.
+    """
     layouts = [_layout(part.cells) for part in parts]
     chosen = [layout.chosen(part.start, part.end) for layout, part in zip(layouts, parts, strict=True)]
     first = layouts[0]
     kinds = {(each.cell_width, each.layers, tuple((rows.type, rows.width) for rows in each.rows)) for each in layouts}
     if len(kinds) > 1:
         raise SnapshotRefused("Saved cells of different models or types cannot be joined.")
+    distances = _distances(parts)
+    if any(distances) and (rotation is None or not _can_move(first)):
+        raise SnapshotRefused("Saved cells of this model cannot be moved to other positions.")
     count = sum(part.end - part.start for part in parts)
     heads = len(first.rows) * _ROWS.size
     size = _FRONT.size + 4 * streams + _LAYERS.size + heads
@@ -113,15 +123,40 @@ def join(parts: Sequence[SavedPart], streams: int) -> Bytes:
     out = _Writer(size)
     magic, _, _ = _FRONT.unpack_from(first.data.data)
     out.write(_FRONT.pack(magic, 0, streams) + _COUNT.pack(count))
-    for layout, cells in zip(layouts, chosen, strict=True):
-        out.copy(layout.of_cells, cells)
+    for part, distance, layout, cells in zip(parts, distances, layouts, chosen, strict=True):
+        placed = out.copy(layout.of_cells, cells)
+        positions = np.arange(part.start, part.end, dtype=np.int32) + np.int32(distance)
+        placed[:, :POSITION_BYTES] = positions.view(np.uint8).reshape(-1, POSITION_BYTES)
     out.write(_LAYERS.pack(0, first.layers))
     for number, rows in enumerate(first.rows):
         out.write(_ROWS.pack(rows.type, rows.width))
-        for layout, cells in zip(layouts, chosen, strict=True):
-            out.copy(layout.table(layout.rows[number]), cells)
+        for distance, layout, cells in zip(distances, layouts, chosen, strict=True):
+            placed = out.copy(layout.table(layout.rows[number]), cells)
+            if distance and rotation is not None and number < first.layers:
+                rotation.turn(placed.view(np.float16), distance)
     out.write(bytes(4 * (streams - 1)))
     return out.data
+
+
+def keys(cells: SavedCells) -> Sequence[Keys]:
+    """Copies of the keys of each layer, in the order of their cells. Raises `SnapshotRefused` where they are not f16."""
+    layout = _layout(cells)
+    if not _can_move(layout):
+        raise SnapshotRefused("its keys are kept in another type than f16 (kv_type)")
+    return [layout.table(rows).view(np.float16).copy() for rows in layout.rows[: layout.layers]]
+
+
+def _distances(parts: Sequence[SavedPart]) -> Sequence[int]:
+    """How far each part has to be moved."""
+    found, at = [], parts[0].start
+    for part in parts:
+        found.append(at - part.start)
+        at += part.end - part.start
+    return found
+
+
+def _can_move(layout: _Layout) -> bool:
+    return layout.cell_width == PLAIN_CELL_BYTES and all(rows.type == F16 for rows in layout.rows[: layout.layers])
 
 
 class _Writer:
@@ -133,10 +168,13 @@ class _Writer:
         self.data[self._at : self._at + len(data)] = np.frombuffer(data, np.uint8)
         self._at += len(data)
 
-    def copy(self, table: Bytes, chosen: Chosen) -> None:
+    def copy(self, table: Bytes, chosen: Chosen) -> Bytes:
+        """Returns the copy, which may be changed."""
         rows = table[chosen]
-        self.data[self._at : self._at + rows.size].reshape(rows.shape)[:] = rows
+        placed = self.data[self._at : self._at + rows.size].reshape(rows.shape)
+        placed[:] = rows
         self._at += rows.size
+        return placed
 
 
 def _layout(cells: SavedCells) -> _Layout:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from appliance.errors import QueueFull
 from appliance.serving import sse
-from appliance.serving.events import Event, TextPiece, TokenLogprob
-from appliance.serving.requests import ChatPrompt
+from appliance.serving.events import Event, Finished, TextPiece, TokenLogprob
+from appliance.serving.requests import ChatPrompt, Document
 from tests.serving.api.site import CHAT, TOOL, USER, Site
 from tests.serving.api.site import ask_chat as ask
 from tests.serving.fakes import THINKING_MODEL, FakeEngine, breaks, ends, says
@@ -38,6 +38,21 @@ def with_client(site: Site, work: Callable[[openai.AsyncOpenAI], Any]) -> Any:
             return await work(client)
 
     return asyncio.run(asyncio.wait_for(go(), timeout=20))
+
+
+def test_usage_says_how_documents_were_read() -> None:
+    end = Finished(
+        reason="stop", prompt_tokens=50, generated_tokens=1, cached_tokens=40, stitched_tokens=30, documents="stitched"
+    )
+    engine = FakeEngine([TextPiece(text="Yes."), end])
+    body = ask(Site(engine), documents=[{"id": "a", "text": "x", "score": 0.5}, {"id": "b", "text": "y"}]).json()
+    assert body["usage"]["prompt_tokens_details"] == {
+        **{"cached_tokens": 40, "reading": "stitched"},
+        **{"computed_tokens": 10, "restored_tokens": 10, "stitched_tokens": 30},
+    }
+    (request,) = engine.requests
+    assert isinstance(request.prompt, ChatPrompt)
+    assert request.prompt.documents == (Document(id="a", text="x", score=0.5), Document(id="b", text="y"))
 
 
 def test_plain_answer() -> None:

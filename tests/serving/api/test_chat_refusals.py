@@ -7,6 +7,7 @@ import pytest
 from appliance.serving.api.chat_schema import MAX_MESSAGES, MAX_TEXT_CHARACTERS
 from appliance.serving.api.fields import MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_STOPS
 from appliance.serving.api.tools import MAX_TOOLS
+from appliance.serving.passages import MOST_DOCUMENTS
 from tests.serving.api.site import TOOL, USER, Site
 from tests.serving.api.site import ask_chat as ask
 from tests.serving.fakes import FakeEngine, says
@@ -24,6 +25,12 @@ from tests.serving.fakes import FakeEngine, says
         ({"messages": [USER] * (MAX_MESSAGES + 1)}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
+        ({"documents": [{"id": "", "text": "x"}]}, "documents[0].id"),
+        ({"documents": [{"id": "a", "text": ""}]}, "documents[0].text"),
+        ({"documents": [{"id": "a"}]}, "documents[0].text"),
+        ({"documents": [{"id": "a", "text": "x", "url": "y"}]}, "documents[0].url"),
+        ({"documents": [{"id": "a", "text": "x", "score": "high"}]}, "documents[0].score"),
+        ({"documents": [{"id": str(at), "text": "x"} for at in range(MOST_DOCUMENTS + 1)]}, "documents"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"temperature": 2.5}, "temperature"),
@@ -88,3 +95,18 @@ def test_contradictions_are_explained(fields: dict[str, Any], said: str) -> None
 def test_no_value_is_repeated_in_an_error() -> None:
     message = {"role": "secret", "content": [{"type": "secret"}]}
     assert "secret" not in ask(Site(FakeEngine()), messages=[message], stop={"secret": 1}, tool_choice="secret").text
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        ([("a", "x"), ("b", "y"), ("a", "z")], "documents[2] has the id of documents[0]"),
+        ([("a", "x"), ("b", " x\n")], "documents[1] has the text of documents[0]"),
+        ([("a", "x"), ("b", " \n")], "documents[1], 'b', is empty"),
+        ([("a", "x" * MAX_TEXT_CHARACTERS)], "longer than the limit"),
+    ],
+)
+def test_documents_that_say_nothing_new(documents: list[tuple[str, str]], said: str) -> None:
+    response = ask(Site(FakeEngine(says("x"))), documents=[{"id": name, "text": text} for name, text in documents])
+    assert response.status_code == 400
+    assert said in response.json()["error"]["message"]
