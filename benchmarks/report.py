@@ -84,6 +84,13 @@ ROWS: Mapping[str, Row] = {
     "ttft-prefix-restart": Row(
         title="first token, prefix after a restart", unit="s", targets=(_at_most(LLAMA_SERVER, 0.5),)
     ),
+    "documents-cold": Row(title="first token, 10 documents never seen", unit="s"),
+    "documents-exact": Row(title="first token, 10 known documents in a new combination, read in their place", unit="s"),
+    "documents-new": Row(
+        title="first token, 10 known documents in a new combination", unit="s", targets=(_at_most(LLAMA_SERVER, 0.15),)
+    ),
+    "documents-reuse": Row(title="the same, of llama-server with --cache-reuse", unit="s"),
+    "documents-restart": Row(title="first token, known documents after a restart", unit="s"),
     "ttft-beside-long": Row(
         title="first token, short beside 2,000 tokens", unit="s", targets=(_at_most(LLAMA_SERVER, 0.5),)
     ),

@@ -65,6 +65,8 @@ class Launch:
     cell_bytes: int = 0
     end_tokens: Sequence[int] = ()
     peer_spins: int | None = None
+    documents: str = "exact"  # ours: how they are read
+    reuse_tokens: int = 0  # llama-server: the shortest part of a prompt that it moves
 
     @property
     def total_tokens(self) -> int:
@@ -264,6 +266,7 @@ def _our_environment(launch: Launch) -> Mapping[str, str]:
         "APPLIANCE_SERVE_CACHE_TOKENS": str(launch.cache_tokens),
         "APPLIANCE_SERVE_PREFILL_THREADS": str(launch.threads),
         "APPLIANCE_SERVE_SPECULATION": "off",
+        "APPLIANCE_SERVE_DOCUMENTS": launch.documents,
     }
 
 
@@ -272,7 +275,7 @@ def _llama_server(launch: Launch, port: int) -> Sequence[str]:
         *(str(_binary(launch)), "--model", str(launch.model), "--host", HOST, "--port", str(port)),
         *("--parallel", str(launch.slots), "--ctx-size", str(launch.total_tokens)),
         *("--threads", str(launch.threads), "--threads-batch", str(launch.threads)),
-        *("--cache-ram", str(launch.cache_mib)),
+        *("--cache-ram", str(launch.cache_mib), "--cache-reuse", str(launch.reuse_tokens)),
     ]
 
 

@@ -116,7 +116,7 @@ async def cold(trial: Trial, run: Running) -> Sequence[Figure]:
     seconds = []
     for i in range(COLD_PROMPTS):
         answer = await answer_of(run, trial.prompts.user(f"cold {trial.round} {i}", COLD_TOKENS), 2)
-        seconds.append(_first_token_seconds(answer))
+        seconds.append(first_token_seconds(answer))
     return [trial.figure("ttft-cold", *seconds, prompt_tokens=answer.prompt_tokens)]
 
 
@@ -131,10 +131,10 @@ async def beside(trial: Trial, run: Running) -> Sequence[Figure]:
     finally:
         reading.cancel()
     run.check([long_answer])
-    long_seconds = _first_token_seconds(long_answer)
+    long_seconds = first_token_seconds(long_answer)
     was_reading = short.sent_at < long_answer.text_times[0]
     details = {"the long prompt's own seconds": long_seconds, "came while it was read": was_reading}
-    return [trial.figure("ttft-beside-long", _first_token_seconds(short), **details)]
+    return [trial.figure("ttft-beside-long", first_token_seconds(short), **details)]
 
 
 async def schema(trial: Trial, run: Running) -> Sequence[Figure]:
@@ -162,7 +162,7 @@ async def prefix(trial: Trial) -> Sequence[Figure]:
         for i in range(2):
             first = await _visit(trial, run, f"first {i}")
             await asyncio.sleep(IDLE_SECONDS)
-        held = [_first_token_seconds(await _visit(trial, run, f"held {i}")) for i in range(VISITORS)]
+        held = [first_token_seconds(await _visit(trial, run, f"held {i}")) for i in range(VISITORS)]
         for i in range(capacity // OTHER_TOKENS):
             await answer_of(run, trial.prompts.user(f"other {trial.round} {i}", OTHER_TOKENS), 2)
         await asyncio.sleep(IDLE_SECONDS)
@@ -173,8 +173,8 @@ async def prefix(trial: Trial) -> Sequence[Figure]:
     shared = {"prompt_tokens": first.prompt_tokens, "cache_mib": trial.launch.cache_mib, "tokens held at most": capacity}
     return [
         trial.figure("ttft-prefix-held", *held, **shared),
-        trial.figure("ttft-prefix-pushed", _first_token_seconds(pushed), **shared),
-        trial.figure("ttft-prefix-restart", _first_token_seconds(restarted), **shared),
+        trial.figure("ttft-prefix-pushed", first_token_seconds(pushed), **shared),
+        trial.figure("ttft-prefix-restart", first_token_seconds(restarted), **shared),
     ]
 
 
@@ -210,15 +210,16 @@ async def _visit(trial: Trial, run: Running, label: str) -> Answer:
     return await answer_of(run, messages, 8)
 
 
-async def answer_of(run: Running, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Answer:
+async def answer_of(run: Running, messages: Sequence[Mapping[str, str]], max_tokens: int, **fields: Any) -> Answer:
     """Asks and reads to the end; raises `ServerError` when the answer is not whole or has no text."""
-    answer = await ask(run.chat(messages, max_tokens), patience_seconds=PATIENCE_SECONDS)
+    answer = await ask(run.chat(messages, max_tokens, **fields), patience_seconds=PATIENCE_SECONDS)
     run.check([answer])
-    _first_token_seconds(answer)
+    first_token_seconds(answer)
     return answer
 
 
-def _first_token_seconds(answer: Answer) -> float:
+def first_token_seconds(answer: Answer) -> float:
+    """Raises `ServerError` for an answer without text."""
     if answer.first_token_seconds is None:
         raise ServerError("An answer had no text, so its first token was not seen.")
     return answer.first_token_seconds

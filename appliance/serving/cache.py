@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
+from appliance.serving import passages
 from appliance.serving.decoder import Adapter, SavedCells, SavedPart
 
 
@@ -40,12 +41,13 @@ class Node:
         return self.start + len(self.tokens)
 
     @property
-    def rank(self) -> tuple[bool, int, int]:
-        """The lowest goes first: tenants' before common ones, long unused ones before others, ends before beginnings.
+    def rank(self) -> "Rank":
+        """The lowest goes first: tenants' before common ones, what can be put together again before what was read, long
+        unused ones before others, ends before beginnings.
 
         A node ranks above all that are below it in the tree.
         """
-        return self.owner is None, self.used_at, -self.start
+        return _rank(self.owner, self.tokens, self.used_at, self.start)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class PrefixCache:
             return True
         is_grown = match.length == match.node.end and self._can_grow(match.node, owner, is_mapped=is_mapped)
         start = match.node.start if is_grown else match.length  # one piece is taken back faster than two
-        rank = (owner is None, self._clock, -start)
+        rank = _rank(owner, tokens, self._clock, start)
         if not self._make_place(len(tokens) - match.length, match.node, rank, is_mapped=is_mapped):
             return False
         above = self._above(match, is_grown=is_grown)
@@ -166,7 +168,7 @@ class PrefixCache:
         self._nodes.add(head)
         return head
 
-    def _make_place(self, count: int, above: Node, rank: tuple[bool, int, int], *, is_mapped: bool) -> bool:
+    def _make_place(self, count: int, above: Node, rank: "Rank", *, is_mapped: bool) -> bool:
         """Whether so many tokens find place now, at the price of nodes of lower rank than theirs."""
         surplus = self._held[is_mapped] + count - self._limits[is_mapped]
         kept = set(_path(above))
@@ -196,6 +198,14 @@ class PrefixCache:
         self._clock += 1
         for each in _path(node):
             each.used_at = self._clock
+
+
+Rank = tuple[bool, bool, int, int]
+
+
+def _rank(owner: str | None, tokens: Sequence[int], used_at: int, start: int) -> Rank:
+    """What was put together from documents goes before they do: it holds their cells once more, for one conversation."""
+    return owner is None, not passages.is_stitched(tokens), used_at, -start
 
 
 def _root() -> Node:

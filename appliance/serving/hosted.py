@@ -55,12 +55,11 @@ class Hosted:
         adapters = {name: artifacts.digest_file(Path(file)) for name, file in settings.adapters.items()}
         self._encoder = PromptEncoder(self._model, _template(path, self._model), settings.context_tokens)
         self._context: Context | None = None
-        self._notes: tuple[str, ...] = ()
         self._pooling: PoolingContext | None = None
         self._runner: Scheduler | PoolingQueue
         if settings.kind == "chat":
             self._context = Context(self._model, settings)
-            self._notes = _allow_moving(self._context, settings)
+            _allow_moving(self._context, settings)
             self._runner = self._scheduler(self._context, adapters)
         else:
             self._pooling = PoolingContext(self._model, settings)
@@ -221,7 +220,7 @@ class Hosted:
 
     def _describe(self, adapters: Mapping[str, str]) -> ModelInfo:
         settings, model, context = self._settings, self._model, self._context
-        notes = settings.notes + self._notes
+        notes = settings.notes
         if settings.kind == "chat" and model.chat_template is None:
             notes += ("chat template: none in the file, so that this model can only continue text.",)
         return ModelInfo(
@@ -249,15 +248,14 @@ class Hosted:
         )
 
 
-def _allow_moving(context: Context, settings: EngineSettings) -> tuple[str, ...]:
-    """What is to be said about documents that are to be read by themselves."""
+def _allow_moving(context: Context, settings: EngineSettings) -> None:
+    """Says so where documents cannot be read by themselves, as they should be."""
     if settings.reread_tokens is None:
-        return ()
+        return
     try:
         context.allow_moving()
     except SnapshotRefused as error:
-        return (f"documents: read in their place; this model's cannot be read by themselves, for {error}.",)
-    return (f"documents: read by themselves and moved, their first {settings.reread_tokens} tokens read again; not proven.",)
+        logger.warning("event=documents_read_in_their_place model=%s reason=%r", settings.name, str(error))
 
 
 def _template(path: Path, model: Model) -> ChatTemplate:

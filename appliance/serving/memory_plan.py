@@ -107,6 +107,7 @@ def needed_bytes(header: GgufHeader, settings: EngineSettings, machine: Machine)
         is_repacked=settings.is_repacked,
         chunk_tokens=settings.chunk_tokens,
         gpu_layers=settings.gpu_layers,
+        is_stitching=settings.reread_tokens is not None,
     )
     return predict(header, choice, machine.cpu_features).total_bytes
 
@@ -139,6 +140,8 @@ def _plan(outset: _Outset, asked: Serve, *, chunk_tokens: int = IDLE_CHUNK_TOKEN
     choice = dataclasses.replace(choice, gpu_layers=layers)
     fitter = _Fitter(model, asked, machine, outset.explicit, outset.others)
     fitted = fitter.fit(choice)
+    if choice.is_stitching:
+        limit_notes.append("documents: each is read by itself and moved, as set; that is not proven for this model.")
     notes += [*limit_notes, *([gpu_note] if gpu_note else []), *fitter.notes(choice, fitted)]
     settings = EngineSettings(
         name=model.name,
@@ -162,7 +165,7 @@ def _plan(outset: _Outset, asked: Serve, *, chunk_tokens: int = IDLE_CHUNK_TOKEN
         snapshot_folder=outset.snapshot_folder if asked.snapshot_mib else None,
         snapshot_bytes=asked.snapshot_mib * MIB,
         system_prompts=asked.system_prompts if model.kind == "chat" else (),
-        reread_tokens=asked.document_reread_tokens if asked.documents == "stitched" and model.kind == "chat" else None,
+        reread_tokens=asked.document_reread_tokens if fitted.is_stitching else None,
         document_tolerance=asked.document_tolerance,
         is_speculating=asked.speculation == "auto" and model.kind == "chat",
         stream_seconds=asked.stream_seconds,
@@ -207,6 +210,7 @@ def _starting_choice(model: ModelToLoad, asked: Serve, machine: Machine, chunk_t
         is_mapped=asked.mmap != "off",
         is_repacked=asked.repack == "on" or (asked.repack == "auto" and is_repackable),
         chunk_tokens=chunk_tokens,
+        is_stitching=asked.documents == "stitched" and model.kind == "chat",
     )
     return choice, notes
 

@@ -45,6 +45,7 @@ class Choice:
     is_repacked: bool
     chunk_tokens: int = IDLE_CHUNK_TOKENS  # of prompts, in one batch
     gpu_layers: int = 0
+    is_stitching: bool = False
 
     @property
     def cells(self) -> int:
@@ -54,7 +55,8 @@ class Choice:
     @property
     def copied_tokens(self) -> int:
         """Cells that are copied at once, on their way between slots and the cache."""
-        return self.context_tokens if self.slots > 1 or self.cache_tokens else 0
+        copied = self.context_tokens if self.slots > 1 or self.cache_tokens else 0
+        return copied + self.context_tokens * self.is_stitching  # where prompts are put together
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

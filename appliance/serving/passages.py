@@ -48,6 +48,11 @@ def is_alone(known: Sequence[int]) -> bool:
     return bool(known) and bool(known[0] & _ALONE)
 
 
+def is_stitched(known: Sequence[int]) -> bool:
+    """Whether this is what `stitched` made, or ends so."""
+    return bool(known) and bool(known[-1] & _STITCHED)
+
+
 def texts(known: Sequence[int]) -> list[int]:
     """The token ids behind what `alone` made, or ordinary ones."""
     return [token & ~_ALONE for token in known]

@@ -200,3 +200,16 @@ class TestArranged:
 
     def test_the_same_documents_stand_in_the_same_order_whatever_is_known_of_them(self) -> None:
         assert self.arranged([0.9, 1.0, 0.0], 0.2) == self.arranged([1.0, 0.9, 0.0], 0.2) == [1, 2, 3]
+
+
+def test_conversations_make_way_for_documents() -> None:
+    """What was put together can be put together again; what was read would have to be read again."""
+    with stitching_bench(cache_tokens=20 + 4 * 12 + 10) as bench:
+        ask(bench, "ab").finished()
+        for names in ("cd", "ac", "bd", "ca", "db"):
+            ask(bench, names).finished()
+            bench.idle()
+            until(lambda: not bench.scheduler._prefixes.save_one())
+        before = bench.decoder.computed
+        assert ask(bench, "abcd").finished().stitched_tokens >= 36
+        assert bench.decoder.computed - before == 3 + 4

@@ -72,6 +72,7 @@ class Context:
         values = KV_VALUE_BYTES
         self.cell_bytes = int(model.kv_bytes_per_token * values[settings.kv_type] / values["f16"])
         self._rotation: rope.Rotation | None = None
+        self._buffer: saved_cells.Bytes | None = None
         self._adapter: Adapter | None = None
         self._adapters = {name: _load_adapter(model, Path(path)) for name, path in settings.adapters.items()}
 
@@ -96,7 +97,7 @@ class Context:
         if not self.can_share:
             raise SnapshotRefused("parts of its memory cannot be kept")
         rope_type = c.llama_model_rope_type(self._model.handle)
-        rotation = rope.of(self._model.header, self._model.path, rope_type)
+        rotation = rope.of(self._model.header, self._model.path, rope_type, self._threads[1])
         tokens = self._model.tokenize(PROBE_TEXT, parse_special=False)
 
         def keys_at(position: int) -> Sequence[rope.Keys]:
@@ -108,6 +109,11 @@ class Context:
 
         rope.check(rotation, keys_at, self.context_tokens - len(tokens))
         self._rotation = rotation
+        # Put together for each request: new pages for it take up to three times as long as the copying.
+        size = saved_cells.most_bytes(
+            self.context_tokens, self.slots, self.cell_bytes, len(self._model.header.kv_head_counts)
+        )
+        self._buffer = np.empty(size, dtype=np.uint8)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         return self._grammars.compile(grammar)
@@ -165,7 +171,7 @@ class Context:
     def restore(self, slot: int, parts: Sequence[SavedPart]) -> None:
         self.remove(slot, 0, -1)
         is_whole = len(parts) == 1 and saved_cells.can_be_taken(parts[0], self.slots, self.context_tokens)
-        data = np.frombuffer(parts[0].cells, np.uint8) if is_whole else self._joined(parts)
+        data = np.frombuffer(parts[0].cells, np.uint8) if is_whole else self._joined(parts, self._buffer)
         library.forget_errors()
         if c.llama_state_seq_set_data(self._context, _pointer(data), len(data), slot) == 0:
             self.remove(slot, 0, -1)
@@ -181,8 +187,8 @@ class Context:
     def check(self, cells: SavedCells, tokens: int) -> None:
         saved_cells.check(cells, tokens, self.cell_bytes, self._kv_type)
 
-    def _joined(self, parts: Sequence[SavedPart]) -> saved_cells.Bytes:
-        return saved_cells.join(parts, self.slots, self._rotation)
+    def _joined(self, parts: Sequence[SavedPart], buffer: saved_cells.Bytes | None = None) -> saved_cells.Bytes:
+        return saved_cells.join(parts, self.slots, self._rotation, buffer)
 
     def move(self, source: int, target: int) -> None:
         if tokens := c.llama_memory_seq_pos_max(self._memory, source) + 1:  # none where nothing was read yet

@@ -101,11 +101,11 @@ def can_be_taken(part: SavedPart, streams: int, most_cells: int) -> bool:
     return layout.streams == streams and part.end <= layout.cells <= min(most_cells, part.end + part.end // 4)
 
 
-def join(parts: Sequence[SavedPart], streams: int, rotation: Rotation | None = None) -> Bytes:
+def join(parts: Sequence[SavedPart], streams: int, rotation: Rotation | None = None, buffer: Bytes | None = None) -> Bytes:
     """The cells of all parts, one behind the other from where the first begins, for a memory of so many streams.
 
-    What was computed at other positions is moved. Raises `SnapshotRefused` where the parts do not go together, or where
-    there is no `rotation` to move them by.
+    What was computed at other positions is moved. The result is at the beginning of the `buffer`, if that is large enough.
+    Raises `SnapshotRefused` where the parts do not go together, or where there is no `rotation` to move them by.
     """
     layouts = [_layout(part.cells) for part in parts]
     chosen = [layout.chosen(part.start, part.end) for layout, part in zip(layouts, parts, strict=True)]
@@ -120,7 +120,7 @@ def join(parts: Sequence[SavedPart], streams: int, rotation: Rotation | None = N
     heads = len(first.rows) * _ROWS.size
     size = _FRONT.size + 4 * streams + _LAYERS.size + heads
     size += count * (first.cell_width + sum(rows.width for rows in first.rows))
-    out = _Writer(size)
+    out = _Writer(size, buffer)
     magic, _, _ = _FRONT.unpack_from(first.data.data)
     out.write(_FRONT.pack(magic, 0, streams) + _COUNT.pack(count))
     for part, distance, layout, cells in zip(parts, distances, layouts, chosen, strict=True):
@@ -128,14 +128,22 @@ def join(parts: Sequence[SavedPart], streams: int, rotation: Rotation | None = N
         positions = np.arange(part.start, part.end, dtype=np.int32) + np.int32(distance)
         placed[:, :POSITION_BYTES] = positions.view(np.uint8).reshape(-1, POSITION_BYTES)
     out.write(_LAYERS.pack(0, first.layers))
+    moved: list[tuple[Keys, int]] = []
     for number, rows in enumerate(first.rows):
         out.write(_ROWS.pack(rows.type, rows.width))
         for distance, layout, cells in zip(distances, layouts, chosen, strict=True):
             placed = out.copy(layout.table(layout.rows[number]), cells)
-            if distance and rotation is not None and number < first.layers:
-                rotation.turn(placed.view(np.float16), distance)
+            if distance and number < first.layers:
+                moved.append((placed.view(np.float16), distance))
     out.write(bytes(4 * (streams - 1)))
+    if rotation is not None and moved:
+        rotation.turn_all(moved)
     return out.data
+
+
+def most_bytes(cells: int, streams: int, cell_bytes: int, layers: int) -> int:
+    """Of what `join` gives for so many cells."""
+    return _FRONT.size + 4 * streams + _LAYERS.size + 2 * layers * _ROWS.size + cells * (PLAIN_CELL_BYTES + cell_bytes)
 
 
 def keys(cells: SavedCells) -> Sequence[Keys]:
@@ -160,8 +168,10 @@ def _can_move(layout: _Layout) -> bool:
 
 
 class _Writer:
-    def __init__(self, size: int) -> None:
-        self.data: Bytes = np.empty(size, dtype=np.uint8)
+    def __init__(self, size: int, buffer: Bytes | None) -> None:
+        if buffer is None or len(buffer) < size:
+            buffer = np.empty(size, dtype=np.uint8)
+        self.data: Bytes = buffer[:size]
         self._at = 0
 
     def write(self, data: bytes) -> None:
