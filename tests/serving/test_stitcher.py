@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from appliance.serving.cache import common_length
-from appliance.serving.passages import Passages, arranged
+from appliance.serving.passages import MOST_LOOKUPS, Passages, arranged
 from appliance.serving.snapshots import Identity, SnapshotStore
 from tests.serving.counting_decoder import CountingDecoder
 from tests.serving.scheduler_bench import Bench, Client, until
@@ -200,6 +200,19 @@ class TestArranged:
 
     def test_the_same_documents_stand_in_the_same_order_whatever_is_known_of_them(self) -> None:
         assert self.arranged([0.9, 1.0, 0.0], 0.2) == self.arranged([1.0, 0.9, 0.0], 0.2) == [1, 2, 3]
+
+    def test_looking_for_what_is_known_has_an_end(self) -> None:
+        count = 64
+        asked: list[Sequence[int]] = []
+        tokens = range(count + 1)
+
+        def known_length(prompt: Sequence[int]) -> int:
+            asked.append(prompt)
+            return len(prompt)
+
+        found, _ = arranged((*tokens, 99), Passages(tuple(range(1, count + 2)), (1.0,) * count), 0.0, known_length)
+        assert sorted(found) == [*tokens, 99]
+        assert len(asked) <= MOST_LOOKUPS + 1
 
 
 def test_conversations_make_way_for_documents() -> None:
