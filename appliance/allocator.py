@@ -41,8 +41,9 @@ def preloaded(environment: Mapping[str, str]) -> dict[str, str]:
 
 def release() -> None:
     """Gives back at once what was freed, after something that took much and will not come again."""
-    if is_tcmalloc():
-        ctypes.CDLL(None).MallocExtension_ReleaseFreeMemory()
+    release_free = getattr(ctypes.CDLL(None), "MallocExtension_ReleaseFreeMemory", None)
+    if release_free is not None:
+        release_free()
 
 
 def give_back() -> None:

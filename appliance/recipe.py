@@ -150,7 +150,8 @@ class Serve:
     snapshot_mib: int = setting(512, minimum=0, about="disk for prefixes that outlive a restart; 0 keeps none")
     system_prompts: tuple[str, ...] = setting((), about="read at start, so that the first visitor need not wait for it")
     documents: Literal["auto", "exact", "stitched"] = setting(
-        "auto", about="stitched: each is read once, by itself, and then moved; auto: where that was proven for the model"
+        "auto",
+        about="stitched: each is read once, by itself, and then moved; auto: exact, until that is proven for the model",
     )
     document_reread_tokens: int = setting(
         0, minimum=0, maximum=1024, about="of each document that was read by itself, read again where it stands"

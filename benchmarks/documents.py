@@ -7,6 +7,7 @@ prompt that it holds; ours with documents read in their place, and with each rea
 import asyncio
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from appliance.text import passages
@@ -40,11 +41,14 @@ async def documents(trial: Trial) -> Sequence[Figure]:
 
 async def _measured(trial: Trial, how: str, *, cold: bool) -> Sequence[Figure]:
     chance = random.Random(trial.round)
+    before = _files(trial)
     async with running(trial.server, trial.launch) as run:
         await warm_up(trial, run)
         known = _known(trial)
         first = await _ask(trial, run, known[:ASKED], "first")
         await _ask(trial, run, known[-ASKED:], "second")
+        if trial.launch.documents == "stitched":  # each was seen twice then, and comes to disk
+            await _ask(trial, run, [*known[: KNOWN - ASKED], *known[ASKED:]], "third")
         seconds, told = [], []
         for number in range(QUESTIONS):
             await asyncio.sleep(IDLE_SECONDS)
@@ -52,7 +56,7 @@ async def _measured(trial: Trial, how: str, *, cold: bool) -> Sequence[Figure]:
             seconds.append(first_token_seconds(answer))
             told.append(answer.prompt_tokens)
         if trial.launch.documents == "stitched":
-            await _written(trial)
+            await _written(trial, before)
     row = {"exact": "documents-exact", "with --cache-reuse": "documents-reuse"}.get(how, "documents-new")
     figures = [trial.figure(row, *seconds, how=how, prompt_tokens=told)]
     if cold:
@@ -63,19 +67,20 @@ async def _measured(trial: Trial, how: str, *, cold: bool) -> Sequence[Figure]:
 async def _restarted(trial: Trial) -> Figure:
     async with running(trial.server, trial.launch) as run:
         await warm_up(trial, run)
-        answer = await _ask(trial, run, random.Random(-trial.round).sample(_known(trial), ASKED), "restarted")
+        answer = await _ask(trial, run, random.Random(f"restart {trial.round}").sample(_known(trial), ASKED), "restarted")
     return trial.figure("documents-restart", first_token_seconds(answer), prompt_tokens=answer.prompt_tokens)
 
 
-async def _written(trial: Trial) -> None:
-    """Waits until nothing more comes to the files of what was read."""
-    before = -1
+async def _written(trial: Trial, before: set[Path]) -> None:
+    """Waits until each document has a file."""
     for _ in range(int(WRITING_SECONDS / IDLE_SECONDS)):
-        found = len(list(trial.launch.folder.rglob("*.prefix")))
-        if found == before and found >= KNOWN:
+        if len(_files(trial) - before) >= KNOWN:
             return
-        before = found
         await asyncio.sleep(IDLE_SECONDS)
+
+
+def _files(trial: Trial) -> set[Path]:
+    return set(trial.launch.folder.rglob("*.prefix"))
 
 
 def _known(trial: Trial) -> Documents:

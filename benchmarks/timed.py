@@ -22,7 +22,7 @@ SHOWN_CHARACTERS = 2000  # of what a command that failed had to say
 class Timed:
     """The largest sum that was sampled. `held_bytes` has with it the pages of weights that are used as they lie in their
     file, as of most of the run: the kernel could drop them, and would read them again for every step. Pages that were
-    only read while loading are not among them.
+    only read while loading are not among them, but in runs that are shorter than three windows.
     """
 
     seconds: float

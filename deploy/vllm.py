@@ -20,7 +20,7 @@ COUNTERS = {
     "prompt_tokens_total": "sum by (job, instance, model) (appliance_prompt_tokens_total)",
     "generation_tokens_total": "sum by (job, instance, model) (appliance_generated_tokens_total)",
     "prefix_cache_queries_total": "sum by (job, instance, model) (appliance_prompt_tokens_total)",
-    "prefix_cache_hits_total": 'sum by (job, instance, model) (appliance_prompt_tokens_total{source="cached"})',
+    "prefix_cache_hits_total": 'sum by (job, instance, model) (appliance_prompt_tokens_total{source=~"cached|stitched"})',
 }
 # What all models of an appliance share is said for each that is loaded.
 GAUGES = {

@@ -111,10 +111,8 @@ class Hosted:
             hand_over = self._prepared(request)
         except RequestError as error:
             failure = error
-        except Exception as error:  # its message may hold a client's text, so only its type and place are logged
-            where = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("event=encoding_failed type=%s\n%s", type(error).__name__, where)
-            failure = EngineFailed("The engine could not read this request; the server's log says where it failed.")
+        except Exception as error:
+            failure = _unexpected(error)
         with self._lock:
             del self._encoding[request.id]
             is_cancelled = request.id in self._cancelled
@@ -124,6 +122,8 @@ class Hosted:
                     hand_over()
                 except RequestError as error:
                     failure = error
+                except Exception as error:
+                    failure = _unexpected(error)
         if is_cancelled:
             self._record_cancelled(request)
             failure = failure or EngineFailed("The request was cancelled.")
@@ -246,6 +246,13 @@ class Hosted:
             gpu_layers=settings.gpu_layers,
             notes=notes,
         )
+
+
+def _unexpected(error: Exception) -> EngineFailed:
+    """Its message may hold a client's text, so only its type and place are logged."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("event=encoding_failed type=%s\n%s", type(error).__name__, where)
+    return EngineFailed("The engine could not read this request; the server's log says where it failed.")
 
 
 def _allow_moving(context: Context, settings: EngineSettings) -> None:

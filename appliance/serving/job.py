@@ -126,6 +126,13 @@ class Answer:
         return self.generated > 0
 
     @property
+    def reading(self) -> Reading | None:
+        """How the documents are read, if there are any, as far as it is known by now."""
+        if self.ticket.passages is None:
+            return None
+        return "exact" if self.job.stitching is None else "stitched"
+
+    @property
     def in_slot(self) -> Job:
         """The sequence that is computed now."""
         return self.errand or self.job
@@ -177,7 +184,7 @@ class Answer:
             generated_tokens=self.generated,
             cached_tokens=self.cached,
             stitched_tokens=self.stitched,
-            documents=self.ticket.reading,
+            documents=self.reading,
             index=self.index,
             is_deadline=is_deadline,
             stop=self.stream.stopped_by,
@@ -233,13 +240,6 @@ class Ticket:
         return all(answer.is_over for answer in self.answers)
 
     @property
-    def reading(self) -> Reading | None:
-        """How the documents are read, if there are any, as far as it is known by now."""
-        if self.passages is None:
-            return None
-        return "exact" if self.answers[0].job.stitching is None else "stitched"
-
-    @property
     def phase(self) -> Phase:
         if self.first_token_at is not None:
             return "decode"
@@ -262,7 +262,7 @@ class Ticket:
             prompt_tokens=len(self.prompt),
             cached_tokens=self.answers[0].cached,
             stitched_tokens=self.answers[0].stitched,
-            documents=self.reading,
+            documents=self.answers[0].reading,
             generated_tokens=sum(answer.generated for answer in self.answers),
             n=self.request.n,
             max_tokens=self.request.max_tokens,

@@ -140,9 +140,9 @@ def _plan(outset: _Outset, asked: Serve, *, chunk_tokens: int = IDLE_CHUNK_TOKEN
     choice = dataclasses.replace(choice, gpu_layers=layers)
     fitter = _Fitter(model, asked, machine, outset.explicit, outset.others)
     fitted = fitter.fit(choice)
-    if choice.is_stitching:
-        limit_notes.append("documents: each is read by itself and moved, as set; that is not proven for this model.")
     notes += [*limit_notes, *([gpu_note] if gpu_note else []), *fitter.notes(choice, fitted)]
+    if fitted.is_stitching:
+        notes.append("documents: each is read by itself and moved, as set; that is not proven for this model.")
     settings = EngineSettings(
         name=model.name,
         model_path=str(model.path.absolute()),
@@ -210,8 +210,10 @@ def _starting_choice(model: ModelToLoad, asked: Serve, machine: Machine, chunk_t
         is_mapped=asked.mmap != "off",
         is_repacked=asked.repack == "on" or (asked.repack == "auto" and is_repackable),
         chunk_tokens=chunk_tokens,
-        is_stitching=asked.documents == "stitched" and model.kind == "chat",
+        is_stitching=asked.documents == "stitched" and model.kind == "chat" and kv_type == "f16" and asked.cache_tokens > 0,
     )
+    if asked.documents == "stitched" and model.kind == "chat" and not choice.is_stitching:
+        notes.append("documents: read in their place; to be read by themselves they need kv_type = 'f16' and cache_tokens.")
     return choice, notes
 
 
@@ -279,6 +281,7 @@ class _Fitter:
     def _steps_down(self, wanted: Choice) -> Iterator[dict[str, Any]]:
         """What to change, the least painful first."""
         yield {}
+        yield {"is_stitching": False}
         if "cache_tokens" not in self._explicit:
             yield {"cache_tokens": 0}
         if self._asked.kv_type == "auto" and can_quantize_kv(self._model.header):
@@ -317,7 +320,7 @@ class _Fitter:
         )
 
 
-_NAMES: Mapping[str, str] = {"is_mapped": "mmap", "is_repacked": "repack"}
+_NAMES: Mapping[str, str] = {"is_mapped": "mmap", "is_repacked": "repack", "is_stitching": "documents read by themselves"}
 _MEMORY_SETTINGS = {"slots", "context_tokens", "cache_tokens", "kv_type", "mmap", "repack", "gpu_layers"}
 
 

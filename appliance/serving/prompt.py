@@ -88,6 +88,8 @@ class PromptEncoder:
         text = self._rendered(shown, add_generation_prompt=True)
         self._require_room(self._fewest_tokens(text), "messages", "at least ")
         if prompt.documents:
+            told = "".join(each.text for each in prompt.documents)
+            self._require_room(self._fewest_tokens(text + told), "documents", "at least ")
             return self._with_documents(prompt, marks, shown, text)
         tokens = self._tokenize(marks, text)
         self._require_room(len(tokens), "messages")
@@ -116,7 +118,8 @@ class PromptEncoder:
                 param="documents",
             )
         passages = Passages(tuple(bounds), tuple(document.score for document in prompt.documents))
-        return EncodedPrompt(tuple(tokens), bounds[0], self._opening(shown, text), passages)
+        shared = self._tokenize(marks, self._shared_text(shown).partition(marks.place)[0])
+        return EncodedPrompt(tuple(tokens), _common(tokens[: bounds[0]], shared), self._opening(shown, text), passages)
 
     def _shown(self, prompt: ChatPrompt, marks: "_Marks") -> "_Shown":
         reserved = RESERVED_VARIABLES & prompt.template_variables.keys()

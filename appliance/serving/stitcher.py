@@ -108,6 +108,8 @@ class Stitcher:
             alone = start >= stitching.passages.start
             answer.errand = Job(job.tokens[start:end], end - start, job.adapter, job.owner, is_alone=alone)
             self._prefixes.enter(answer.errand, Place(slot, self._prefixes.source(answer.errand.prefix(end - start))))
+            if not alone:
+                answer.cached += answer.errand.computed
 
     def _put_together(self, answer: Answer, slot: int) -> None:
         """Everything up to the first token that has to be computed."""

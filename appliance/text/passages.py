@@ -1,4 +1,4 @@
-"""How a document stands in a prompt: the one text that serving, training and verification share.
+"""How a document stands in a prompt.
 
 Each document is tokenised by itself, so that its tokens are the same whatever stands before it.
 """

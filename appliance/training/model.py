@@ -69,23 +69,34 @@ def load_tokenizer(path: Path) -> Any:
         raise ModelFileError(f"The tokenizer in {path} has no chat template; use an instruction-tuned model, or add one.")
     if tokenizer.eos_token_id is None:
         raise ModelFileError(f"The tokenizer in {path} names no end-of-turn token (eos_token).")
-    if tokenizer.pad_token_id is None:
+    rows = _embedding_rows(path)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token  # padding never has a label, so the choice cannot be learned
-    _check_ids(path, tokenizer)
+    _check_ids(path, tokenizer, rows)
     return tokenizer
 
 
-def _check_ids(path: Path, tokenizer: Any) -> None:
+def _embedding_rows(path: Path) -> int:
+    from transformers import AutoConfig
+
+    try:
+        return int(AutoConfig.from_pretrained(path, local_files_only=True).get_text_config().vocab_size)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelFileError(f"{path / 'config.json'} cannot be read: {error}") from error
+
+
+def _check_ids(path: Path, tokenizer: Any, rows: int) -> None:
     """Raises `ModelFileError` where the model has no embedding for a token that any text can have.
 
     Tokens that were added and that no conversation uses do not matter: Gemma 3 1B has one for images.
     """
-    from transformers import AutoConfig
+    from jinja2 import TemplateError
 
-    rows = int(AutoConfig.from_pretrained(path, local_files_only=True).get_text_config().vocab_size)
-    probe = [{"role": "user", "content": "?"}]
-    used = tokenizer.apply_chat_template(probe, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
-    highest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id, *used)
+    used: list[int] = []
+    with contextlib.suppress(TemplateError):  # one that wants another conversation; data will show
+        probe = [{"role": "user", "content": "?"}]
+        used = tokenizer.apply_chat_template(probe, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+    highest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id, *used)
     if highest >= rows:
         raise ModelFileError(
             f"The tokenizer in {path} gives token ids up to {highest}, the model has embeddings for {rows}: it belongs to "

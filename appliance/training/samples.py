@@ -113,6 +113,8 @@ def _head_in_parts(model: Any) -> Iterator[None]:
         return
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.device.type != "cpu":  # a head that stays in memory, and comes to the card in parts of its own
+            return whole(hidden)
         weights = head.weight.chunk(HEAD_PARTS)
         biases = [None] * len(weights) if head.bias is None else head.bias.chunk(HEAD_PARTS)
         parts = [torch.nn.functional.linear(hidden, weight, bias) for weight, bias in zip(weights, biases, strict=True)]

@@ -109,6 +109,20 @@ def test_steps_down_one_after_the_other(model: ModelToLoad) -> None:
         fitted(model, total(model, **SMALL, slots=1, context_tokens=512) - 1)
 
 
+def test_documents_are_read_by_themselves_where_there_is_place_to_put_them_together(model: ModelToLoad) -> None:
+    whole = total(model, is_stitching=True)
+    stitching = fitted(model, whole, documents="stitched", document_reread_tokens=8).settings
+    assert stitching.reread_tokens == 8
+    assert any("not proven for this model" in note for note in stitching.notes)
+    exact = fitted(model, whole - 1, documents="stitched").settings
+    assert (exact.reread_tokens, exact.cache_tokens) == (None, 4096)
+    assert any("documents read by themselves: off instead of on" in note for note in exact.notes)
+    for setting in ({"kv_type": "q8_0"}, {"cache_tokens": 0}):
+        settings = fitted(model, 10 * whole, documents="stitched", **setting).settings
+        assert settings.reread_tokens is None
+        assert any("documents: read in their place" in note for note in settings.notes)
+
+
 def test_what_was_set_explicitly_is_refused_rather_than_changed(model: ModelToLoad) -> None:
     free = total(model, slots=1, context_tokens=512, cache_tokens=0, kv_type="q8_0")
     everything = ("slots", "context_tokens", "cache_tokens", "kv_type", "mmap", "repack")

@@ -213,6 +213,25 @@ def test_documents_stand_between_system_prompt_and_conversation(template: str, m
     assert controls(encoded.tokens[found.start : found.end]) == []  # what a document says ends no turn
 
 
+# As Mistral's of 2024: the system message stands in the last turn of the user.
+MISTRAL = (
+    "<s>{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}"
+    "{% else %}{% set turns = messages %}{% endif %}{% for m in turns %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.last and system is defined %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+def test_what_users_said_before_the_documents_is_not_shared() -> None:
+    """It would be written to disk as an operator's text is."""
+    said = {"role": "assistant", "content": "Hello."}
+    prompt = ChatPrompt(messages=(SYSTEM, USER, said, {"role": "user", "content": "More?"}), documents=(BEDS,))
+    encoded = encoder(MISTRAL).encode(prompt)
+    assert encoded.passages is not None
+    assert "Hello." in text_of(encoded.tokens[: encoded.passages.start])
+    assert text_of(encoded.tokens[: encoded.shared_tokens]) == "<s>[INST] "
+
+
 def test_documents_come_behind_tools_that_are_described_in_the_system_message() -> None:
     encoded = encoder().encode(ChatPrompt(messages=(SYSTEM, USER), documents=(BEDS,), tools=(TOOL,)))
     assert encoded.passages is not None
@@ -221,7 +240,7 @@ def test_documents_come_behind_tools_that_are_described_in_the_system_message() 
 
 def test_documents_that_do_not_fit_are_counted() -> None:
     long = Document(id="long", text="x" * 100)
-    with pytest.raises(PromptTooLong, match=r"of them|in 2 documents; the limit is 160 .* fewer or shorter") as caught:
+    with pytest.raises(PromptTooLong, match=r"\d+ in 2 documents; the limit is 160 .* fewer or shorter") as caught:
         encoder(context_tokens=160).encode(ChatPrompt(messages=(USER,), documents=(long, BEDS)))
     assert caught.value.param == "documents"
 

@@ -222,7 +222,9 @@ def test_conversations_make_way_for_documents() -> None:
         for names in ("cd", "ac", "bd", "ca", "db"):
             ask(bench, names).finished()
             bench.idle()
-            until(lambda: not bench.scheduler._prefixes.save_one())
+            with bench.together():
+                while bench.scheduler._prefixes.save_one():
+                    pass
         before = bench.decoder.computed
         assert ask(bench, "abcd").finished().stitched_tokens >= 36
         assert bench.decoder.computed - before == 3 + 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from appliance.errors import ModelFileError
-from appliance.training import fused_head, learned_head, streamed_head
+from appliance.training import fused_head, learned_head, samples, streamed_head
 
 CPU = torch.device("cpu")
 Install = Callable[[Any], None]
@@ -71,6 +71,26 @@ def test_gives_what_the_whole_head_gives(kind: str, more: dict[str, Any], instal
     ]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_samples_are_written_with_the_head_in_parts(kind: str) -> None:
+    head = (plain := model(kind)).get_output_embeddings()
+    hidden = torch.randn(1, 3, head.in_features)
+    whole, forward = head(hidden), head.forward
+    with samples._head_in_parts(plain):
+        assert head.forward != forward
+        torch.testing.assert_close(head(hidden), whole)
+    assert head.forward == forward
+
+
+def test_samples_leave_a_head_to_itself_that_comes_to_a_card_in_parts() -> None:
+    """Its weights stay in memory, and what it is given lies on the card."""
+    head = (plain := model("llama")).get_output_embeddings()
+    head.forward = lambda hidden: hidden + 1
+    on_card = torch.zeros(1, 3, 64, device="meta")
+    with samples._head_in_parts(plain):
+        assert head(on_card).shape == on_card.shape
 
 
 def test_writes_the_same_text() -> None:

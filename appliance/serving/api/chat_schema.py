@@ -37,6 +37,7 @@ from appliance.serving.requests import Document
 MAX_MESSAGES = 1024
 MAX_TEXT_CHARACTERS = 512 * 1024
 MAX_TEMPLATE_VARIABLES = 32
+MAX_SCORE = 1e9
 
 Content = Annotated[str, joined_parts("text"), parts_schema("text")]
 Name = Annotated[str, StringConstraints(max_length=64)]
@@ -105,7 +106,7 @@ class DocumentBody(Strict):
 
     id: Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARACTERS)]
     text: Annotated[str, StringConstraints(min_length=1)]
-    score: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    score: Annotated[float, Field(ge=-MAX_SCORE, le=MAX_SCORE, allow_inf_nan=False)] | None = None
 
 
 class ChatRequest(SamplingFields):
@@ -208,7 +209,7 @@ def _require_different(documents: Sequence[DocumentBody]) -> None:
     for at, document in enumerate(documents):
         text = document.text.strip()
         if not text:
-            raise ValueError(f"documents[{at}], {document.id!r}, is empty; leave it out.")
+            raise ValueError(f"documents[{at}] is empty; leave it out.")
         for known, key, what in ((ids, document.id, "id"), (texts, text, "text")):
             if key in known:
                 raise ValueError(f"documents[{at}] has the {what} of documents[{known[key]}]; give each document once.")

@@ -10,8 +10,9 @@ from appliance.serving.events import Finished, Reading
 class PromptDetails(BaseModel):
     """`cached_tokens` had been read for an earlier request and cost nothing; the rest is of requests with documents.
 
-    Of the cached tokens `stitched_tokens` are of documents that had been read by themselves, and `restored_tokens` had been
-    read where they stand. The answer of an "exact" reading is that of a prompt without any cache.
+    Of the cached tokens `stitched_tokens` are of documents that had been read by themselves and were moved for this request;
+    `restored_tokens` came with a beginning that was known as a whole, however that was made. The answer of an "exact"
+    reading is that of a prompt without any cache. Of several answers the first one counts: the others share its prompt.
     """
 
     cached_tokens: int
@@ -42,7 +43,7 @@ def usage(answers: Sequence[Finished], reasoning_tokens: int | None = None) -> U
         prompt_tokens=prompt,
         completion_tokens=generated,
         total_tokens=prompt + generated,
-        prompt_tokens_details=_details(max(answers, key=lambda answer: answer.cached_tokens)),
+        prompt_tokens_details=_details(min(answers, key=lambda answer: answer.index)),
         completion_tokens_details=details,
     )
 

@@ -55,6 +55,15 @@ def test_usage_says_how_documents_were_read() -> None:
     assert request.prompt.documents == (Document(id="a", text="x", score=0.5), Document(id="b", text="y"))
 
 
+def test_usage_of_several_answers_is_that_of_the_first_which_read_the_prompt() -> None:
+    told = {"reason": "stop", "prompt_tokens": 50, "generated_tokens": 1, "documents": "stitched"}
+    first = Finished(**told, cached_tokens=40, stitched_tokens=30)
+    second = Finished(**told, cached_tokens=49, index=1)
+    body = ask(Site(FakeEngine([second, first])), n=2, documents=[{"id": "a", "text": "x"}]).json()
+    details = body["usage"]["prompt_tokens_details"]
+    assert (details["cached_tokens"], details["stitched_tokens"], details["computed_tokens"]) == (40, 30, 10)
+
+
 def test_plain_answer() -> None:
     site = Site(FakeEngine(says("Hel", "lo.")))
     body = ask(site).json()

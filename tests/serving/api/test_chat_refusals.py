@@ -30,6 +30,7 @@ from tests.serving.fakes import FakeEngine, says
         ({"documents": [{"id": "a"}]}, "documents[0].text"),
         ({"documents": [{"id": "a", "text": "x", "url": "y"}]}, "documents[0].url"),
         ({"documents": [{"id": "a", "text": "x", "score": "high"}]}, "documents[0].score"),
+        ({"documents": [{"id": "a", "text": "x", "score": 1.7e308}]}, "documents[0].score"),
         ({"documents": [{"id": str(at), "text": "x"} for at in range(MOST_DOCUMENTS + 1)]}, "documents"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
@@ -102,7 +103,7 @@ def test_no_value_is_repeated_in_an_error() -> None:
     [
         ([("a", "x"), ("b", "y"), ("a", "z")], "documents[2] has the id of documents[0]"),
         ([("a", "x"), ("b", " x\n")], "documents[1] has the text of documents[0]"),
-        ([("a", "x"), ("b", " \n")], "documents[1], 'b', is empty"),
+        ([("a", "x"), ("b", " \n")], "documents[1] is empty"),
         ([("a", "x" * MAX_TEXT_CHARACTERS)], "longer than the limit"),
     ],
 )
