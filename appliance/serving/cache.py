@@ -116,7 +116,9 @@ class PrefixCache:
         self._touch(match.node)
         if match.length == len(tokens):
             return True
-        is_grown = match.length == match.node.end and self._can_grow(match.node, owner, is_mapped=is_mapped)
+        is_alike = passages.is_stitched(tokens) == passages.is_stitched(match.node.tokens)  # else one goes with the other
+        is_end = match.length == match.node.end
+        is_grown = is_end and is_alike and self._can_grow(match.node, owner, is_mapped=is_mapped)
         start = match.node.start if is_grown else match.length  # one piece is taken back faster than two
         rank = _rank(owner, tokens, self._clock, start)
         if not self._make_place(len(tokens) - match.length, match.node, rank, is_mapped=is_mapped):
@@ -131,6 +133,15 @@ class PrefixCache:
         self._held[is_mapped] += len(node.tokens)
         self._touch(node)
         return True
+
+    @property
+    def common_tokens(self) -> int:
+        """In memory, and nobody's: what a tenant's cannot push out."""
+        return sum(len(node.tokens) for node in self._nodes if node.owner is None and not _is_mapped(node))
+
+    def touch(self, match: Match) -> None:
+        """Counts as used now."""
+        self._touch(match.node)
 
     def forget(self, match: Match) -> None:
         """Drops all cells of the match, and what continues them."""

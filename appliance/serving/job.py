@@ -59,12 +59,9 @@ class Job:
 
     def prefix(self, length: int) -> Prefix:
         """How its first tokens are known."""
-        tokens = tuple(self.tokens[:length])
-        if self.is_alone:
-            tokens = passages.alone(tokens)
-        elif self.stitching is not None:
-            tokens = passages.stitched(tokens, self.stitching.passages, self.stitching.reread_tokens)
-        return Prefix(tokens, self.adapter, self.owner)
+        tokens = self.tokens if self.stitching is None else self.stitching.marked(self.tokens)
+        known = tuple(tokens[:length])
+        return Prefix(passages.alone(known) if self.is_alone else known, self.adapter, self.owner)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -77,7 +74,18 @@ class Stitching:
     passages: Passages
     reread_tokens: int  # of each document, computed where it stands
     stops: Sequence[int] = ()
+    known: int = 0  # of the prompt's beginning, when the answer got its slot
     tried: set[tuple[int, int]] = dataclasses.field(default_factory=set)  # what was read for it
+    _marked: list[int] = dataclasses.field(default_factory=list)
+
+    def marked(self, tokens: Sequence[int]) -> list[int]:
+        """How all tokens of the prompt and its answer are known; they only become more."""
+        if not self._marked:
+            self._marked += passages.stitched(tokens, self.passages, self.reread_tokens)
+        if len(self._marked) < len(tokens):
+            mark = passages.mark(self.reread_tokens)
+            self._marked += [mark | token for token in tokens[len(self._marked) :]]
+        return self._marked
 
     def kept(self, span: tuple[int, int]) -> int:
         """How much of a document is not read again."""

@@ -59,10 +59,15 @@ def texts(known: Sequence[int]) -> list[int]:
     return [token & ~_ALONE for token in known]
 
 
+def mark(reread_tokens: int) -> int:
+    """What makes the number of a token that stands behind the beginning of the first document."""
+    return _STITCHED | reread_tokens << _REREAD_SHIFT
+
+
 def stitched(tokens: Sequence[int], passages: Passages, reread_tokens: int) -> tuple[int, ...]:
     """How a prompt is known whose documents were read by themselves, but for the first `reread_tokens` of each."""
-    mark = _STITCHED | reread_tokens << _REREAD_SHIFT
-    known = [*tokens[: passages.start], *(mark | token for token in tokens[passages.start :])]
+    marks = mark(reread_tokens)
+    known = [*tokens[: passages.start], *(marks | token for token in tokens[passages.start :])]
     for at in passages.bounds:
         if at < len(known):
             known[at] |= _BEGINS

@@ -54,6 +54,7 @@ class Prefixes:
         self._sightings: collections.OrderedDict[Prefix, int] = collections.OrderedDict()
         self._used: set[Prefix] = set()  # since the files were last told
         self._tried: set[Prefix] = set()  # to write, whatever came of it
+        self._written: set[Prefix] = set()  # found among the files
 
     @property
     def cells(self) -> int:
@@ -78,6 +79,11 @@ class Prefixes:
         return self._cache.limit
 
     @property
+    def place_left(self) -> int:
+        """Tokens of the cache that a tenant's prompt can have."""
+        return self._cache.limit - self._cache.common_tokens
+
+    @property
     def has_free_slot(self) -> bool:
         return len(self._slots.running) < self._slots.count
 
@@ -97,6 +103,10 @@ class Prefixes:
     def is_somewhere(self, prefix: Prefix) -> bool:
         """Whether all of it is known, or on disk."""
         return self.has(prefix) or (self._store is not None and prefix in self._store)
+
+    def touch(self, prefix: Prefix) -> None:
+        """Counts as used now, as far as it is in the cache."""
+        self._cache.touch(self._cache.match(prefix.adapter, prefix.owner, prefix.tokens))
 
     def parts(self, prefix: Prefix) -> list[SavedPart]:
         """The saved cells of a prefix that is known."""
@@ -218,11 +228,14 @@ class Prefixes:
         self._used.add(prefix)
         self._sightings[prefix] = self._sightings.get(prefix, 0) + 1
         self._sightings.move_to_end(prefix)
+        if prefix in self._written and prefix not in self._store:  # it had to make room, and is used again
+            self._written.discard(prefix)
+            self._tried.discard(prefix)
         while len(self._sightings) > REMEMBERED:
-            self._sightings.popitem(last=False)
-        remembered = {*self._operators, *self._sightings}
-        self._used &= remembered
-        self._tried &= remembered
+            oldest, _ = self._sightings.popitem(last=False)
+            if oldest not in self._operators:
+                for noted in (self._used, self._tried, self._written):
+                    noted.discard(oldest)
 
     def worth_saving(self) -> Prefix | None:
         """A cached prefix that should be on disk and is not. For idle moments: it waits for a file being written."""
@@ -235,7 +248,12 @@ class Prefixes:
         for prefix in (*self._operators, *seen):
             size = len(prefix.tokens)
             is_right_size = size >= SNAPSHOT_TOKENS and size * self._decoder.cell_bytes <= self._store.limit_bytes
-            if not is_right_size or prefix in self._tried or prefix in self._store:
+            if not is_right_size or prefix in self._written:
+                continue
+            if prefix in self._store:
+                self._written.add(prefix)
+                continue
+            if prefix in self._tried:
                 continue
             if self.has(prefix):
                 return prefix
@@ -269,7 +287,7 @@ class Prefixes:
         """The longest beginning of the job's prompt that is on disk, if it saves enough."""
         if self._store is None:
             return None
-        found = self._store.longest(job.adapter, job.owner, job.tokens[: job.prompt_tokens - 1])
+        found = self._store.longest(job.adapter, job.owner, _prompt(job).tokens)
         return found if found is not None and len(found.tokens) >= self.cached_tokens(job) + RECALL_TOKENS else None
 
     def read(self, prefix: Prefix) -> SavedCells | None:

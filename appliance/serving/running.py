@@ -63,9 +63,11 @@ class Running:
         if self._stitcher.has_to_wait(answer, self.answers):
             return True
         if answer.awaited is None and not answer.has_awaited:
-            cached = self._prefixes.cached_tokens(answer.job)
+            cached = self._stitcher.cached_tokens(answer.job)
             for reader in self.answers:
                 is_sibling = reader.ticket is answer.ticket
+                if reader.errand is not None and not is_sibling:
+                    continue  # what it reads is known as soon as it is read, and not at its end
                 gain = awaited_length(reader.job, answer.job) - cached
                 if reader.job.is_reading and gain >= (1 if is_sibling else AWAITED_TOKENS):
                     answer.awaited = reader

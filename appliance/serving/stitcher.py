@@ -34,6 +34,8 @@ class Stitcher:
             return prompt, None
 
         def known(tokens: Sequence[int]) -> int:
+            if self._reread_tokens is not None:
+                return 0  # wherever a document stands, it is not read again
             return self._prefixes.source(Prefix(tuple(tokens), adapter, owner)).length
 
         return arranged(prompt, passages, self._tolerance, known)
@@ -42,7 +44,7 @@ class Stitcher:
         """Decides how the job's prompt will be read. What is put together must find place in the cache beforehand."""
         if passages is None or self._reread_tokens is None:
             return
-        if passages.end <= self._prefixes.saved_limit and passages.end < job.prompt_tokens:
+        if passages.end <= self._prefixes.place_left and passages.end < job.prompt_tokens:
             job.stitching = Stitching(passages, self._reread_tokens)
 
     def known_tokens(self, job: Job) -> int:
@@ -51,6 +53,14 @@ class Stitcher:
         if job.stitching is None or whole >= job.stitching.passages.end:
             return whole
         kept = sum(job.stitching.kept(span) for span in self._spans(job) if self._prefixes.is_somewhere(_part(job, *span)))
+        return max(whole, self._begin(job) + kept)
+
+    def cached_tokens(self, job: Job) -> int:
+        """The same of what is in memory."""
+        whole = self._prefixes.cached_tokens(job)
+        if job.stitching is None or whole >= job.stitching.passages.end:
+            return whole
+        kept = sum(job.stitching.kept(span) for span in self._spans(job) if self._prefixes.has(_part(job, *span)))
         return max(whole, self._begin(job) + kept)
 
     def worth_recalling(self, job: Job) -> Sequence[Prefix]:
@@ -70,15 +80,20 @@ class Stitcher:
 
     def enter(self, answer: Answer, place: Place) -> None:
         """Gives the answer its slot, with what is known of its prompt."""
-        job = answer.job
-        if job.stitching is None or place.source.length >= job.stitching.passages.end:
+        job, stitching = answer.job, answer.job.stitching
+        if stitching is not None and answer.index == 0:
+            for span in stitching.passages.spans:
+                self._prefixes.see_prefix(_part(job, *span))
+        if stitching is None or place.source.length >= stitching.passages.end:
             self._prefixes.enter(job, place)
             answer.cached = job.computed
+            if stitching is not None and job.computed < stitching.passages.end:
+                job.stitching = None  # its cells were refused, and it is read from its beginning
             return
-        for start, end in job.stitching.passages.spans:
-            self._prefixes.see_prefix(_part(job, start, end))
         self._prefixes.keep_left(place.slot)
-        answer.cached = self._begin(job)
+        for span in self._spans(job):
+            self._prefixes.touch(_part(job, *span))  # or what has to be read would push it out
+        stitching.known = self._begin(job)
         self._go_on(answer, place.slot)
 
     def went_on(self, answer: Answer) -> None:
@@ -109,7 +124,7 @@ class Stitcher:
             answer.errand = Job(job.tokens[start:end], end - start, job.adapter, job.owner, is_alone=alone)
             self._prefixes.enter(answer.errand, Place(slot, self._prefixes.source(answer.errand.prefix(end - start))))
             if not alone:
-                answer.cached += answer.errand.computed
+                stitching.known = answer.errand.computed
 
     def _put_together(self, answer: Answer, slot: int) -> None:
         """Everything up to the first token that has to be computed."""
@@ -120,6 +135,7 @@ class Stitcher:
         moved = [] if job.stitching.reread_tokens else self._spans(job)
         for span in moved:
             parts += self._prefixes.parts(_part(job, *span))
+        answer.cached = min(begin, job.stitching.known)
         if self._prefixes.enter_with(job, slot, parts):
             _count(answer, moved)
         else:
@@ -141,10 +157,12 @@ class Stitcher:
 
     def _read_whole(self, answer: Answer, slot: int, reason: str) -> None:
         logger.warning("event=documents_read_exactly tokens=%d reason=%r", answer.job.prompt_tokens, reason)
-        job = answer.job
+        job, stitching = answer.job, answer.job.stitching
+        assert stitching is not None
         job.stitching = None
         self._prefixes.enter(job, Place(slot, self._prefixes.source(job.prefix(job.prompt_tokens - 1))))
-        answer.cached, answer.stitched = job.computed, 0
+        answer.cached, answer.stitched = min(job.computed, stitching.known), 0
+        answer.expected_cached = answer.read_apart = 0
 
     def _missing(self, job: Job) -> Iterator[tuple[int, int]]:
         """What has to be read by itself: first of all what stands before the documents, unless more is known."""
@@ -169,7 +187,9 @@ class Stitcher:
         passages = job.stitching.passages
         if known >= passages.end:
             return known
-        return max((bound for bound in passages.bounds if bound <= known), default=0)
+        # A shorter beginning may not be worth its copy where a longer one is, so that each is asked for by itself.
+        fitting = (bound for bound in reversed(passages.bounds) if bound <= known)
+        return next((bound for bound in fitting if self._prefixes.has(job.prefix(bound))), 0)
 
 
 def _count(answer: Answer, moved: Sequence[tuple[int, int]]) -> None:

@@ -228,3 +228,56 @@ def test_conversations_make_way_for_documents() -> None:
         before = bench.decoder.computed
         assert ask(bench, "abcd").finished().stitched_tokens >= 36
         assert bench.decoder.computed - before == 3 + 4
+
+
+def grown(name: str, *texts: Sequence[int]) -> None:
+    DOCUMENTS[name] = tuple(token for text in texts for token in text)
+
+
+def test_a_running_answer_that_begins_alike_is_no_reason_to_fail() -> None:
+    """It is worth copying for the sake of a long beginning, and not for a short one."""
+    grown("n", range(9000, 9001))
+    grown("o", range(9100, 9160))
+    grown("p", range(9100, 9130), range(9200, 9205))
+    with stitching_bench(slots=2, cache_tokens=400) as bench:
+        with bench.together():
+            running = ask(bench, "no", system=(1, 2), max_tokens=60)
+        until(lambda: running.events.qsize() > 1)
+        other = ask(bench, "np", system=(1, 2))
+        assert other.finished().documents == "stitched"
+        running.finished()
+
+
+def test_what_had_to_be_read_again_does_not_count_as_known() -> None:
+    grown("q", range(9300, 9340))
+    grown("r", range(9400, 9405))
+    with stitching_bench(slots=1, cache_tokens=60) as bench:
+        system = tuple(range(1000, 1015))
+        ask(bench, "q", system=system).finished()
+        before = bench.decoder.computed
+        end = ask(bench, "qr", system=system).finished()
+        computed = bench.decoder.computed - before - 4
+        assert end.prompt_tokens - end.cached_tokens <= computed
+        assert end.cached_tokens <= end.prompt_tokens
+
+
+def test_conversations_do_not_take_the_system_prompt_with_them() -> None:
+    system = tuple(range(1000, 1040))
+    with stitching_bench(slots=1, cache_tokens=40 + 4 * 12 + 8) as bench:
+        ask(bench, "ab", system=system).finished()
+        with bench.together():
+            while bench.scheduler._prefixes.save_one():
+                pass
+        before = bench.decoder.computed
+        ask(bench, "cd", system=system).finished()
+        assert bench.decoder.computed - before == 12 + 12 + 3 + 4
+
+
+def test_documents_that_come_in_a_fixed_order_reach_the_disk_too(tmp_path: Path) -> None:
+    grown("u", range(9700, 9740))
+    grown("v", range(9800, 9840))
+    store = store_in(tmp_path)
+    with stitching_bench(snapshots=store) as bench:
+        for _ in range(3):
+            ask(bench, "uv").finished()
+        until(lambda: len(store.prefixes()) >= 2)

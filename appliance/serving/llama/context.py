@@ -98,7 +98,8 @@ class Context:
             raise SnapshotRefused("parts of its memory cannot be kept")
         rope_type = c.llama_model_rope_type(self._model.handle)
         rotation = rope.of(self._model.header, self._model.path, rope_type, self._threads[1])
-        tokens = self._model.tokenize(PROBE_TEXT, parse_special=False)
+        most = min(self.batch_tokens, self.context_tokens // 2)
+        tokens = self._model.tokenize(PROBE_TEXT, parse_special=False)[:most]
 
         def keys_at(position: int) -> Sequence[rope.Keys]:
             self._compute([Feed(0, tokens, position, is_sampled=False)])

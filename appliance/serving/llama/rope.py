@@ -24,6 +24,8 @@ CELLS_AT_ONCE = 256  # fewer cost more in calls of numpy, more do not stay in a 
 # Root mean square of the difference, of that of the keys. Rounding comes to 0.07 in a random 0.6B in four bits, where each
 # layer rounds what the one before made of it; frequencies that are wrong by 1 in 2,000 to 0.21 at a distance of 2,000.
 TOLERANCE = 0.12
+# The same of each pair of values in the first layer, which depends on token and position alone: 0.0003 for all of them.
+FIRST_TOLERANCE = 0.01
 
 Keys = npt.NDArray[np.float16]
 
@@ -36,6 +38,17 @@ class Rotation:
     frequencies: npt.NDArray[np.float64]
     is_interleaved: bool  # pairs are neighbours; else the first half of the values turned goes with the second
     threads: int = 1
+
+    def worst_pair(self, moved: Keys, there: Keys) -> float:
+        """How much the pair differs that differs most: root mean square of the difference, of that of its values."""
+        pairs = len(self.frequencies)
+        sums = []
+        for keys in (moved.astype(np.float32) - there.astype(np.float32), there.astype(np.float32)):
+            heads = keys.reshape(-1, self.width)[:, : 2 * pairs]
+            each = heads.reshape(-1, pairs, 2) if self.is_interleaved else heads.reshape(-1, 2, pairs).swapaxes(1, 2)
+            sums.append(np.square(each).sum(axis=(0, 2)))
+        different, whole = sums
+        return float(np.sqrt(different / np.maximum(whole, np.finfo(np.float32).tiny)).max())
 
     def turn_all(self, moved: Sequence[tuple[Keys, int]]) -> None:
         """`turn` for each; numpy lets other threads compute meanwhile."""
@@ -66,12 +79,15 @@ def of(header: GgufHeader, path: Path, rope_type: int, threads: int) -> Rotation
     if rope_type not in (c.LLAMA_ROPE_TYPE_NORM, c.LLAMA_ROPE_TYPE_NEOX):
         raise SnapshotRefused(f"its positions are of a kind ({rope_type}) that cannot be moved here")
     values, architecture = header.values, header.architecture
-    scaling = values.get(f"{architecture}.rope.scaling.type", "none")
+    scaling = values.get(f"{architecture}.rope.scaling.type", "linear")  # as llama.cpp takes it
     if scaling not in ("none", "linear"):
         raise SnapshotRefused(f"its positions are scaled ({scaling}), and cannot be moved here")
     turned = _number(values.get(f"{architecture}.rope.dimension_count"), header.key_length)
     base = _number(values.get(f"{architecture}.rope.freq_base"), DEFAULT_BASE)
-    factor = _number(values.get(f"{architecture}.rope.scaling.factor"), 1.0) if scaling == "linear" else 1.0
+    factor = 1.0
+    if scaling == "linear":
+        named = values.get(f"{architecture}.rope.scaling.factor", values.get(f"{architecture}.rope.scale_linear"))
+        factor = _number(named, 1.0)
     frequencies = base ** (-np.arange(0, int(turned), 2) / turned) / (factor or 1.0)
     factors = _factors(header, path)
     if factors is not None:
@@ -88,7 +104,11 @@ def check(rotation: Rotation, keys_at: Callable[[int], Sequence[Keys]], distance
     Raises `SnapshotRefused` where they differ by more than rounding.
     """
     for layer, (moved, there) in enumerate(zip(keys_at(0), keys_at(distance), strict=True)):
+        if moved.shape[1] % rotation.width:
+            raise SnapshotRefused(f"its keys of layer {layer} have {moved.shape[1]} values, no multiple of {rotation.width}")
         rotation.turn(moved, distance)
+        if not layer and (worst := rotation.worst_pair(moved, there)) > FIRST_TOLERANCE:
+            raise SnapshotRefused(f"a pair of values in its first layer differs by {worst:.1%} where it was moved")
         off = _size(moved.astype(np.float32) - there.astype(np.float32)) / (_size(there.astype(np.float32)) or 1.0)
         if not off <= TOLERANCE:
             raise SnapshotRefused(f"keys of layer {layer} that were moved differ by {off:.0%} from those computed there")
