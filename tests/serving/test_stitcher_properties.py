@@ -3,11 +3,13 @@
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from appliance.serving.cache import common_length
 from appliance.serving.events import Finished
 from appliance.serving.passages import Passages
 from appliance.serving.snapshots import Identity, SnapshotStore
@@ -34,6 +36,7 @@ class Ask:
     tenant: str
     adapter: str | None
     is_cancelled: bool
+    is_plain: bool  # the same tokens, but nobody says that they are documents
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -44,7 +47,8 @@ class Ask:
         bounds = [len(SYSTEM)]
         for at in self.documents:
             bounds.append(bounds[-1] + len(DOCUMENTS[at]))
-        return Passages(tuple(bounds), (None,) * len(self.documents)) if self.documents else None
+        is_told = self.documents and not self.is_plain
+        return Passages(tuple(bounds), (None,) * len(self.documents)) if is_told else None
 
     def answer(self) -> tuple[int, ...]:
         """What the model says when nobody cancels, the end included."""
@@ -63,6 +67,7 @@ asks = st.builds(
     tenant=st.sampled_from(["a", "a", "b"]),
     adapter=st.sampled_from([None, None, None, "x"]),
     is_cancelled=st.booleans() | st.just(False),
+    is_plain=st.sampled_from([False, False, True]),
 )
 
 
@@ -101,8 +106,10 @@ def test_random_mixes(
                 clients.append((ask, client))
                 if ask.is_cancelled:
                     client.cancel()
-            for ask, client in clients:
-                _check(ask, client, is_stitching=reread_tokens is not None)
+            ends = [_check(ask, client, is_stitching=reread_tokens is not None) for ask, client in clients]
+            for at, (ask, _) in enumerate(clients):
+                others = [(other, ends[number]) for number, (other, _) in enumerate(clients) if number != at]
+                _check_exact(ask, ends[at], others)
             bench.idle()
             assert decoder.samplers == {}
             load = bench.scheduler.load()
@@ -114,7 +121,18 @@ def test_random_mixes(
         shutil.rmtree(folder)
 
 
-def _check(ask: Ask, client: Client, *, is_stitching: bool) -> None:
+def _check_exact(ask: Ask, ends: Sequence[Finished], others: Sequence[tuple[Ask, Sequence[Finished]]]) -> None:
+    """What a plain prompt found had been read where it stands: nothing of a document that was read by itself."""
+    if ask.passages is not None or ask.n > 1:
+        return
+    known = [SYSTEM]
+    for other, found in others:
+        if (other.tenant, other.adapter) == (ask.tenant, ask.adapter) and any(end.documents != "stitched" for end in found):
+            known.append((*other.prompt, *other.answer()))
+    assert all(end.cached_tokens <= max(common_length(each, ask.prompt) for each in known) for end in ends)
+
+
+def _check(ask: Ask, client: Client, *, is_stitching: bool) -> list[Finished]:
     ends = [end for end in client.ends() if isinstance(end, Finished)]
     assert [end.index for end in ends] == list(range(ask.n))
     assert client.events.empty()
@@ -122,11 +140,12 @@ def _check(ask: Ask, client: Client, *, is_stitching: bool) -> None:
     whole = "".join(f"{token} " for token in said if token != END)
     for end in ends:
         text = client.texts.get(end.index, "")
-        assert end.documents == "exact" or (end.documents == "stitched") <= (is_stitching and bool(ask.documents))
-        assert (end.documents is None) == (not ask.documents)
+        assert end.documents != "stitched" or is_stitching
+        assert (end.documents is None) == (ask.passages is None)
         assert 0 <= end.stitched_tokens <= end.cached_tokens < end.prompt_tokens
         if end.reason == "cancelled":
             assert ask.is_cancelled
             assert whole.startswith(text)
         else:
             assert (text, end.generated_tokens) == (whole, len(said))
+    return ends
