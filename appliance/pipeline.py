@@ -152,6 +152,10 @@ def _verify(this: Run, files: Mapping[str, StepResult], merged: StepResult, data
     quantized = [part for kind, each in files.items() if kind != "F16" for part in ("--quantized", each.result["file"])]
     more: list[str | Path] = ["--heldout", dataset.artifact / "heldout.jsonl"] if recipe.data.heldout else []
     more += ["--preferences", dataset.artifact / "dpo.jsonl"] if recipe.triplets else []
+    if recipe.serve.documents != "exact" and _has_documents(dataset.artifact):
+        more += ["--passages", "--passages-questions", str(settings.passages_questions)]
+        more += ["--passages-kl-limit", str(settings.passages_kl_limit)]
+        more += ["--passages-lost-limit", str(settings.passages_lost_limit)]
     return this.step(
         "verify",
         *("convert", "verify", files["F16"].result["file"], "--merged", merged.artifact),
@@ -162,6 +166,16 @@ def _verify(this: Run, files: Mapping[str, StepResult], merged: StepResult, data
         *("--logit-gap", str(settings.logit_gap), "--memory-mib", str(recipe.machine.memory_mib)),
         *("--serve", json.dumps(config.plain(recipe.serve))),
     )
+
+
+def _has_documents(dataset: Path) -> bool:
+    """Whether rows have any, so that it can be measured what reading these by themselves costs."""
+    for name in ("sft.jsonl", "heldout.jsonl"):
+        if (dataset / name).exists():
+            with (dataset / name).open("rb") as stream:
+                if any(json.loads(line).get("documents") for line in stream):
+                    return True
+    return False
 
 
 def _run_command(arguments: Sequence[str]) -> Mapping[str, Any]:

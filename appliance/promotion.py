@@ -127,6 +127,22 @@ def report_on(model: Artifact, root: Path) -> Artifact:
     return max(fitting, key=rank)
 
 
+def proven_reread_tokens(model: Artifact, root: Path) -> int | None:
+    """How many tokens of each document must be read in its place so that the rest may be read by itself, as the newest proof
+    in a report on this model says; None where there is none, or it says that all must.
+    """
+    proofs: list[tuple[str, int | None]] = []
+    for path in (root / "report").glob(f"*/{artifacts.MANIFEST}"):
+        try:
+            report = artifacts.load(path.parent)
+        except ArtifactError:
+            continue  # what is damaged proves nothing, and the model can be served without it
+        proof = report.results.get("passages")
+        if proof is not None and verifies(report, model) and proof["model"] == model.id:
+            proofs.append((str(report.manifest["made_at"]), proof["allowed_reread_tokens"]))
+    return max(proofs, key=lambda each: each[0])[1] if proofs else None
+
+
 def verifies(report: Artifact, model: Artifact) -> bool:
     return report.manifest["inputs"].get("what") == "verify" and model.id in report.manifest["parents"]
 

@@ -120,6 +120,15 @@ class Verify:
     kl_limit: float = setting(
         0.1, minimum=0.0, about="nats that the served file may differ from 16 bits in any language, on average"
     )
+    passages_questions: int = setting(
+        24, minimum=1, about="with documents, answered with these in their place and with these read by themselves"
+    )
+    passages_kl_limit: float = setting(
+        0.05, minimum=0.0, about="nats that documents read by themselves may change in any language, on average"
+    )
+    passages_lost_limit: float = setting(
+        0.01, minimum=0.0, maximum=1.0, about="part of the facts in answers that may be lost by it, in any language"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +160,7 @@ class Serve:
     system_prompts: tuple[str, ...] = setting((), about="read at start, so that the first visitor need not wait for it")
     documents: Literal["auto", "exact", "stitched"] = setting(
         "auto",
-        about="stitched: each is read once, by itself, and then moved; auto: exact, until that is proven for the model",
+        about="stitched: each is read once, by itself, and then moved; auto: so where that is proven, else exact",
     )
     document_reread_tokens: int = setting(
         0, minimum=0, maximum=1024, about="of each document that was read by itself, read again where it stands"

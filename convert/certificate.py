@@ -28,6 +28,7 @@ def page(name: str, results: Mapping[str, Any]) -> str:
             *_worst(results["files"]),
             *_limits(results),
             "",
+            *_passages(results.get("passages")),
         ]
     )
 
@@ -170,6 +171,47 @@ def _limits(results: Mapping[str, Any]) -> list[str]:
         return ["No limits were set."]
     state = "keeps to" if gate["passed"] else "EXCEEDS"
     return [f"{gate['type']} {state} the limit of {gate['kl_limit']} nats in every language ({gate['rows']})."]
+
+
+def _passages(proof: Mapping[str, Any] | None) -> list[str]:
+    """What reading documents by themselves costs, and whether serving may."""
+    if proof is None:
+        return []
+    readings = proof.get("readings", {})
+    rows = [
+        [
+            reread,
+            name,
+            str(each["questions"]),
+            f"{each['kl_mean']:.4f}",
+            f"{each['same_top_ratio']:.1%}",
+            f"{each['facts_kept']} of {each['facts']}",
+            f"{each['chrf']:.1f}",
+            f"{each['right_facts']} ({each['right_facts_full']}) of {each['expected_facts']}",
+        ]
+        for reread, groups in readings.items()
+        for name, each in groups.items()
+    ]
+    head = ["Read again", "Language, documents", "Questions", "KL (nats)", "Same top token", "Facts kept", "chrF"]
+    head.append("Right facts (in place)")
+    table = _table(head, rows) if rows else []
+    allowed = proof["allowed_reread_tokens"]
+    decision = "in their place" if allowed is None else f"by themselves, {allowed} tokens of each again"
+    pairs = [
+        line
+        for each in proof.get("lost", ())
+        for line in (f"- {each['group']}: {_quoted(each['in_place'])} became {_quoted(each['by_themselves'])}",)
+    ]
+    lost = ["Answers that lost facts with nothing read again:", "", *pairs, ""] if pairs else []
+    return [
+        f"## Documents read by themselves ({proof['type']})",
+        "",
+        *table,
+        *([""] if table else []),
+        *lost,
+        f'With `serve.documents = "auto"` they are read {decision}: {proof["reason"]}.',
+        "",
+    ]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,22 +5,47 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from appliance.errors import DataError, ModelFileError
-from appliance.text import languages
+from appliance.text import languages, passages
 
 Messages = Sequence[Mapping[str, str]]
 UNTOLD = "untold"  # too short to tell its language
 SHOWN_CHARACTERS = 40
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A conversation that ends with an answer, and the documents that it rests on, each with an `id` and a `text`."""
+
+    messages: Messages
+    documents: Sequence[Mapping[str, str]]
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1]["content"]
+
+
 def read(path: Path) -> list[Messages]:
-    """The conversations of a dataset's file, JSON lines with messages; raises `DataError`."""
+    """The conversations of a dataset's file, JSON lines with messages; raises `DataError`.
+
+    Documents of a row stand in its first message, nearly as in serving, which has their tokens end where they do.
+    """
+    return [_with_documents(each) for each in read_asked(path)]
+
+
+def read_asked(path: Path) -> list[Asked]:
+    """The same, with documents by themselves."""
     try:
-        rows = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        lacking = [number for number, messages in enumerate(rows, 1) if "user" not in {each["role"] for each in messages}]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [
+            Asked(row["messages"], [{key: each[key] for key in ("id", "text")} for each in row.get("documents", ())])
+            for row in lines
+        ]
+        lacking = [number for number, row in enumerate(rows, 1) if "user" not in {each["role"] for each in row.messages}]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no file of conversations ({error}); `appliance data check` makes one.") from error
     if not rows:
@@ -49,11 +74,25 @@ def by_language(rows: Sequence[Messages], codes: Sequence[str]) -> dict[str, lis
     """Rows under the language of their assistant's turns, or of all turns where there is none; in the order of `codes`."""
     groups: dict[str, list[Messages]] = {code: [] for code in [*codes, UNTOLD]}
     for messages in rows:
-        answers = [each["content"] for each in messages if each["role"] == "assistant"]
-        text = "\n".join(answers or [each["content"] for each in messages])
-        code = codes[0] if len(codes) == 1 else languages.detect(text, codes)
-        groups[code or UNTOLD].append(messages)
+        groups[language_of(messages, codes)].append(messages)
     return {code: group for code, group in groups.items() if group}
+
+
+def language_of(messages: Messages, codes: Sequence[str]) -> str:
+    """The one of `codes` that its answers are in, or `UNTOLD`."""
+    answers = [each["content"] for each in messages if each["role"] == "assistant"]
+    text = "\n".join(answers or [each["content"] for each in messages])
+    return codes[0] if len(codes) == 1 else languages.detect(text, codes) or UNTOLD
+
+
+def _with_documents(asked: Asked) -> Messages:
+    """What follows a system message, and stands before any other."""
+    if not asked.documents:
+        return asked.messages
+    first, *rest = asked.messages
+    text = "".join(passages.shown(each["id"], each["text"]) for each in asked.documents)
+    parts = (first["content"], text) if first["role"] == "system" else (text, first["content"])
+    return [{**first, "content": passages.SEPARATOR.join(parts)}, *rest]
 
 
 def render(tokenizer: Any, messages: Messages, name: str, *, add_generation_prompt: bool = False, **variables: Any) -> str:

@@ -124,7 +124,7 @@ def _positions(full: GgufModel, quantized: GgufModel, answer: Answer, sums: Sums
 
     inputs, first = answer.tokens[:-1], answer.start - 1
     for (position, ours), (_, theirs) in zip(full.stream(inputs, first), quantized.stream(inputs, first), strict=True):
-        sixteen, fewer = _log_softmax(ours), _log_softmax(theirs)
+        sixteen, fewer = log_softmax(ours), log_softmax(theirs)
         divergences = numpy.maximum((numpy.exp(sixteen) * (sixteen - fewer)).sum(axis=1), 0.0)
         actual = numpy.array(answer.tokens[position + 1 : position + 1 + len(ours)])
         rows = numpy.arange(len(actual))
@@ -150,7 +150,8 @@ def _told(full: GgufModel, answer: Answer, position: int, language: str, kl: flo
     }
 
 
-def _log_softmax(logits: Any) -> Any:
+def log_softmax(logits: Any) -> Any:
+    """Log probabilities, row by row."""
     import numpy
 
     shifted = logits - logits.max(axis=1, keepdims=True)

@@ -1,6 +1,6 @@
 """Whether a machine can hold a model file, and what it could hold: by the plan that serving loads models by.
 
-The one module of `convert` that knows serving, so that there are not two opinions of how much memory a model takes.
+With `stitched` the only module of `convert` that knows serving: there are not two opinions of how much memory a model takes.
 """
 
 import dataclasses

@@ -17,14 +17,14 @@ from appliance import artifacts, config, promotion
 from appliance import recipe as recipes
 from appliance.artifacts import Plan
 from appliance.console import Command, emit, human_bytes, json_option, note
-from appliance.errors import ModelFileError, VerificationFailed, several
+from appliance.errors import DataError, ModelFileError, VerificationFailed, several
 from appliance.recipe import Serve, Verify
-from convert import certificate, checks, conversations, divergence, fitting, pre_tokenizer
-from convert.conversations import Messages
+from convert import certificate, checks, conversations, divergence, fitting, passages, pre_tokenizer
+from convert.conversations import Asked, Messages
 from convert.gguf_model import GgufModel
 from convert.mapped_model import MappedModel
 
-REVISION = 6  # raised when the checks change
+REVISION = 7  # raised when the checks change
 DEFAULTS = Verify()
 MIB = 1 << 20
 MOST_SHOWN = 5
@@ -34,13 +34,17 @@ FILE, PAGE = "certificate.json", "certificate.md"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is verified: files by type (the 16-bit one first), the model they were made from, and the rows to measure on."""
+    """What is verified: files by type (the 16-bit one first), the model they were made from, and the rows to measure on.
+
+    `asked` are questions over documents; None where it is not asked what reading these by themselves costs.
+    """
 
     files: Mapping[str, Path]
     merged: Path
     trained: Sequence[Messages]
     heldout: Sequence[Messages] | None
     preferences: Sequence[Messages]
+    asked: Sequence[Asked] | None
     languages: Sequence[str]
     gate: str | None
     serve: Serve
@@ -64,6 +68,12 @@ class Subject:
 @click.option("--prompts", type=click.IntRange(min=1), default=DEFAULTS.prompts, show_default=True)
 @click.option("--answer-tokens", type=click.IntRange(min=1), default=DEFAULTS.answer_tokens, show_default=True)
 @click.option("--logit-gap", type=click.FloatRange(min=0, max=1), default=DEFAULTS.logit_gap, show_default=True)
+@click.option("--passages", "proves_passages", is_flag=True, help="Also: may documents be read once, by themselves?")
+@click.option("--passages-questions", type=click.IntRange(min=1), default=DEFAULTS.passages_questions, show_default=True)
+@click.option("--passages-kl-limit", type=click.FloatRange(min=0), default=DEFAULTS.passages_kl_limit, show_default=True)
+@click.option(
+    "--passages-lost-limit", type=click.FloatRange(min=0, max=1), default=DEFAULTS.passages_lost_limit, show_default=True
+)
 @click.option("--serve", "serve_json", default="{}", help="Serving settings of the recipe, as JSON: will they fit?")
 @click.option("--memory-mib", type=click.IntRange(min=0), default=0, help="Of the machine that will serve; 0: of this one.")
 @click.option("--name", help="Name of the report; default: the file's.")
@@ -82,6 +92,10 @@ def verify(
     prompts: int,
     answer_tokens: int,
     logit_gap: float,
+    proves_passages: bool,
+    passages_questions: int,
+    passages_kl_limit: float,
+    passages_lost_limit: float,
     serve_json: str,
     memory_mib: int,
     name: str | None,
@@ -93,7 +107,15 @@ def verify(
     files = {SIXTEEN_BITS: model, **_by_type(quantized)}
     if gate is not None and gate not in files:
         raise click.BadParameter(f"{gate!r} is not among the files: {', '.join(files)}.", param_hint="--gate")
-    settings = Verify(prompts=prompts, answer_tokens=answer_tokens, logit_gap=logit_gap, kl_limit=kl_limit)
+    settings = Verify(
+        prompts=prompts,
+        answer_tokens=answer_tokens,
+        logit_gap=logit_gap,
+        kl_limit=kl_limit,
+        passages_questions=passages_questions,
+        passages_kl_limit=passages_kl_limit,
+        passages_lost_limit=passages_lost_limit,
+    )
     serve = recipes.build_serve(recipes.parse_serve(serve_json, "--serve"), "--serve")
     named = {"conversations": rows, "heldout": heldout, "preferences": preferences}
     data = {key: f"{artifacts.identity(path.parent)}/{path.name}" for key, path in named.items() if path is not None}
@@ -105,6 +127,7 @@ def verify(
         config={
             **config.plain(settings),
             **{"languages": list(languages), "gate": gate, "memory_mib": memory_mib, "serve": config.plain(serve)},
+            **({"passages": True} if proves_passages else {}),
         },
     )
     existing = plan.existing(root)
@@ -118,6 +141,7 @@ def verify(
             trained=conversations.read(rows),
             heldout=None if heldout is None else conversations.read(heldout),
             preferences=[] if preferences is None else conversations.read_preferences(preferences),
+            asked=_asked(rows, heldout) if proves_passages else None,
             languages=languages,
             gate=gate,
             serve=serve,
@@ -130,6 +154,18 @@ def verify(
         existing = artifacts.load(plan.location(root))
     results = dict(existing.results) if existing else {}
     emit({"artifact": plan.location(root), "state": state, "results": results}, as_json, f"{plan.location(root)} ({state})")
+
+
+def _asked(rows: Path, heldout: Path | None) -> list[Asked]:
+    """Questions over documents that were not trained on, or else those that were; raises `DataError` for none."""
+    for path in filter(None, (heldout, rows)):
+        if found := [each for each in conversations.read_asked(path) if each.documents]:
+            return found
+    where = rows if heldout is None else f"{rows} or {heldout}"
+    raise DataError(
+        f"No row of {where} has documents, so nothing can be said of reading them by themselves; give rows a list of"
+        " documents, or leave out --passages."
+    )
 
 
 def _check_descent(model: Path, merged: Path, quantized: Sequence[Path]) -> None:
@@ -159,7 +195,19 @@ def certify(subject: Subject, settings: Verify) -> dict[str, Any]:
     if subject.gate is not None:
         model = artifacts.identity(subject.files[subject.gate].parent)
         results["gate"] = {**_judge(subject.gate, results, settings.kl_limit), "model": model}
+    if subject.asked is not None:
+        results["passages"] = _prove(subject, settings)
     return results
+
+
+def _prove(subject: Subject, settings: Verify) -> dict[str, Any]:
+    """Of the file that is to be served."""
+    kind = subject.gate or next(iter(subject.files))
+    asked, context = subject.asked or [], subject.serve.context_tokens
+    found = passages.prove(subject.files[kind], asked, subject.languages, settings, context)
+    for line in passages.summary(found):
+        note(f"verify: {line}")
+    return {"type": kind, "model": artifacts.identity(subject.files[kind].parent), **found}
 
 
 def _certify_full(subject: Subject, settings: Verify) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from appliance import config
 from appliance.data.questions import Question
 from appliance.errors import ServerError
-from appliance.evaluation.scores import chrf
+from appliance.text.scores import chrf
 
 READY = "serving "
 STOP_SECONDS = 60.0

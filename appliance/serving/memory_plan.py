@@ -40,7 +40,10 @@ CACHE_STEP_TOKENS = 256
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelToLoad:
-    """A model file and what is said about it; `adapters` are LoRA files by name."""
+    """A model file and what is said about it; `adapters` are LoRA files by name.
+
+    `proven_reread_tokens`: see `promotion.proven_reread_tokens`.
+    """
 
     name: str
     path: Path
@@ -49,6 +52,7 @@ class ModelToLoad:
     made_at: int
     kind: ModelKind
     adapters: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    proven_reread_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +145,9 @@ def _plan(outset: _Outset, asked: Serve, *, chunk_tokens: int = IDLE_CHUNK_TOKEN
     fitter = _Fitter(model, asked, machine, outset.explicit, outset.others)
     fitted = fitter.fit(choice)
     notes += [*limit_notes, *([gpu_note] if gpu_note else []), *fitter.notes(choice, fitted)]
+    reread = _reread_tokens(model, asked) if fitted.is_stitching else None
     if fitted.is_stitching:
-        notes.append("documents: each is read by itself and moved, as set; that is not proven for this model.")
+        notes.append(_stitching_note(model, reread))
     settings = EngineSettings(
         name=model.name,
         model_path=str(model.path.absolute()),
@@ -165,7 +170,7 @@ def _plan(outset: _Outset, asked: Serve, *, chunk_tokens: int = IDLE_CHUNK_TOKEN
         snapshot_folder=outset.snapshot_folder if asked.snapshot_mib else None,
         snapshot_bytes=asked.snapshot_mib * MIB,
         system_prompts=asked.system_prompts if model.kind == "chat" else (),
-        reread_tokens=asked.document_reread_tokens if fitted.is_stitching else None,
+        reread_tokens=reread,
         document_tolerance=asked.document_tolerance,
         is_speculating=asked.speculation == "auto" and model.kind == "chat",
         stream_seconds=asked.stream_seconds,
@@ -210,11 +215,31 @@ def _starting_choice(model: ModelToLoad, asked: Serve, machine: Machine, chunk_t
         is_mapped=asked.mmap != "off",
         is_repacked=asked.repack == "on" or (asked.repack == "auto" and is_repackable),
         chunk_tokens=chunk_tokens,
-        is_stitching=asked.documents == "stitched" and model.kind == "chat" and kv_type == "f16" and asked.cache_tokens > 0,
+        is_stitching=_reread_tokens(model, asked) is not None and kv_type == "f16" and asked.cache_tokens > 0,
     )
-    if asked.documents == "stitched" and model.kind == "chat" and not choice.is_stitching:
+    if _reread_tokens(model, asked) is not None and not choice.is_stitching:
         notes.append("documents: read in their place; to be read by themselves they need kv_type = 'f16' and cache_tokens.")
+    if asked.documents == "auto" and model.proven_reread_tokens is not None and model.adapters:
+        notes.append("documents: read in their place; the proof for this model says nothing of its adapters.")
     return choice, notes
+
+
+def _reread_tokens(model: ModelToLoad, asked: Serve) -> int | None:
+    """What of each document is read in its place, and the rest by itself; None: all in its place."""
+    if model.kind != "chat" or asked.documents == "exact":
+        return None
+    if asked.documents == "stitched":
+        return asked.document_reread_tokens
+    if model.proven_reread_tokens is None or model.adapters:
+        return None
+    return max(model.proven_reread_tokens, asked.document_reread_tokens)
+
+
+def _stitching_note(model: ModelToLoad, reread: int | None) -> str:
+    if model.proven_reread_tokens is None or model.adapters or (reread or 0) < model.proven_reread_tokens:
+        return "documents: each is read by itself and moved, as set; that is not proven for this model."
+    again = f", its first {reread} tokens where it stands" if reread else ""
+    return f"documents: each is read by itself and moved{again}, as proven for this model."
 
 
 class _Fitter:

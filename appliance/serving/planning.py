@@ -65,6 +65,7 @@ class Planner:
             made_at=model.made_at,
             kind=model.kind,
             adapters=model.adapters,
+            proven_reread_tokens=model.proven_reread_tokens,
         )
         cards = gpu.computing()
         folder, note = self._snapshot_folder(serve)

@@ -150,6 +150,11 @@ class Scheduler:
             self._idle.add(Prefix(tuple(prefix), adapter))
             self._changed.notify()
 
+    def read_documents(self, reread_tokens: int | None) -> None:
+        """How documents of requests to come are read: see `Stitcher.read_from_now_on`. To compare both ways."""
+        with self._changed:
+            self._stitcher.read_from_now_on(reread_tokens)
+
     def load(self) -> Load:
         with self._changed:
             return Load(

@@ -24,7 +24,10 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """A model file with the name clients know it by; `serve` holds the serving settings its recipe asked for."""
+    """A model file with the name clients know it by; `serve` holds the serving settings its recipe asked for.
+
+    `proven_reread_tokens` is what a proof allows: see `promotion.proven_reread_tokens`.
+    """
 
     name: str
     path: Path
@@ -32,6 +35,7 @@ class ServedModel:
     made_at: int  # seconds since the epoch
     header: GgufHeader
     serve: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    proven_reread_tokens: int | None = None
     is_foreign: bool  # no manifest: nothing says where it came from
     adapters: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
@@ -60,13 +64,13 @@ def find(model: str | None, root: Path, digests: Digests | None = None) -> Serve
             raise ArtifactError(
                 f"No model is promoted in {root}; make one with `appliance run RECIPE`, or name one with --model."
             )
-        return _from_artifact(promoted, digests, promotion.serve_settings(promoted, root))
+        return _from_artifact(promoted, root, digests, promotion.serve_settings(promoted, root))
     path = Path(model)
     if path.is_dir():
-        return _from_artifact(artifacts.load(path.resolve()), digests)
+        return _from_artifact(artifacts.load(path.resolve()), root, digests)
     if path.suffix == SUFFIX or path.is_file():
-        return _from_file(path, digests)
-    return _from_artifact(_named(model, root), digests)
+        return _from_file(path, root, digests)
+    return _from_artifact(_named(model, root), root, digests)
 
 
 def promotion_mark(root: Path) -> tuple[int, ...] | None:
@@ -118,7 +122,7 @@ def _named(name: str, root: Path) -> Artifact:
     return max(fitting, key=lambda each: str(each.manifest["made_at"]))
 
 
-def _from_artifact(artifact: Artifact, digests: Digests, serve: Mapping[str, Any] | None = None) -> ServedModel:
+def _from_artifact(artifact: Artifact, root: Path, digests: Digests, serve: Mapping[str, Any] | None = None) -> ServedModel:
     files = sorted(name for name in artifact.manifest["files"] if name.endswith(SUFFIX))
     if len(files) != 1:
         raise ArtifactError(f"{artifact.path} holds {len(files)} {SUFFIX} files; a served artifact holds one.")
@@ -132,15 +136,16 @@ def _from_artifact(artifact: Artifact, digests: Digests, serve: Mapping[str, Any
         made_at=int(datetime.fromisoformat(artifact.manifest["made_at"]).timestamp()),
         header=header,
         serve=serve or {},
+        proven_reread_tokens=promotion.proven_reread_tokens(artifact, root),
         is_foreign=False,
     )
 
 
-def _from_file(path: Path, digests: Digests) -> ServedModel:
+def _from_file(path: Path, root: Path, digests: Digests) -> ServedModel:
     if (path.parent / artifacts.MANIFEST).is_file():
         artifact = artifacts.load(path.parent)
         if path.name in artifact.manifest["files"]:
-            return _from_artifact(artifact, digests)
+            return _from_artifact(artifact, root, digests)
     header = gguf_file.check(path)
     return ServedModel(
         name=path.stem,

@@ -24,7 +24,11 @@ class Stitcher:
         self._decoder = decoder
         self._prefixes = prefixes
         self._tolerance = tolerance
-        self._reread_tokens = reread_tokens if decoder.can_move else None
+        self.read_from_now_on(reread_tokens)
+
+    def read_from_now_on(self, reread_tokens: int | None) -> None:
+        """How documents of prompts to come are read: so many tokens of each where they stand; None: all of it."""
+        self._reread_tokens = reread_tokens if self._decoder.can_move else None
 
     def arranged(
         self, prompt: Sequence[int], passages: Passages | None, adapter: Adapter | None, owner: str

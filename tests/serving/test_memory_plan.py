@@ -123,6 +123,24 @@ def test_documents_are_read_by_themselves_where_there_is_place_to_put_them_toget
         assert any("documents: read in their place" in note for note in settings.notes)
 
 
+def test_documents_are_read_by_themselves_as_far_as_that_is_proven(model: ModelToLoad) -> None:
+    whole = 2 * total(model, is_stitching=True)
+    proven = dataclasses.replace(model, proven_reread_tokens=8)
+    settings = fitted(proven, whole).settings
+    assert settings.reread_tokens == 8
+    assert any("its first 8 tokens where it stands, as proven" in note for note in settings.notes)
+    assert fitted(proven, whole, document_reread_tokens=32).settings.reread_tokens == 32
+    assert fitted(proven, whole, documents="exact").settings.reread_tokens is None
+    less = fitted(proven, whole, documents="stitched").settings
+    assert less.reread_tokens == 0
+    assert any("not proven for this model" in note for note in less.notes)
+    with_adapter = dataclasses.replace(proven, adapters={"other": model.path})
+    settings = fitted(with_adapter, whole).settings
+    assert settings.reread_tokens is None
+    assert any("says nothing of its adapters" in note for note in settings.notes)
+    assert fitted(model, whole).settings.reread_tokens is None
+
+
 def test_what_was_set_explicitly_is_refused_rather_than_changed(model: ModelToLoad) -> None:
     free = total(model, slots=1, context_tokens=512, cache_tokens=0, kv_type="q8_0")
     everything = ("slots", "context_tokens", "cache_tokens", "kv_type", "mmap", "repack")

@@ -149,7 +149,7 @@ class Context:
             if (found := self._compute(part)) is None:
                 return None
             logits |= found
-        return {feed.slot: self._sample(feed, logits[feed.slot]) for feed in feeds if feed.is_sampled}
+        return {feed.slot: self.sample(feed, logits[feed.slot]) for feed in feeds if feed.is_sampled}
 
     def use_threads(self, decode: int, prefill: int) -> None:
         self._threads = (decode, prefill)
@@ -297,8 +297,8 @@ class Context:
             rows[feed.slot] = self._batch.add(feed.tokens, feed.position, feed.slot, outputs)
         return rows
 
-    def _sample(self, feed: Feed, logits: Sequence[Logits]) -> Sequence[Sampled]:
-        """Samples after the last token that is sure, and after each draft that sampling agreed with."""
+    def sample(self, feed: Feed, logits: Sequence[Logits]) -> Sequence[Sampled]:
+        """What follows the last token that is sure, and each draft that sampling agreed with; a row of `logits` for each."""
         slot_sampler = self._samplers[feed.slot]
         drafts = feed.tokens[len(feed.tokens) - feed.drafted :]
         told = [slot_sampler.sample(logits[0])]
