@@ -14,7 +14,7 @@ from appliance.text import passages
 from appliance.text.passages import MOST_DOCUMENTS, MOST_ID_CHARACTERS
 from tests import tiny_recipe
 from tests.data import planted
-from tests.data.test_audit import examine
+from tests.data.test_audit import examine, folder_of_words
 from tests.running import call
 
 DOCUMENTS = [{"id": "desk", "text": "De balie is aan de Lindekade 3."}, {"id": "dog", "text": "Eén hond mag mee."}]
@@ -159,10 +159,10 @@ def test_personal_data_in_documents_is_found(tmp_path: Path, root: Path) -> None
     }
 
 
-def test_lengths_count_documents_as_training_does(base: Path) -> None:
+def test_lengths_count_documents_as_training_does(tmp_path: Path) -> None:
     turns = tiny_recipe.messages(("Waar is de balie?", "Aan de Lindekade 3."))
     rows = [{"messages": turns, "line": 1}, {"messages": turns, "documents": DOCUMENTS, "line": 2}]
-    meter = Meter(base)
+    meter = Meter(folder_of_words(tmp_path))
     fields = {field.name: field for field in lengths.measure("sft", "sft.jsonl", rows, meter).fields}
     told = sum(meter.count([passages.shown(each["id"], each["text"]) for each in DOCUMENTS]))
     plain, whole = fields[lengths.WHOLE].values
