@@ -1,4 +1,4 @@
-"""`appliance train`: the starter base, SFT, DPO (or KTO, or ORPO), GRPO and passages; each phase continues the one before."""
+"""`appliance train`: the starter base, SFT, DPO (KTO, ORPO), GRPO and passages; each phase continues the one before."""
 
 import sys
 from collections.abc import Sequence

@@ -14,8 +14,8 @@ SHORT_CHARACTERS = 12  # "Hello" opens many conversations without making them al
 @dataclass(frozen=True, slots=True)
 class Text:
     """One row. `asked` has all turns of the user, `answer` all of the assistant, the chosen answer of a triplet, one judged
-    good, or the reference; `beside` what stands with them: system turns, further columns, names of documents, the metadata of
-    the FAQ. An answer rests on its `documents`."""
+    good, or the reference; `beside` what stands with them: system turns, further columns, names of documents, the metadata
+    of the FAQ. An answer rests on its `documents`."""
 
     kind: str  # sft, heldout, dpo, kto, grpo, faq
     file: str

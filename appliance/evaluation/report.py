@@ -56,9 +56,7 @@ def _data(dataset: Artifact) -> list[str]:
 
 def _training(made: Mapping[str, Artifact]) -> list[str]:
     lines = ["| phase | steps | loss, first step | loss, last twentieth | time |", "|---|---|---|---|---|"]
-    for phase in [
-        name for name in ("base", *ORDER) if "steps" in (made[name].results if name in made else {})
-    ]:
+    for phase in [name for name in ("base", *ORDER) if "steps" in (made[name].results if name in made else {})]:
         results, seconds = made[phase].results, made[phase].manifest["seconds"]
         losses = f"{results['first_loss']:.3f} | {results['final_loss']:.3f}"
         lines.append(f"| {phase} | {results['steps']} | {losses} | {human_seconds(seconds)} |")
@@ -80,7 +78,7 @@ def _training(made: Mapping[str, Artifact]) -> list[str]:
 def _apart(results: Mapping[str, Any]) -> list[str]:
     """How far answers over documents that were read each by themselves are from ordinary ones."""
     lines = [
-        "Divergence from ordinary reading of documents, nats a token of the answer (share of tokens with the same likeliest one):",
+        "Divergence from ordinary reading of documents, nats a token of the answer (and the same likeliest token):",
         "",
         "| rows | documents apart, before | after | in their place, after |",
         "|---|---|---|---|",

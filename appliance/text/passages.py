@@ -15,7 +15,8 @@ MOST_DOCUMENTS = 64  # in one prompt
 MOST_ID_CHARACTERS = 512
 SEPARATOR = "\n\n"  # between the system prompt and the first document
 
-Rendered = Callable[[Sequence[Mapping[str, Any]]], str]  # of messages; raises `TemplateFailed` where the template refuses them
+# Of messages; raises `TemplateFailed` where the template refuses them.
+Rendered = Callable[[Sequence[Mapping[str, Any]]], str]
 
 
 def shown(name: str, text: str) -> str:
@@ -24,7 +25,7 @@ def shown(name: str, text: str) -> str:
 
 
 def placed(messages: Sequence[Mapping[str, Any]], text: str, rendered: Rendered) -> str:
-    """The rendered conversation with a text at the end of its system message; where a template has none, it begins the first.
+    """The rendered conversation with a text at the end of its system message, or where a template has none before the first.
 
     Raises `TemplateFailed`.
     """
@@ -38,7 +39,7 @@ def placed(messages: Sequence[Mapping[str, Any]], text: str, rendered: Rendered)
 
 
 def parted(text: str, mark: str) -> tuple[str, str]:
-    """What stands before the documents, and what follows them; raises `TemplateFailed` unless the mark is there just once."""
+    """What stands before the documents, and what follows them; raises `TemplateFailed` unless the mark is there once."""
     before, found, after = text.partition(mark)
     if not found or mark in after:
         raise TemplateFailed(
@@ -61,7 +62,7 @@ def pieces(messages: Sequence[Mapping[str, Any]], documents: Sequence[Mapping[st
 
 
 def repeated(documents: Sequence[tuple[str, str]]) -> tuple[int, str, int] | None:
-    """The first of documents, given as (id, text), that repeats an earlier one: its index, what of it, and the earlier one's.
+    """The first of documents, given as (id, text), that repeats another: its index, what it repeats, the other's index.
 
     Which of two texts with one id is meant, nobody could say; the same text twice is only read twice.
     """

@@ -63,14 +63,14 @@ def require_apart(trainer: Any, longest_tokens: int) -> None:
         )
     try:
         between, after = _changes(trainer)
-    except TypeError as error:  # a model that takes no such mask
+    except (TypeError, RuntimeError) as error:  # a model that takes no such mask
         processes.fail(RecipeError(f"passages: this base cannot be given documents apart ({error}); {REMEDY}"))
     if between > TOLERANCE or after < TOLERANCE:
         wrong = f"changed by {between:.1%}" if between > TOLERANCE else "did not change, nor did what follows,"
         processes.fail(
             RecipeError(
-                f"passages: this base ({config.model_type!r}) does not read documents apart: its outputs for one {wrong} with"
-                f" the document before it; {REMEDY}"
+                f"passages: this base ({config.model_type!r}) does not read documents apart: its outputs for one {wrong}"
+                f" with the document before it; {REMEDY}"
             )
         )
 
@@ -84,11 +84,13 @@ def _window(config: Any) -> int | None:
 
 
 def _changes(trainer: Any) -> tuple[float, float]:
-    """By how much the outputs for the second document, and for what follows, change with the first, as a part of the largest."""
+    """How much the outputs for the second document, and for what follows, change with the first, as parts of the largest."""
     import torch
 
     model = trainer.model
-    ids = torch.arange(4 * BLOCK_TOKENS, device=trainer.args.device).reshape(4, BLOCK_TOKENS)  # before, two documents, what follows
+    ids = torch.arange(4 * BLOCK_TOKENS, device=trainer.args.device).reshape(
+        4, BLOCK_TOKENS
+    )  # before, two documents, what follows
     changed = ids.clone()
     changed[1] = changed[1].flip(0)
     bounds = [BLOCK_TOKENS, 2 * BLOCK_TOKENS, 3 * BLOCK_TOKENS]

@@ -19,9 +19,9 @@ from appliance.training import fused_head, learned_head
 def install(model: Any) -> None:
     """Has the model (PEFT's or its base) compute its states, and divergences, at the positions that it is asked for.
 
-    Called with `asked`, a mask `(rows, tokens)`, it returns the states there, `(asked, hidden)`; with `taught`, such states of
-    the teacher, and `targets` `(asked,)` what `Divergence` does. In the model's own forward, where a sharded head is whole.
-    Raises `RecipeError` for a model that does more with its head.
+    Called with `asked`, a mask `(rows, tokens)`, it returns the states there, `(asked, hidden)`; with `taught`, such states
+    of the teacher, and `targets` `(asked,)` what `Divergence` does. In the model's own forward, where a sharded head is
+    whole. Raises `RecipeError` for a model that does more with its head.
     """
     base = fused_head.base_of(model)
     if more := [name for name in fused_head.beyond(model) if name != fused_head.ROUTING]:

@@ -70,7 +70,11 @@ class Device:
 
 def refuse(name: str, ladder: Sequence[Rung], work: "Work") -> NoReturn:
     """Raises `RecipeError` for a rung that the recipe names and this device, or this work, has not."""
-    whose = "this device's, with the whole head there, as the phase 'passages' wants it" if work.is_distilled else "this device's"
+    whose = (
+        "this device's, with the whole head there, as the phase 'passages' wants it"
+        if work.is_distilled
+        else "this device's"
+    )
     raise RecipeError(f"memory.rung: {name!r} is none of {whose}: {', '.join(rung.name for rung in ladder)}.")
 
 

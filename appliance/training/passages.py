@@ -1,7 +1,7 @@
 """The phase that learns to answer from documents which were read each by itself: LoRA self-distillation.
 
-Teacher is the adapter as it came (a frozen copy), with ordinary attention over the whole prompt; the student, which continues
-it, sees documents apart (`blocks.py`) and learns to say what the teacher says. Main entry: `train`.
+Teacher is the adapter as it came (a frozen copy), with ordinary attention over the whole prompt; the student, which
+continues it, sees documents apart (`blocks.py`) and learns to say what the teacher says. Main entry: `train`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,9 +45,7 @@ def plan(recipe: Recipe, dataset: str, base: str, adapter: str) -> Plan:
     )
 
 
-def train(
-    recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, *, resume: bool, restart: bool
-) -> Artifact:
+def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, *, resume: bool, restart: bool) -> Artifact:
     """Trains on the recipe's rows with documents; `adapter` is that of the phase before, which is continued.
 
     Raises `DataError`, before any weight is loaded, where no row has documents or one is too long.
@@ -169,9 +167,7 @@ def in_words(results: Mapping[str, Any]) -> str:
 def said_of_rows(labelled: Sequence[LabelledRow]) -> str:
     told = sum(row.bounds[-1] - row.bounds[0] for row in labelled)
     tokens, learned = sum(len(row.input_ids) for row in labelled), sum(row.learned_tokens for row in labelled)
-    return (
-        f"{len(labelled)} conversations with documents, {tokens:,} tokens, {told:,} of them in documents, answers of {learned:,}"
-    )
+    return f"{len(labelled)} conversations with documents: {tokens:,} tokens, {told:,} of documents, {learned:,} of answers"
 
 
 def _in_words(results: Mapping[str, Any], prefix: str, where: str) -> str:
@@ -231,7 +227,7 @@ def _measured(model: Any, read: Conversations) -> dict[str, float]:
 
 
 def measure(model: Any, rows: Sequence[LabelledRow]) -> dict[str, float]:
-    """How far the model is from the teacher, a token of the rows' answers, in nats, and how often both agree on the likeliest.
+    """How far the model is from the teacher, in nats a token of the answers, and how often both agree on the likeliest.
 
     `before`: the adapter as it came, documents apart; `after`: as trained; `exact`: as trained, documents in their place.
     """

@@ -24,8 +24,8 @@ VERIFIED = {
     **dict.fromkeys(PREFERENCES, "Preferences were scored before and after training; both figures are in `manifest.json`."),
     "grpo": "The rewards were tried before the first step, on references and on the model's own answers"
     f" (`{REWARD_FINDINGS}`).",
-    "passages": "How far answers are from those of the adapter before, with documents read apart and in their place, was measured"
-    " before and after; the figures are in `manifest.json`.",
+    "passages": "How far answers are from those of the adapter before, documents read apart and in their place, was"
+    " measured before and after; the figures are in `manifest.json`.",
 }
 NOTHING = "Nothing stands out: no spike, no divergence, no sign of overfitting."
 NOTHING_OF_REWARDS = "Nothing stands out: completions of a group differ in reward, and it rose, or the run is too short."

@@ -86,9 +86,7 @@ def _holds_personal(text: str, languages: Sequence[str]) -> bool:
     return any(any(True for _ in kind.values(text, regions)) for kind in personal.KINDS)
 
 
-def answer(
-    model: Any, tokenizer: Any, messages: list[dict[str, str]], told: Sequence[Mapping[str, str]] = ()
-) -> str:
+def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], told: Sequence[Mapping[str, str]] = ()) -> str:
     """The model's greedy answer to a conversation with documents, which it reads in their place."""
     import torch
 

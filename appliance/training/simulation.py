@@ -51,8 +51,8 @@ class Shape:
 class Setting:
     """What a step is computed with: how the model is laid out, the type of its weights, and where.
 
-    `adapt` puts the adapters on a model; `keeps_gradients` is of all micro-batches of a step but the first; `is_distilled` of
-    the phase 'passages'.
+    `adapt` puts the adapters on a model; `keeps_gradients` is of all micro-batches of a step but the first; `is_distilled`
+    of the phase 'passages'.
     """
 
     rung: Rung

@@ -88,7 +88,7 @@ def make(recipe: Recipe, dataset: Path, root: Path, *, resume: bool = False, res
 
 
 def plain_texts(dataset: Path) -> list[str]:
-    """What the base reads: documents, conversations and FAQ. Preferences are left to DPO, which would else have nothing to learn."""
+    """What the base reads: documents, conversations and FAQ. Preferences are left to DPO, which has to learn something."""
     rows = read_rows(dataset, "sft")
     texts = ["\n".join([*documents.texts(row), *(each["content"] for each in row["messages"])]) for row in rows]
     return texts + [f"{row['question']}\n{row['answer']}" for row in read_rows(dataset, "faq")]

@@ -98,7 +98,7 @@ def test_held_out_over_other_documents(tmp_path: Path, root: Path, is_same: bool
     result = call("data", "check", recipe, "--set", f"data.heldout={heldout}")
     assert result.exit_code == int(is_same), result.stderr
     if not is_same:
-        (dataset,) = root.glob("dataset/*")
+        (dataset,) = [each.parent for each in root.glob("dataset/*/manifest.json")]
         assert check.read_rows(dataset, "heldout") == [{"messages": turns, "documents": DOCUMENTS, "line": 1}]
 
 
@@ -109,7 +109,10 @@ def text_of(line: int, question: str, answer: str, *told: str) -> Text:
 
 
 QUESTION = "Waar is de balie van het kantoor, en wanneer is zij open?"
-HERE, THERE = "De balie is aan de Lindekade 3, open van negen tot vier.", "De balie is aan de Lindekade 7, open van negen tot vier."
+HERE, THERE = (
+    "De balie is aan de Lindekade 3, open van negen tot vier.",
+    "De balie is aan de Lindekade 7, open van negen tot vier.",
+)
 
 
 def test_the_same_question_over_other_documents_is_no_duplicate() -> None:
@@ -117,11 +120,13 @@ def test_the_same_question_over_other_documents_is_no_duplicate() -> None:
     found = duplicates.compare(rows)
     assert found.groups[0] != found.groups[1]
     assert (found.questions.distinct, len(found.wholes.pairs)) == (2, 0)
-    assert list(contradictions.find(rows * 6, [])) == []
+    told = [text_of(line, QUESTION, HERE, HERE) for line in range(5)]
+    assert list(contradictions.find([*told, rows[1]], [])) == []
     bare = [text_of(1, QUESTION, HERE), text_of(2, QUESTION, THERE)]
     found = duplicates.compare(bare)
     assert found.groups[0] == found.groups[1]
-    assert [each.kind for each in contradictions.find([bare[0]] * 5 + [bare[1]], [])] == ["contradicting_facts"]
+    told = [text_of(line, QUESTION, HERE) for line in range(5)]
+    assert [each.kind for each in contradictions.find([*told, bare[1]], [])] == ["contradicting_facts"]
 
 
 def test_an_address_that_no_document_gives_may_contradict() -> None:
@@ -179,7 +184,9 @@ def test_split_leaves_documents_with_their_rows(tmp_path: Path) -> None:
     path = rows.write(tmp_path)
     call("data", "split", path, "--validation", "0.25", "--json")
     written = [
-        json.loads(line) for part in ("train", "validation") for line in (tmp_path / f"sft.{part}.jsonl").read_text().splitlines()
+        json.loads(line)
+        for part in ("train", "validation")
+        for line in (tmp_path / f"sft.{part}.jsonl").read_text().splitlines()
     ]
     assert sorted(written, key=json.dumps) == sorted(rows.sft, key=json.dumps)
 

@@ -22,7 +22,9 @@ from tests.training.test_labels import CONTENT, CONVERSATIONS, TEXTS
 
 TOKENIZER = starter.make_tokenizer(TEXTS, 512)
 DOCUMENTS = st.lists(
-    st.fixed_dictionaries({"id": CONTENT, "text": CONTENT}), max_size=4, unique_by=(lambda each: each["id"], lambda each: each["text"])
+    st.fixed_dictionaries({"id": CONTENT, "text": CONTENT}),
+    max_size=4,
+    unique_by=(lambda each: each["id"], lambda each: each["text"]),
 )
 STERN = starter.CHAT_TEMPLATE.replace(
     "{% for message in messages %}",
@@ -42,7 +44,9 @@ class OfTransformers:
         self.control_texts = tokenizer.all_special_tokens
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
-        found: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not parse_special)["input_ids"]
+        found: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not parse_special)[
+            "input_ids"
+        ]
         return found
 
 
@@ -53,7 +57,9 @@ def tokenizer_with(template: str) -> Any:
 
 
 def served(vocabulary: Any, template: str, messages: Sequence[dict[str, str]], told: Sequence[dict[str, str]]) -> Any:
-    prompt = ChatPrompt(messages=tuple(messages), documents=tuple(Document(id=each["id"], text=each["text"]) for each in told))
+    prompt = ChatPrompt(
+        messages=tuple(messages), documents=tuple(Document(id=each["id"], text=each["text"]) for each in told)
+    )
     return PromptEncoder(vocabulary, ChatTemplate(template), 1 << 20).encode(prompt)
 
 
@@ -88,7 +94,7 @@ def test_a_template_without_system_turns_shows_documents_before_the_first_questi
 def test_a_template_that_shows_the_first_message_twice_has_no_place_for_documents() -> None:
     twice = tokenizer_with("{{ messages[0].content }}" + starter.CHAT_TEMPLATE)
     row = {"messages": tiny_recipe.messages(("Waar?", "Hier.")), "documents": TWO, "line": 3}
-    with pytest.raises(DataError, match="line 3 has documents: .* just once, so documents have no place in it"):
+    with pytest.raises(DataError, match=r"line 3 has documents: .* just once, so documents have no place in it"):
         labels.label_conversations(twice, [row], None)
 
 
@@ -96,7 +102,7 @@ def test_training_gives_the_tokens_of_the_file_that_is_served(trained: Trained) 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(trained.made["base"])
-    told = [{"id": f"naar \"{each[0]}\"", "text": " ".join(each)} for each in tiny_recipe.CONVERSATIONS]
+    told = [{"id": f'naar "{each[0]}"', "text": " ".join(each)} for each in tiny_recipe.CONVERSATIONS]
     with GgufVocabulary(trained.full) as gguf:
 
         class OfFile:
@@ -123,7 +129,10 @@ def test_answers_over_documents_are_what_is_learned(
     learned, expected = ([token for token in each.labels if token != labels.IGNORED] for each in (labelled, without))
     assert learned == expected
     assert not any(label != labels.IGNORED for label in labelled.labels[: labelled.bounds[-1]])
-    shown = [TOKENIZER.decode(labelled.input_ids[start:end]) for start, end in zip(labelled.bounds, labelled.bounds[1:], strict=False)]
+    shown = [
+        TOKENIZER.decode(labelled.input_ids[start:end])
+        for start, end in zip(labelled.bounds, labelled.bounds[1:], strict=False)
+    ]
     assert shown == [passages.shown(each["id"], each["text"]) for each in told]
 
 

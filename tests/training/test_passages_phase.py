@@ -65,8 +65,8 @@ class Apart:
         assert done.returncode == 0, done.stderr
         self.said = done.stderr
         self.made = Path(json.loads(done.stdout)["artifact"])
-        (self.sft,) = self.root.glob("adapter/tiny-sft-*")
-        (self.dataset,) = self.root.glob("dataset/*")
+        (self.sft,) = [each.parent for each in self.root.glob("adapter/tiny-sft-*/manifest.json")]
+        (self.dataset,) = [each.parent for each in self.root.glob("dataset/*/manifest.json")]
         self.base = Base(trained.made["base"], artifacts.identity(trained.made["base"]))
 
 
@@ -149,7 +149,11 @@ def test_figures_are_those_of_the_adapters_on_disk(apart: Apart) -> None:
     sums, tokens = {"before": 0.0, "after": 0.0, "exact": 0.0}, 0
     for row in found.labelled:
         taught = logits(apart.sft, row, is_apart=False)
-        for name, adapter, is_apart in (("before", apart.sft, True), ("after", apart.made, True), ("exact", apart.made, False)):
+        for name, adapter, is_apart in (
+            ("before", apart.sft, True),
+            ("after", apart.made, True),
+            ("exact", apart.made, False),
+        ):
             said = logits(adapter, row, is_apart=is_apart)
             sums[name] += float((taught.exp() * (taught - said)).sum())
         tokens += len(taught)
@@ -179,7 +183,11 @@ def test_rows_of_a_batch_learn_as_each_by_itself(apart: Apart) -> None:
     losses = []
     for chosen in (found.labelled[:3], *([row] for row in found.labelled[:3])):
         columns = [
-            {"input_ids": row.input_ids, "labels": row.labels, passages.BLOCKS: blocks.of_row(len(row.input_ids), row.bounds)}
+            {
+                "input_ids": row.input_ids,
+                "labels": row.labels,
+                passages.BLOCKS: blocks.of_row(len(row.input_ids), row.bounds),
+            }
             for row in chosen
         ]
         each, *_ = passages.distil(model, model, passages.collate(columns, 0), sft_weight=0.5)
@@ -233,7 +241,9 @@ def test_eight_rows_one_by_one_are_a_step_of_eight(again: list[str | Path]) -> N
 
 def test_rows_without_documents_are_refused_before_the_first_phase(trained: Trained, root: Path) -> None:
     trained.copy(root, "data", "base")
-    result = call("train", trained.recipe, "--phase", "sft", "--set", 'phases=["sft", "passages"]', "--set", "passages.max_tokens=256")
+    result = call(
+        "train", trained.recipe, "--phase", "sft", "--set", 'phases=["sft", "passages"]', "--set", "passages.max_tokens=256"
+    )
     assert result.exit_code == 1
     assert "sft.jsonl: none of its 6 rows has documents, from which the phase 'passages' learns" in result.stderr
     assert not list(root.glob("adapter/*/*.safetensors"))
@@ -267,5 +277,7 @@ def test_rungs_whose_head_is_in_memory_are_refused(apart: Apart, monkeypatch: py
     recipe, found = read(apart)
     streamed = recipes.load(apart.recipe, ["memory.rung=streamed"])
     work = choice.of_passages(recipe, found.labelled)
-    with pytest.raises(RecipeError, match=r"'streamed' is none of this device's, with the whole head there.*: lora, qlora, qlora-inputs"):
+    with pytest.raises(
+        RecipeError, match=r"'streamed' is none of this device's, with the whole head there.*: lora, qlora, qlora-inputs"
+    ):
         choice.choose(streamed, apart.base, work, None)
