@@ -125,7 +125,7 @@ class Passages(Phase):
     batch_rows: int = setting(2, minimum=1)
     accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
     max_tokens: int = setting(1024, minimum=16, about="documents, conversation and answer together; longer is an error")
-    sft_weight: float = setting(0.1, minimum=0.0, about="weight of the likelihood of the row's own answer")
+    sft_weight: float = setting(0.0, minimum=0.0, about="weight of the likelihood of the row's own answer, read so")
     exact_share: float = setting(
-        0.25, minimum=0.0, maximum=1.0, about="of the rows, also trained on as they are read ordinarily, which so stays"
+        0.5, minimum=0.0, maximum=1.0, about="of the rows, also trained on as they are read ordinarily, which so stays"
     )

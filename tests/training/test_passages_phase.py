@@ -1,6 +1,7 @@
 """The phase that learns to answer over documents read apart: it comes nearer to ordinary reading, which stays as it was."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,33 @@ import torch
 from appliance import artifacts
 from appliance import recipe as recipes
 from appliance.errors import RecipeError
-from appliance.training import adapters, blocks, choice, conversations, divergence_head, layout, loop, passages, rungs
+from appliance.training import (
+    adapters,
+    blocks,
+    choice,
+    conversations,
+    divergence_head,
+    layout,
+    loop,
+    passages,
+    rungs,
+    starter,
+)
 from appliance.training import model as models
 from appliance.training.fit import Device
 from appliance.training.labels import LabelledRow
-from appliance.training.model import Base
 from tests import tiny_recipe
-from tests.running import Trained, call, run
+from tests.running import call, run
+from tests.training.test_labels import TEXTS
 from tests.training.test_resume import interrupt  # noqa: F401  (a fixture)
 from tests.training.test_sft_dpo import assert_learned_the_same
 
 PLACES = {"balie": "Lindekade 3", "kat": "brug", "hond": "Lindekade 7", "tuin": "kade 9"}
-RECIPE = tiny_recipe.RECIPE.replace(
-    "[quantize]",
-    """[passages]
+RECIPE = (
+    tiny_recipe.RECIPE.replace("epochs = 10\nlearning_rate = 5e-3", "epochs = 2\nlearning_rate = 1e-3")
+    .replace(
+        "[quantize]",
+        """[passages]
 epochs = 12
 learning_rate = 5e-3
 batch_rows = 2
@@ -33,7 +47,9 @@ max_tokens = 256
 checkpoint_steps = 5
 
 [quantize]""",
-).replace('languages = ["nl", "en"]', 'languages = ["nl", "en"]\nphases = ["sft", "passages"]')
+    )
+    .replace('languages = ["nl", "en"]', 'languages = ["nl", "en"]\nphases = ["sft", "passages"]')
+)
 
 
 def rows(*moved: int) -> list[dict[str, Any]]:
@@ -50,16 +66,36 @@ def rows(*moved: int) -> list[dict[str, Any]]:
     return found
 
 
-class Apart:
-    """A recipe with the phase, trained on the base of another one."""
+def noisy_base(folder: Path) -> Path:
+    """A base that looks at everything, and so minds what it does not see: large random weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    def __init__(self, folder: Path, trained: Trained) -> None:
+    tokenizer = starter.make_tokenizer(TEXTS, 512)
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
+    more = {"num_hidden_layers": 4, "initializer_range": 0.12, "eos_token_id": tokenizer.eos_token_id}
+    config = Qwen3Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **sizes, **more)
+    torch.manual_seed(1)
+    starter._save(Qwen3ForCausalLM(config), tokenizer, folder)
+    return folder
+
+
+class Apart:
+    """A recipe with the phase, trained on such a base."""
+
+    def __init__(self, folder: Path) -> None:
+        base = noisy_base(folder / "base")
         self.recipe = tiny_recipe.write(folder / "recipe", RECIPE)
         plain = [{"messages": tiny_recipe.messages(each)} for each in tiny_recipe.CONVERSATIONS]
         tiny_recipe.write_lines(folder / "recipe" / "sft.jsonl", [*plain, *rows(0, 1)])
         heldout = tiny_recipe.write_lines(folder / "recipe" / "heldout.jsonl", [*rows(2), plain[0] | {"documents": []}])
         heldout.write_text("\n".join(heldout.read_text().splitlines()[:4]) + "\n")
-        self.sets = ["--set", f"base={trained.made['base']}", "--set", f"data.heldout={heldout}"]
+        self.sets = ["--set", f"base={base}", "--set", f"data.heldout={heldout}"]
         self.root = folder / "artifacts"
         done = run(self.root, "train", self.recipe, *self.sets, "--json")
         assert done.returncode == 0, done.stderr
@@ -67,19 +103,17 @@ class Apart:
         self.made = Path(json.loads(done.stdout)["artifact"])
         (self.sft,) = [each.parent for each in self.root.glob("adapter/tiny-sft-*/manifest.json")]
         (self.dataset,) = [each.parent for each in self.root.glob("dataset/*/manifest.json")]
-        self.base = Base(trained.made["base"], artifacts.identity(trained.made["base"]))
+        self.base = models.locate(str(base), self.root)
 
 
 @pytest.fixture(scope="module")
-def apart(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Apart:
-    return Apart(tmp_path_factory.mktemp("apart"), trained)
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Apart:
+    return Apart(tmp_path_factory.mktemp("apart"))
 
 
 @pytest.fixture
 def again(apart: Apart, root: Path) -> list[str | Path]:
     """The command that trains the phase once more, with the SFT adapter of before."""
-    import shutil
-
     for made in (apart.sft, apart.dataset):
         shutil.copytree(made, root / made.parent.name / made.name)
     return ["train", apart.recipe, "--phase", "passages", *apart.sets]
@@ -101,11 +135,11 @@ def test_documents_read_apart_say_more_of_what_ordinary_reading_says(apart: Apar
     manifest = artifacts.load(apart.made).manifest
     results = manifest["results"]
     assert (results["rows"], results["measured_rows"], results["heldout_measured_rows"]) == (8, 8, 4)
-    assert results["kl_before"] > 0.01
-    assert results["kl_after"] < results["kl_before"] / 3
+    assert results["kl_before"] > 0.1
+    assert results["kl_after"] < results["kl_before"] / 5
     assert results["top1_after"] >= results["top1_before"]
-    assert results["kl_exact"] < results["kl_before"] / 3
-    ids = [artifacts.load(each).id for each in (apart.dataset, apart.base.path, apart.sft)]
+    assert results["kl_exact"] < results["kl_before"] / 5
+    ids = [artifacts.identity(each) for each in (apart.dataset, apart.base.path, apart.sft)]
     assert manifest["parents"] == ids
     assert manifest["config"]["passages"]["epochs"] == 12
     assert f"{results['kl_before']:.4f} before, {results['kl_after']:.4f} after" in apart.said
@@ -239,11 +273,9 @@ def test_eight_rows_one_by_one_are_a_step_of_eight(again: list[str | Path]) -> N
     assert_learned_the_same(*made)
 
 
-def test_rows_without_documents_are_refused_before_the_first_phase(trained: Trained, root: Path) -> None:
-    trained.copy(root, "data", "base")
-    result = call(
-        "train", trained.recipe, "--phase", "sft", "--set", 'phases=["sft", "passages"]', "--set", "passages.max_tokens=256"
-    )
+def test_rows_without_documents_are_refused_before_the_first_phase(apart: Apart, tmp_path: Path, root: Path) -> None:
+    recipe = tiny_recipe.write(tmp_path / "recipe", RECIPE)
+    result = call("train", recipe, "--phase", "sft", "--set", f"base={apart.base.path}")
     assert result.exit_code == 1
     assert "sft.jsonl: none of its 6 rows has documents, from which the phase 'passages' learns" in result.stderr
     assert not list(root.glob("adapter/*/*.safetensors"))
@@ -263,7 +295,7 @@ def test_plan_knows_the_phase(apart: Apart, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.exit_code == 0, result.stderr
     found = {each["phase"]: each for each in json.loads(result.stdout)["phases"]}
     assert found["passages"]["rows"] == 2
-    assert found["passages"]["micro_steps"] == 12 * (8 + 2) // 2
+    assert found["passages"]["micro_steps"] == 12 * (8 + 4) // 2
     assert found["passages"]["chosen"] == "lora"
     plain = call("plan", apart.recipe, *apart.sets, "--vram", "4GiB", "--json")
     names = {each["phase"]: [rung["name"] for rung in each["rungs"]] for each in json.loads(plain.stdout)["phases"]}
