@@ -18,7 +18,7 @@ MODEL_ID = re.compile(r"gguf/[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{12}")
 REPORT_ID = re.compile(r"report/[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{12}")
 FILE_PART = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]+")
 # Serving settings that are about a machine, and stay there; the first ones name files.
-FILE_SETTINGS = ("models", "adapters")
+FILE_SETTINGS = ("models", "adapters", "document_folder")
 MACHINE_SETTINGS = (
     *FILE_SETTINGS,
     *("host", "port", "allowed_hosts", "requests_per_minute"),

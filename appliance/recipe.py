@@ -158,6 +158,10 @@ class Serve:
     cache_tokens: int = setting(4096, minimum=0, about="tokens kept in memory after their request has ended")
     snapshot_mib: int = setting(512, minimum=0, about="disk for prefixes that outlive a restart; 0 keeps none")
     system_prompts: tuple[str, ...] = setting((), about="read at start, so that the first visitor need not wait for it")
+    document_folder: Path | None = setting(
+        None,
+        about="of .txt, .md and .jsonl files: its documents are read before anybody asks, where documents are stitched",
+    )
     documents: Literal["auto", "exact", "stitched"] = setting(
         "auto",
         about="stitched: each is read once, by itself, and then moved; auto: so where that is proven, else exact",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from appliance.serving.engine import EngineListener
     from appliance.serving.memory_plan import Plan
     from appliance.serving.model_pool import ModelPool
+    from appliance.serving.planning import Planner
     from appliance.serving.served_model import ServedModel
     from appliance.serving.worker_process import Workers
 
@@ -43,6 +44,11 @@ DEFAULTS = Serve()
 @click.option("--kv-type", help="f16 or q8_0 for the memory of prompts [default: q8_0 when memory is short].")
 @click.option("--gpu-layers", type=int, help="-1 takes as many as fit into free GPU memory [default: -1].")
 @click.option("--memory-mib", type=int, help="For all models together; 0 takes what is free [default: 0].")
+@click.option(
+    "--document-folder",
+    type=click.Path(path_type=Path),
+    help="A folder of documents to be read before anybody asks; see `serve.documents`.",
+)
 @click.option(
     "--tuned",
     type=click.Path(path_type=Path),
@@ -148,6 +154,7 @@ async def _serve(
     from appliance import device
     from appliance.machine_metrics import MachineCollector
     from appliance.serving import bandwidth
+    from appliance.serving.document_following import Following
     from appliance.serving.metrics import Metrics
 
     settings = served[0][1]
@@ -161,11 +168,16 @@ async def _serve(
             from appliance.serving.traces import sent_to
 
             listener = held.enter_context(sent_to(traces, metrics))
+        following = Following(settings.document_folder, note)
+        documents = following.start(catalog.planner.snapshot_folders)
         pool = catalog.pool(served, listener, workers)
+        pool.keep(documents)
         held.push_async_callback(pool.close)
         registry.register(MachineCollector(pool.processes, folders={"artifacts": catalog.folder}))
         # The engine's process loads the model while this one loads its libraries.
         _, (create_app, run) = await asyncio.gather(pool.start(), asyncio.to_thread(_http))
+        watching = asyncio.create_task(following.follow(pool))
+        held.callback(watching.cancel)
         app = create_app(pool, metrics, serve=settings, gate=gate)
         name = served[0][0].name
 
@@ -219,21 +231,26 @@ class _Catalog:
 
         return served_model.promotion_mark(self._root)
 
+    @property
+    def planner(self) -> "Planner":
+        from appliance.serving.planning import Planner
+
+        explicit = {*self._flags, *config.environment_table(Recipe).get("serve", {})}
+        return Planner(explicit=explicit, folder=self.folder, tuned=self._tuned)
+
     def pool(self, served: "list[tuple[ServedModel, Serve]]", listener: "EngineListener", workers: "Workers") -> "ModelPool":
         from appliance.serving.model_pool import ModelPool
-        from appliance.serving.planning import Planner
         from appliance.serving.tried import Tried
 
         _warn_of_cards()
         for model, _ in served:
             if model.is_foreign:
                 note(f"warning: {model.path} has no manifest; nothing says where it came from or what it was tested for")
-        explicit = {*self._flags, *config.environment_table(Recipe).get("serve", {})}
         promotion = self if self._model is None else None
         tried = Tried(self.folder, self._digests, is_trusted=not self._is_verifying)
         return ModelPool(
             served,
-            plans=Planner(explicit=explicit, folder=self.folder, tuned=self._tuned),
+            plans=self.planner,
             listener=listener,
             promotion=promotion,
             on_planned=_tell_plan,
@@ -244,7 +261,9 @@ class _Catalog:
     def _find_other(self, model: str, settings: Serve) -> "tuple[ServedModel, Serve]":
         from appliance.serving import served_model
 
-        plain = dataclasses.replace(settings, adapters=(), system_prompts=())  # they belong to the default model
+        plain = dataclasses.replace(
+            settings, adapters=(), system_prompts=(), document_folder=None
+        )  # they belong to the default model
         return served_model.find(model, self._root, self._digests), plain
 
 

@@ -11,6 +11,7 @@ from typing import Self
 
 from appliance.serving import passages
 from appliance.serving.decoder import Adapter, SavedCells, SavedPart
+from appliance.serving.runs import Finder
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -137,7 +138,7 @@ class PrefixCache:
     @property
     def common_tokens(self) -> int:
         """In memory, and nobody's: what a tenant's cannot push out."""
-        return sum(len(node.tokens) for node in self._nodes if node.owner is None and not _is_mapped(node))
+        return sum(len(node.tokens) for node in self._nodes if _is_common(node.owner, node.tokens) and not _is_mapped(node))
 
     def touch(self, match: Match) -> None:
         """Counts as used now."""
@@ -147,6 +148,25 @@ class PrefixCache:
         """Drops all cells of the match, and what continues them."""
         *_, first = _path(match.node)
         self._forget(first)
+
+    def erase(self, find: Finder) -> int:
+        """Drops all cells from where `find` finds something in their token ids; returns of how many tokens."""
+        before = sum(self._held.values())
+        while (found := next(self._with_found(find), None)) is not None:
+            node, position = found
+            if _is_mapped(node):  # its file holds the rest
+                node = [each for each in _path(node) if each.saved is node.saved][-1]
+            elif position > node.start:
+                self._split(node, position)
+            self._forget(node)
+        return before - sum(self._held.values())
+
+    def _with_found(self, find: Finder) -> Iterator[tuple[Node, int]]:
+        for leaf in [node for node in self._nodes if not node.children]:
+            path = list(_path(leaf))[::-1]
+            position = find(passages.texts([token for node in path for token in node.tokens]))
+            if position is not None:
+                yield next(node for node in path if node.end > position), position
 
     def clear(self) -> None:
         self._roots.clear()
@@ -216,7 +236,12 @@ Rank = tuple[bool, bool, int, int]
 
 def _rank(owner: str | None, tokens: Sequence[int], used_at: int, start: int) -> Rank:
     """What was put together from documents goes before they do: it holds their cells once more, for one conversation."""
-    return owner is None, not passages.is_stitched(tokens), used_at, -start
+    return _is_common(owner, tokens), not passages.is_stitched(tokens), used_at, -start
+
+
+def _is_common(owner: str | None, tokens: Sequence[int]) -> bool:
+    """Whether it is a prefix that always stays. Nobody's documents are many, and on disk."""
+    return owner is None and not passages.is_alone(tokens)
 
 
 def _root() -> Node:

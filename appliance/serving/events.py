@@ -130,6 +130,15 @@ class ModelInfo(Struct, frozen=True, kw_only=True, tag=True):
     notes: tuple[str, ...] = ()  # what was stepped down from what was asked, for a person
 
 
+class DocumentCounts(Struct, frozen=True, kw_only=True, tag=True):
+    """Of the operator's documents, which are read ahead; `erased` ones were removed or edited since the engine started."""
+
+    known: int = 0
+    waiting: int = 0
+    refused: int = 0
+    erased: int = 0
+
+
 class Load(Struct, frozen=True, kw_only=True, tag=True):
     """What the engine is doing now."""
 
@@ -145,6 +154,7 @@ class Load(Struct, frozen=True, kw_only=True, tag=True):
     cache_tokens: int = 0  # their limit
     is_speculating: bool = False
     step_started_at: float | None = None  # of the decode call in flight
+    documents: DocumentCounts | None = None  # None: there is no folder of them
 
     @property
     def is_accepting(self) -> bool:

@@ -19,6 +19,7 @@ from appliance.errors import EngineFailed, ModelFileError, RecipeError, RequestE
 from appliance.serving.decoder import CompiledGrammar, SnapshotRefused
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import Failed, Load, ModelInfo, RequestStats, Text, Tokens
+from appliance.serving.kept_documents import KeptDocuments
 from appliance.serving.llama import Context, Model, PoolingContext
 from appliance.serving.outbox import Outbox
 from appliance.serving.pooling_queue import PoolingQueue
@@ -34,6 +35,7 @@ from appliance.serving.requests import (
 )
 from appliance.serving.scheduler import Scheduler
 from appliance.serving.snapshots import Identity, SnapshotStore
+from appliance.serving.wire import Documents
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
 
 ENCODING_THREADS = 2
@@ -55,6 +57,7 @@ class Hosted:
         adapters = {name: artifacts.digest_file(Path(file)) for name, file in settings.adapters.items()}
         self._encoder = PromptEncoder(self._model, _template(path, self._model), settings.context_tokens)
         self._context: Context | None = None
+        self._documents: KeptDocuments | None = None
         self._pooling: PoolingContext | None = None
         self._runner: Scheduler | PoolingQueue
         if settings.kind == "chat":
@@ -97,8 +100,14 @@ class Hosted:
     def drain(self, grace_seconds: float) -> None:
         self._runner.drain(grace_seconds)
 
+    def keep(self, documents: Documents) -> None:
+        if self._documents is not None:
+            self._documents.keep(documents)
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._documents is not None:
+            self._documents.close()
         self._runner.close()
 
     def _take(self, request: Request) -> None:
@@ -207,6 +216,7 @@ class Hosted:
         )
         for number, prompt in enumerate(settings.system_prompts):
             scheduler.warm(self._prefix(number, prompt))
+        self._documents = KeptDocuments(scheduler.documents, self._encoder.encode_document, store, settings.sha256)
         return scheduler
 
     def _prefix(self, number: int, system: str) -> Sequence[int]:

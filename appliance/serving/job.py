@@ -45,6 +45,7 @@ class Job:
     slot: int = -1
     computed: int = 0
     is_alone: bool = False  # a document that is read by itself
+    is_forgotten: bool = False  # leaves nothing behind
     stitching: "Stitching | None" = None
 
     @property

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from appliance.errors import RequestError
 from appliance.serving.engine import Models, RestartReason
-from appliance.serving.events import EngineState, ModelInfo, Outcome, Phase, Reading, RequestStats, StepStats
+from appliance.serving.events import DocumentCounts, EngineState, ModelInfo, Outcome, Phase, Reading, RequestStats, StepStats
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -350,6 +350,17 @@ class _ModelsNow:
         for card in [card for card in self._models.cards() if card.parent is None][:MAX_MODELS]:
             loaded.add_metric([card.id], card.is_loaded)
         yield loaded
+        if load.documents is not None:
+            yield from _documents(load.documents)
+
+
+def _documents(counts: DocumentCounts) -> Iterator[Metric]:
+    about = "Documents of the folder that is read ahead: known, waiting to be read, or refused, as the log says."
+    states = GaugeMetricFamily("appliance_documents", about, labels=["state"])
+    for state, count in (("known", counts.known), ("waiting", counts.waiting), ("refused", counts.refused)):
+        states.add_metric([state], count)
+    yield states
+    yield _gauge("documents_erased", "Documents erased since the engine started: removed, or edited.", counts.erased)
 
 
 def _gauge(name: str, about: str, value: float) -> GaugeMetricFamily:

@@ -29,7 +29,7 @@ from appliance.errors import (
     ShuttingDown,
 )
 from appliance.recipe import Serve
-from appliance.serving import probe
+from appliance.serving import probe, wire
 from appliance.serving.engine import EngineLease, EngineListener, ModelCard, no_such_model
 from appliance.serving.events import EngineState, Load, ModelKind
 from appliance.serving.memory_plan import Plan
@@ -94,6 +94,7 @@ class ModelPool:
         self._waiting = 0
         self._gpus = contextlib.ExitStack()  # leases of the cards, once a model uses one
         self._has_gpus = False
+        self._documents: wire.Documents | None = None
         self._is_draining = self._is_closed = False
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -123,9 +124,27 @@ class ModelPool:
             place.used_at = time.monotonic()
             self._tell()
 
+    @property
+    def document_folder(self) -> Path | None:
+        """The default model's."""
+        return self._default.serve.document_folder
+
+    def keep(self, documents: wire.Documents) -> None:
+        """Tells every engine what is in the operator's folder now; the default model's reads it ahead."""
+        self._documents = documents
+        for place in self._loaded():
+            self._tell_documents(place)
+
+    def _tell_documents(self, place: Place) -> None:
+        if self._documents is not None and place.engine is not None and place.model.kind == "chat":
+            is_default = place not in self._others
+            place.engine.keep(msgspec.structs.replace(self._documents, is_read_ahead=is_default))
+
     def load(self) -> Load:
         loads = [engine.load() for engine in self._engines()]
+        default = self._default.engine
         return Load(
+            documents=None if default is None else default.load().documents,
             state=self._state(),
             running=sum(each.running for each in loads),
             waiting=sum(each.waiting for each in loads) + self._waiting,
@@ -266,6 +285,7 @@ class ModelPool:
         engine = Supervisor(plan.settings, listener=self._listener, patience=patience, workers=self._workers)
         await engine.start()
         place.engine, place.memory, place.used_at = engine, plan.memory, time.monotonic()
+        self._tell_documents(place)
         self._tell()
 
     async def _end(self, place: Place) -> None:

@@ -13,6 +13,7 @@ MOST_LOOKUPS = 128  # of what is known, for one prompt: each takes a tenth of a 
 # Above any token id, of 31 bits. What is read again (up to 2^14 tokens of each document) makes other cells, too.
 _ALONE, _STITCHED, _BEGINS = 1 << 60, 1 << 59, 1 << 58
 _REREAD_SHIFT = 32
+_TOKEN_IDS = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ def is_stitched(known: Sequence[int]) -> bool:
 
 
 def texts(known: Sequence[int]) -> list[int]:
-    """The token ids behind what `alone` made, or ordinary ones."""
-    return [token & ~_ALONE for token in known]
+    """The token ids, however they were read."""
+    return [token & _TOKEN_IDS for token in known]
 
 
 def mark(reread_tokens: int) -> int:

@@ -106,6 +106,11 @@ class Planner:
             raise ArtifactError(f"{named} does not exist; make it with `appliance bench serve --tune --output {named}`.")
         return (named, beside)
 
+    @property
+    def snapshot_folders(self) -> list[Path]:
+        """Where prefixes may lie, the first choice first."""
+        return list(dict.fromkeys((each / SNAPSHOTS).absolute() for each in (self.folder, config.cache_root())))
+
     def _snapshot_folder(self, serve: Serve) -> tuple[str | None, str]:
         """The folder, private and made, and what is to be said about it; None where none can be written to.
 
@@ -114,7 +119,7 @@ class Planner:
         if serve.snapshot_mib == 0:
             return None, ""
         refused = []
-        for folder in dict.fromkeys((each / SNAPSHOTS).absolute() for each in (self.folder, config.cache_root())):
+        for folder in self.snapshot_folders:
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 folder.chmod(0o700)

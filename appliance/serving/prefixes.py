@@ -5,12 +5,13 @@ stays when an answer is over. Used from the scheduler's thread.
 import collections
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from appliance.serving import passages
 from appliance.serving.cache import Match, PrefixCache, common_length
 from appliance.serving.decoder import Decoder, SavedCells, SavedPart, SnapshotRefused
 from appliance.serving.job import Job
+from appliance.serving.runs import Finder
 from appliance.serving.slots import Slots
 from appliance.serving.snapshots import Prefix, SnapshotStore
 
@@ -51,6 +52,7 @@ class Prefixes:
         self._cache = PrefixCache(decoder.join, cache_tokens if can_share else 0, mapped_tokens)
         self._slots = Slots(decoder.slots)
         self._operators: list[Prefix] = []  # whatever begins like one of these may be shared by all
+        self._documents: frozenset[Prefix] = frozenset()  # the operator's, read by themselves: for all as well
         self._sightings: collections.OrderedDict[Prefix, int] = collections.OrderedDict()
         self._used: set[Prefix] = set()  # since the files were last told
         self._tried: set[Prefix] = set()  # to write, whatever came of it
@@ -102,7 +104,14 @@ class Prefixes:
 
     def is_somewhere(self, prefix: Prefix) -> bool:
         """Whether all of it is known, or on disk."""
-        return self.has(prefix) or (self._store is not None and prefix in self._store)
+        return self.has(prefix) or self.on_disk(prefix) is not None
+
+    def on_disk(self, prefix: Prefix) -> Prefix | None:
+        """What is in a file and will do for it: the operator's, or else its owner's."""
+        if self._store is None:
+            return None
+        usable = (dataclasses.replace(prefix, owner=None), prefix)
+        return next((each for each in usable if each in self._store), None)
 
     def touch(self, prefix: Prefix) -> None:
         """Counts as used now, as far as it is in the cache."""
@@ -157,9 +166,14 @@ class Prefixes:
         self._slots.leave(job, job.prefix(job.computed))
         self.keep_left(job.slot)
 
+    def drop(self, job: Job) -> None:
+        """Takes the job out of its slot, which is empty then."""
+        self._slots.leave(job, job.prefix(0))
+        self._decoder.remove(job.slot, 0, -1)
+
     def leave(self, job: Job, known_tokens: int) -> None:
         """Takes the job's slot back; what it has computed of its `known_tokens` stays there until the slot is needed."""
-        kept = min(known_tokens, job.computed) if self.can_share else 0
+        kept = min(known_tokens, job.computed) if self.can_share and not job.is_forgotten else 0
         self._decoder.release(job.slot, kept)
         self._slots.leave(job, job.prefix(kept))
         job.computed = 0
@@ -211,6 +225,36 @@ class Prefixes:
     def drop_operator_prefix(self, prefix: Prefix) -> None:
         self._operators.remove(prefix)
 
+    def set_documents(self, documents: Collection[Prefix]) -> None:
+        """The operator's; their files stay while others have to make room."""
+        self._documents = frozenset(documents)
+        if self._store is not None:
+            self._store.protect(documents)
+
+    def keep_document(self, document: Prefix, *, is_on_disk: bool) -> None:
+        """Copies what was read ahead from its slot into the cache; one that is on disk if nothing has to leave for it."""
+        for slot, left in list(self._slots.left.items()):
+            if left.prefix == document and not left.is_cached:
+                if is_on_disk and self._cache.tokens + len(document.tokens) > self._cache.limit:
+                    self._slots.note_cached(slot)  # as good as
+                else:
+                    self.keep_left(slot)
+
+    def erase(self, find: Finder) -> tuple[int, int]:
+        """Forgets all in which `find` finds something, but for running answers: of how many cached tokens and slots."""
+        tokens, slots = self._cache.erase(find), 0
+        for slot, left in list(self._slots.left.items()):
+            if find(passages.texts(left.prefix.tokens)) is not None:
+                self._decoder.remove(slot, 0, -1)
+                self._slots.empty(slot)
+                slots += 1
+        noted = {*self._sightings, *self._used, *self._tried, *self._written}
+        for prefix in [prefix for prefix in noted if find(passages.texts(prefix.tokens)) is not None]:
+            self._sightings.pop(prefix, None)
+            for each in (self._used, self._tried, self._written):
+                each.discard(prefix)
+        return tokens, slots
+
     def see(self, job: Job, shared_tokens: int) -> None:
         """Counts a prompt whose first `shared_tokens` hold no visitor's text."""
         self.see_prefix(job.prefix(shared_tokens))
@@ -220,6 +264,9 @@ class Prefixes:
         if self._store is None:
             return
         tokens = prefix.tokens
+        if (common := dataclasses.replace(prefix, owner=None)) in self._documents:
+            self._used.add(common)
+            return
         for each in self._operators:
             if each.adapter == prefix.adapter and tokens[: len(each.tokens)] == each.tokens:
                 self._used.add(each)

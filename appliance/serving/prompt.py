@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from appliance.errors import PromptTooLong, RequestError
 from appliance.serving.passages import Passages
-from appliance.serving.requests import ChatPrompt, Prompt, TextPrompt
+from appliance.serving.requests import ChatPrompt, Document, Prompt, TextPrompt
 from appliance.text import passages as passage_texts
 from appliance.text import tool_calls
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
@@ -75,6 +75,11 @@ class PromptEncoder:
             raise RequestError("The prompt is empty; give at least one token.", param="prompt")
         self._require_room(len(tokens), "prompt")
         return EncodedPrompt(tokens)
+
+    def encode_document(self, document: Document) -> Sequence[int]:
+        """A document's token ids, which are the same in every prompt."""
+        marks = _Marks(self._control)
+        return self._tokenize(marks, marks.neutral(passage_texts.shown(document.id, document.text)))
 
     def render(self, prompt: ChatPrompt) -> str:
         """The text that a conversation becomes; raises `RequestError`."""

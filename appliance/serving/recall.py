@@ -7,9 +7,11 @@ import concurrent.futures
 import logging
 from collections.abc import Callable
 
+from appliance.serving import passages
 from appliance.serving.decoder import SavedCells
 from appliance.serving.job import Answer
 from appliance.serving.prefixes import Prefixes
+from appliance.serving.runs import Finder
 from appliance.serving.snapshots import Prefix
 from appliance.serving.stitcher import Stitcher
 
@@ -49,6 +51,11 @@ class Recall:
             payload = self._files.pop(prefix).result()
             if payload is not None and not self._prefixes.has(prefix):
                 self._prefixes.restore(prefix, payload)
+
+    def forget(self, find: Finder) -> None:
+        """Drops files being read in which `find` finds something; who waits for them goes on without."""
+        for prefix in [prefix for prefix in self._files if find(passages.texts(prefix.tokens)) is not None]:
+            del self._files[prefix]
 
     def close(self) -> None:
         """Waits for the file being read."""

@@ -49,7 +49,7 @@ class Running:
         self._decoder.start(place.slot, sampling, answer.ticket.grammar, request.top_logprobs)
         self.answers.append(answer)
         self._stitcher.enter(answer, place)
-        if answer.index == 0:
+        if answer.index == 0 and not job.is_forgotten:
             self._prefixes.see(job, answer.ticket.shared_tokens)
         answer.started_at = now
         if self._gate is not None:

@@ -4,7 +4,7 @@ Each step computes the running answers first and fills what room is left with pr
 an answer. `Scheduler` is used from any thread. Its parts: `job.py` (a request's state), `backlog.py` (who waits),
 `running.py` (who is answered), `slots.py` (where), `prefixes.py` (what is known of a prompt), `stitcher.py` (documents that
 were read by themselves), `batch.py` (what a step computes), `recall.py` (what comes back from disk), `idle.py` (what is done
-while nobody asks), `heap.py` (freed memory).
+while nobody asks), `reading_ahead.py` and `document_orders.py` (the operator's documents), `heap.py` (freed memory).
 Knows nothing of llama.cpp (a `Decoder` does the computing), of HTTP or of templates.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from appliance.errors import DeadlineExceeded, EngineFailed, PromptTooLong, RequestError
 from appliance.serving.backlog import Backlog
 from appliance.serving.decoder import Adapter, CompiledGrammar, Decoder, Feed, Sampled
+from appliance.serving.document_orders import DocumentOrders
 from appliance.serving.engine import StatsListener
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import Accepted, Event, Failed, FinishReason, Load
@@ -26,6 +27,7 @@ from appliance.serving.job import Answer, Job, Ticket
 from appliance.serving.pace import Pace, Work
 from appliance.serving.passages import Passages
 from appliance.serving.prefixes import Prefixes
+from appliance.serving.reading_ahead import ReadingAhead
 from appliance.serving.recall import Recall
 from appliance.serving.requests import GenerationRequest
 from appliance.serving.running import Running
@@ -81,10 +83,21 @@ class Scheduler:
         self._backlog = Backlog(decoder.slots, settings.queue_requests, settings.queue_tokens)
         self._stitcher = Stitcher(decoder, self._prefixes, settings.reread_tokens, settings.document_tolerance)
         self._running = Running(decoder, self._prefixes, self._stitcher, self._pace, self._gate, weight_bytes)
-        self._idle = IdleWork(decoder, self._prefixes, self._pace, snapshots)
+        store = snapshots if decoder.can_share else None
+        self._ahead = ReadingAhead(self._prefixes, store, decoder.cell_bytes, decoder.context_tokens)
+        self._idle = IdleWork(decoder, self._prefixes, self._pace, snapshots, self._ahead)
         self._heap = Heap()
         self._recall = Recall(self._prefixes, self._stitcher, self._notify)
         self._tickets: dict[str, Ticket] = {}
+        self.documents = DocumentOrders(
+            self._changed,
+            self._tickets,
+            ahead=self._ahead,
+            idle=self._idle,
+            prefixes=self._prefixes,
+            recall=self._recall,
+            stitcher=self._stitcher,
+        )
         self._in_flight: Sequence[Answer] = ()  # answers of the decode call now running
         self._step_started_at: float | None = None
         self._stepped_at = 0.0
@@ -158,6 +171,7 @@ class Scheduler:
     def load(self) -> Load:
         with self._changed:
             return Load(
+                documents=self._ahead.counts,
                 state=self._intake.state,
                 running=len(self._running.answers),
                 waiting=self._backlog.requests,
@@ -242,6 +256,7 @@ class Scheduler:
         self._heap.trim_in_time()
         with self._changed:
             self._retire()
+            self.documents.obey()
             self._admit()
             batch = self._running.compose() if self._running.answers and not self._intake.is_closed else None
             if batch is not None and any(feed.is_read for feed in batch.feeds):
@@ -342,6 +357,8 @@ class Scheduler:
                     self._changed.wait()
                 return
             if (chunk := self._idle.next_feed()) is None:
+                if self._idle.write_document(self._notify):
+                    return
                 if (early := self._stepped_at + SETTLE_SECONDS - time.monotonic()) > 0:
                     self._changed.wait(early)
                 elif not self._idle.save_one(self._notify):
@@ -407,6 +424,7 @@ class Scheduler:
     def _end_all(self) -> None:
         with self._changed:
             self._intake.close()
+            self.documents.close()
             for ticket in list(self._tickets.values()):
                 self._fail(ticket, EngineFailed("The engine stopped before the answer was complete; ask again."))
         self._flush()

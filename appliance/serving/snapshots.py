@@ -1,45 +1,30 @@
 """Prefixes on disk: the cells of system prompts, so that a restart need not read them again.
 
-A file is: magic, length and sha256 of a JSON header, the header (what the cells belong to, token ids, size and sha256 of the
-payload), the payload. Everything is checked before it is used, and what does not hold is deleted. Names are random: they
-reveal nothing of a text. Any thread may use `SnapshotStore`; it knows nothing of what the payload means.
+Everything is checked before it is used, and what does not hold is deleted (`prefix_file.py` has the layout of a file). Names
+are random: they reveal nothing of a text. Any thread may use `SnapshotStore`; it knows nothing of what the payload means.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import errno
-import hashlib
 import json
 import logging
-import mmap
 import os
 import secrets
 import stat
-import struct
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from appliance.errors import EnvironmentIncomplete
+from appliance.serving import passages, prefix_file
 from appliance.serving.decoder import Adapter, SavedCells
+from appliance.serving.prefix_file import PARTIAL_SUFFIX, SUFFIX, Refused, fields_of, open_private
+from appliance.serving.runs import Finder
 
-MAGIC = b"APPLKV\x00\x01"  # the last byte is the version
-SUFFIX = ".prefix"
-FOLDER_MODE, FILE_MODE = 0o700, 0o600
-PARTIAL_SUFFIX = ".partial"
-PIECE_BYTES = 1 << 20  # read or written without a pause
-LONGEST_HEADER_BYTES = 16 * 2**20  # a million token ids are 8 MB
-_FRONT = struct.Struct("<8sI32s")
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+FOLDER_MODE = 0o700
 
 logger = logging.getLogger("appliance.serving")
 
@@ -72,16 +57,16 @@ class _Header:
     payload_at: int
 
 
-class _Refused(Exception):
-    """A file that is not what it should be."""
-
-
 class _OfAnother(Exception):
     """A sound file of another model or other settings."""
 
 
+class _Stopped(Exception):
+    """What was being written is to be forgotten."""
+
+
 class SnapshotStore:
-    """The files of one folder, together at most `limit_bytes`; the least recently used go first.
+    """The files of one folder, together at most `limit_bytes`; the least recently used go first, protected ones never.
 
     Raises `EnvironmentIncomplete` when the folder cannot be made private.
     """
@@ -92,6 +77,12 @@ class SnapshotStore:
         self._identity = identity
         self._lock = threading.Lock()
         self._has_warned = False
+        self._protected: frozenset[Prefix] = frozenset()
+        self._lost: set[Prefix] = set()
+        self._banned: Finder | None = None
+        self._writing: Prefix | None = None
+        self._has_written = threading.Condition(self._lock)
+        self._is_stopped = False
         try:
             folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
             if stat.S_IMODE(folder.stat().st_mode) != FOLDER_MODE:
@@ -104,8 +95,40 @@ class SnapshotStore:
             ) from error
 
     @property
+    def folder(self) -> Path:
+        return self._folder
+
+    @property
     def limit_bytes(self) -> int:
         return self._limit_bytes
+
+    def protect(self, prefixes: Collection[Prefix]) -> None:
+        """From now on these, and no others, stay while others have to make room."""
+        with self._lock:
+            self._protected = frozenset(prefixes)
+
+    def lost(self) -> set[Prefix]:
+        """Whose files were found broken or missing since this was last asked."""
+        with self._lock:
+            lost, self._lost = self._lost, set()
+        return lost
+
+    @contextlib.contextmanager
+    def banning(self, find: Finder) -> Iterator[None]:
+        """Forgets what holds something of what `find` finds; until the end of the block it is not written either.
+
+        The files themselves are the caller's to delete. Waits until what was just being written is given up.
+        """
+        with self._lock:
+            self._banned = find
+            self._paths = {prefix: path for prefix, path in self._paths.items() if not self._is_banned(prefix)}
+            self._is_stopped = self._writing is not None and self._is_banned(self._writing)
+            self._has_written.wait_for(lambda: self._writing is None or not self._is_stopped)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._banned = None
 
     def prefixes(self) -> list[Prefix]:
         """What can be read, most recently used first."""
@@ -134,14 +157,14 @@ class SnapshotStore:
         if path is None:
             return None
         try:
-            with _open(path) as file:
+            with open_private(path) as file:
                 header = self._header(file)
                 if header.prefix != prefix:
-                    raise _Refused("it holds another prefix than at start")
-                payload = _mapped(file)[header.payload_at :]
-            if len(payload) != header.payload_bytes or _sha256(payload) != header.payload_sha256:
-                raise _Refused("its content does not match its checksum")
-        except (OSError, _Refused, _OfAnother) as error:
+                    raise Refused("it holds another prefix than at start")
+                payload = prefix_file.mapped(file)[header.payload_at :]
+            if len(payload) != header.payload_bytes or prefix_file.sha256(payload) != header.payload_sha256:
+                raise Refused("its content does not match its checksum")
+        except (OSError, Refused, _OfAnother) as error:
             self._forget(prefix, path, str(error))
             return None
         _touch(path)
@@ -164,15 +187,35 @@ class SnapshotStore:
 
         `give_way` is called between pieces: it may wait until nobody is held up by the writing.
         """
+        with self._lock:
+            if self._is_banned(prefix):
+                return False
+            self._writing, self._is_stopped = prefix, False
+
+        def pause() -> None:
+            give_way()
+            if self._is_stopped:
+                raise _Stopped
+
+        try:
+            return self._write(prefix, payload, pause)
+        except _Stopped:
+            return False
+        finally:
+            with self._lock:
+                self._writing = None
+                self._has_written.notify_all()
+
+    def _write(self, prefix: Prefix, payload: SavedCells, give_way: Callable[[], None]) -> bool:
         header = json.dumps(
             {
                 **self._key(prefix),
                 "tokens": prefix.tokens,
                 "payload_bytes": len(payload),
-                "payload_sha256": _sha256(payload, give_way),
+                "payload_sha256": prefix_file.sha256(payload, give_way),
             }
         ).encode()
-        front = _FRONT.pack(MAGIC, len(header), hashlib.sha256(header).digest())
+        front = prefix_file.front_of(header)
         size = len(front) + len(header) + len(payload)
         if size > self._limit_bytes:
             return False
@@ -180,9 +223,12 @@ class SnapshotStore:
         partial = path.with_suffix(PARTIAL_SUFFIX)
         try:
             with self._lock:
-                self._make_room(size)
-            _write(partial, (front, header, payload), give_way)
+                if not self._make_room(size):
+                    return False
+            prefix_file.write(partial, (front, header, payload), give_way)
             with self._lock:
+                if self._is_stopped:
+                    raise _Stopped
                 partial.rename(path)
                 self._paths[prefix] = path
         except OSError as error:
@@ -190,12 +236,19 @@ class SnapshotStore:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             return False
+        except _Stopped:
+            partial.unlink(missing_ok=True)
+            raise
         return True
+
+    def _is_banned(self, prefix: Prefix) -> bool:
+        return self._banned is not None and self._banned(passages.texts(prefix.tokens)) is not None
 
     def _forget(self, prefix: Prefix, path: Path, reason: str) -> None:
         with self._lock:
             if self._paths.get(prefix) == path:
                 del self._paths[prefix]
+                self._lost.add(prefix)
         _discard(path, reason)
 
     def _scan(self) -> dict[Prefix, Path]:
@@ -208,35 +261,26 @@ class SnapshotStore:
                     _discard(path, "its writing was interrupted")
             elif path.suffix == SUFFIX:
                 try:
-                    with _open(path) as file:
+                    with open_private(path) as file:
                         header = self._header(file)
                         if os.fstat(file.fileno()).st_size != header.payload_at + header.payload_bytes:
-                            raise _Refused("it is truncated, or longer than it says")
+                            raise Refused("it is truncated, or longer than it says")
                     found[header.prefix] = path
                 except _OfAnother:
                     continue
-                except (OSError, _Refused) as error:
+                except (OSError, Refused) as error:
                     _discard(path, str(error))
         return found
 
     def _header(self, file: BinaryIO) -> _Header:
         """Reads and checks everything before the payload."""
-        front = file.read(_FRONT.size)
-        if len(front) != _FRONT.size or front[: len(MAGIC)] != MAGIC:
-            raise _Refused("it is no prefix file of this version")
-        _, length, sha256 = _FRONT.unpack(front)
-        if length > LONGEST_HEADER_BYTES:
-            raise _Refused(f"its header claims {length} bytes, the limit is {LONGEST_HEADER_BYTES}")
-        text = file.read(length)
-        if hashlib.sha256(text).digest() != sha256:
-            raise _Refused("its header does not match its checksum")
+        fields, payload_at = fields_of(file)
         try:
-            fields = json.loads(text)
             adapter = None if fields["adapter"] is None else Adapter(fields["adapter"]["name"], fields["adapter"]["scale"])
             prefix = Prefix(tuple(fields["tokens"]), adapter, fields["owner"])
-            header = _Header(prefix, fields["payload_bytes"], fields["payload_sha256"], _FRONT.size + length)
+            header = _Header(prefix, fields["payload_bytes"], fields["payload_sha256"], payload_at)
         except (KeyError, TypeError, ValueError) as error:
-            raise _Refused("its header lacks what belongs there") from error
+            raise Refused("its header lacks what belongs there") from error
         key = self._key(prefix)
         if {name: fields.get(name) for name in key} != key:
             raise _OfAnother("it belongs to another model or other settings")
@@ -255,16 +299,25 @@ class SnapshotStore:
             "owner": prefix.owner,
         }
 
-    def _make_room(self, size: int) -> None:
-        """Deletes the least recently used files, those of other models too, until `size` more bytes are allowed."""
+    def _make_room(self, size: int) -> bool:
+        """Deletes the least recently used files, those of other models too, until `size` more bytes are allowed.
+
+        False, and nothing is deleted, where protected ones leave no such room.
+        """
+        protected = {path for prefix, path in self._paths.items() if prefix in self._protected}
         files = sorted((path for path in self._folder.iterdir() if path.suffix == SUFFIX), key=_used_at)
-        total = sum(path.lstat().st_size for path in files)
+        sizes = {path: path.lstat().st_size for path in files}
+        if sum(sizes[path] for path in files if path in protected) + size > self._limit_bytes:
+            return False
+        total = sum(sizes.values())
         for path in files:
             if total + size <= self._limit_bytes:
-                return
-            total -= path.lstat().st_size
-            path.unlink(missing_ok=True)
-            self._paths = {prefix: each for prefix, each in self._paths.items() if each != path}
+                break
+            if path not in protected:
+                total -= sizes[path]
+                path.unlink(missing_ok=True)
+                self._paths = {prefix: each for prefix, each in self._paths.items() if each != path}
+        return True
 
     def _warn(self, error: OSError) -> None:
         if self._has_warned:
@@ -274,47 +327,6 @@ class SnapshotStore:
         logger.warning(
             "event=snapshot_not_written folder=%s reason=%r remedy=%r", self._folder, error.strerror or str(error), remedy
         )
-
-
-def _open(path: Path) -> BinaryIO:
-    """Opens a file that only its owner, who must be this process's user, can have written or read."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    status = os.fstat(descriptor)
-    mode = stat.S_IMODE(status.st_mode)
-    if not stat.S_ISREG(status.st_mode) or mode != FILE_MODE or status.st_uid != os.geteuid():
-        os.close(descriptor)
-        raise _Refused(f"its mode is {mode:04o} and its owner {status.st_uid}, expected 0600 and {os.geteuid()}")
-    return os.fdopen(descriptor, "rb")
-
-
-def _mapped(file: BinaryIO) -> memoryview:
-    """The file's pages, until nobody holds them any more. Python's own `mmap` would keep the file open meanwhile."""
-    size = os.fstat(file.fileno()).st_size
-    address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
-    if address == ctypes.c_void_p(-1).value:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    pages = (ctypes.c_ubyte * size).from_address(address)
-    weakref.finalize(pages, _libc.munmap, address, size)
-    return np.frombuffer(memoryview(pages), np.uint8).data.toreadonly()
-
-
-def _pieces(data: SavedCells) -> Iterator[memoryview]:
-    view = memoryview(data)
-    return (view[at : at + PIECE_BYTES] for at in range(0, len(view), PIECE_BYTES))
-
-
-def _write(path: Path, parts: Sequence[SavedCells], give_way: Callable[[], None]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
-    try:
-        if stat.S_IMODE(os.fstat(descriptor).st_mode) != 0o600:  # the umask may take away more
-            os.fchmod(descriptor, 0o600)
-        for view in (piece for part in parts for piece in _pieces(part)):
-            give_way()
-            while view:
-                view = view[os.write(descriptor, view) :]
-    finally:
-        os.close(descriptor)
 
 
 def _discard(path: Path, reason: str) -> None:
@@ -333,11 +345,3 @@ def _used_at(path: Path) -> float:
         return path.lstat().st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-def _sha256(data: SavedCells, give_way: Callable[[], None] = lambda: None) -> str:
-    found = hashlib.sha256()
-    for piece in _pieces(data):
-        give_way()
-        found.update(piece)
-    return found.hexdigest()

@@ -30,16 +30,18 @@ class Stitcher:
         """How documents of prompts to come are read: so many tokens of each where they stand; None: all of it."""
         self._reread_tokens = reread_tokens if self._decoder.can_move else None
 
+    @property
+    def is_stitching(self) -> bool:
+        return self._reread_tokens is not None
+
     def arranged(
         self, prompt: Sequence[int], passages: Passages | None, adapter: Adapter | None, owner: str
     ) -> tuple[Sequence[int], Passages | None]:
-        """The prompt, with its documents where most of what is known of them can be used."""
-        if passages is None:
-            return prompt, None
+        """The prompt, with its documents where most of what is known of them is of use: anywhere, if each is read apart."""
+        if passages is None or self._can_stitch(passages):
+            return prompt, passages
 
         def known(tokens: Sequence[int]) -> int:
-            if self._reread_tokens is not None:
-                return 0  # wherever a document stands, it is not read again
             return self._prefixes.source(Prefix(tuple(tokens), adapter, owner)).length
 
         return arranged(prompt, passages, self._tolerance, known)
@@ -48,8 +50,11 @@ class Stitcher:
         """Decides how the job's prompt will be read. What is put together must find place in the cache beforehand."""
         if passages is None or self._reread_tokens is None:
             return
-        if passages.end <= self._prefixes.place_left and passages.end < job.prompt_tokens:
+        if self._can_stitch(passages) and passages.end < job.prompt_tokens:
             job.stitching = Stitching(passages, self._reread_tokens)
+
+    def _can_stitch(self, passages: Passages) -> bool:
+        return self.is_stitching and passages.end <= self._prefixes.place_left
 
     def known_tokens(self, job: Job) -> int:
         """How much of the prompt need not be computed, with what would be loaded from disk."""
@@ -72,8 +77,9 @@ class Stitcher:
         found = self._prefixes.worth_recalling(job)
         wanted = [] if found is None else [found]
         if job.stitching is not None:
-            parts = (_part(job, *span) for span in self._spans(job))
-            wanted += [part for part in parts if not self._prefixes.has(part) and self._prefixes.is_somewhere(part)]
+            parts = [_part(job, *span) for span in self._spans(job)]
+            files = [self._prefixes.on_disk(part) for part in parts if not self._prefixes.has(part)]
+            wanted += [file for file in files if file is not None]
         return wanted
 
     def has_to_wait(self, answer: Answer, running: Sequence[Answer]) -> bool:
@@ -110,6 +116,20 @@ class Stitcher:
                 self._go_on(answer, errand.slot)
         elif job.stitching is not None and job.computed in job.stitching.stops:
             self._append(answer)
+
+    def forget(self, answer: Answer) -> None:
+        """Lets the answer end as it would, and leave nothing; documents that it has not got yet it reads in their place.
+
+        It waits or runs, and nothing is being computed.
+        """
+        errand, job = answer.errand, answer.job
+        job.is_forgotten = True
+        if errand is not None:
+            answer.errand = None
+            self._prefixes.drop(errand)
+            self._read_whole(answer, errand.slot, "a document was removed meanwhile")
+        elif answer.started_at is None:
+            job.stitching = None
 
     def _go_on(self, answer: Answer, slot: int) -> None:
         """The next errand, or else the job itself."""

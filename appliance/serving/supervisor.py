@@ -82,6 +82,7 @@ class Supervisor:
         self._early_deaths = 0  # in a row
         self._loading_since = self._ready_at = self._back_at = 0.0
         self._has_first_token = False
+        self._documents: wire.Documents | None = None
 
     @property
     def model(self) -> ModelInfo:
@@ -144,6 +145,12 @@ class Supervisor:
             said = Load(state=self._state, running=0, waiting=0, slots=self._settings.slots)
         waiting = max(said.waiting, len(self._in_hand) - said.running) + self._waiting
         return msgspec.structs.replace(said, state=self._state, waiting=waiting)
+
+    def keep(self, documents: wire.Documents) -> None:
+        """Follows what is in the operator's folder now; each process that is started later is told of it, too."""
+        self._documents = documents
+        if self._state in ("ready", "draining") and self._worker is not None:
+            self._worker.send(documents)
 
     def drain(self, grace_seconds: float) -> None:
         """Refuses new requests; those in hand fail when the grace time is over."""
@@ -292,6 +299,8 @@ class Supervisor:
         self._model = msgspec.structs.replace(first.model, load_seconds=seconds)
         self._said, self._silent_pings, self._has_first_token = None, 0, False
         self._listener.record_load(self._model, seconds)
+        if self._documents is not None:
+            worker.send(self._documents)
         self._become("ready" if self._state in ("loading", "restarting", "failed") else self._state)
 
     def _bury(self, death: Death) -> None:

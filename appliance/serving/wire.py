@@ -16,13 +16,7 @@ from msgspec import Struct
 from appliance.errors import ApplianceError, EngineFailed
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import Event, Load, ModelInfo, RequestStats, StepStats
-from appliance.serving.requests import (
-    DetokenizeRequest,
-    GenerationRequest,
-    PoolingRequest,
-    TemplateRequest,
-    TokenizeRequest,
-)
+from appliance.serving.requests import Document, Request
 
 FRAME_BYTES = 64 << 20  # 8,000 embeddings of 2,048 numbers; no request comes near it
 HEADER = struct.Struct("<I")
@@ -48,6 +42,17 @@ class Drain(Struct, frozen=True, kw_only=True, tag=True):
     """No new request is taken; those in hand have this long."""
 
     grace_seconds: float
+
+
+class Documents(Struct, frozen=True, kw_only=True, tag=True):
+    """The operator's documents, all there are now. What was told before and is not among them is erased.
+
+    `refused` could not be read from their files; `is_read_ahead` asks for reading them before a request does.
+    """
+
+    documents: tuple[Document, ...] = ()
+    refused: int = 0
+    is_read_ahead: bool = False
 
 
 class Ready(Struct, frozen=True, kw_only=True, tag=True):
@@ -83,7 +88,7 @@ class Pong(Struct, frozen=True, kw_only=True, tag=True):
     encoding_since: float | None = None
 
 
-ToWorker = GenerationRequest | PoolingRequest | TokenizeRequest | DetokenizeRequest | TemplateRequest | Cancel | Ping | Drain
+ToWorker = Request | Cancel | Ping | Drain | Documents
 FromWorker = Ready | LoadRefused | Report | Pong
 
 

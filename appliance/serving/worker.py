@@ -52,6 +52,9 @@ class Host(Protocol):
 
     def drain(self, grace_seconds: float) -> None: ...
 
+    def keep(self, documents: wire.Documents) -> None:
+        """Follows what is in the operator's folder now."""
+
     def close(self) -> None: ...
 
 
@@ -130,6 +133,8 @@ def _obey(message: wire.ToWorker, host: Host, outbox: Outbox) -> None:
         host.cancel(message.id)
     elif isinstance(message, wire.Drain):
         host.drain(message.grace_seconds)
+    elif isinstance(message, wire.Documents):
+        host.keep(message)
     else:
         host.accept(message)
 

@@ -10,6 +10,8 @@ from appliance.errors import EngineFailed, ModelNotFound, PromptTooLong, Request
 from appliance.serving.engine import EngineLease, Generation, ModelCard, RestartReason
 from appliance.serving.events import (
     Accepted,
+    DocumentCounts,
+    EngineState,
     Event,
     Failed,
     Finished,
@@ -177,6 +179,7 @@ class FakeModels:
         self.leased: list[tuple[str | None, ModelKind]] = []
         self.is_draining = False
         self.is_closed = False
+        self.documents: DocumentCounts | None = None
 
     def cards(self) -> Sequence[ModelCard]:
         return [
@@ -208,7 +211,8 @@ class FakeModels:
 
     def load(self) -> Load:
         running = sum(engine.running for engine in self.engines.values())
-        return Load(state="draining" if self.is_draining else "ready", running=running, waiting=0, slots=2)
+        state: EngineState = "draining" if self.is_draining else "ready"
+        return Load(state=state, running=running, waiting=0, slots=2, documents=self.documents)
 
     def drain(self, grace_seconds: float) -> None:  # noqa: ARG002
         self.is_draining = True

@@ -14,9 +14,21 @@ import time
 from pathlib import Path
 
 from appliance.errors import EnvironmentIncomplete
-from appliance.serving import worker
+from appliance.serving import wire, worker
 from appliance.serving.engine_settings import EngineSettings
-from appliance.serving.events import Accepted, Event, Finished, Load, ModelInfo, Pooled, StepStats, Text, TextPiece, Tokens
+from appliance.serving.events import (
+    Accepted,
+    DocumentCounts,
+    Event,
+    Finished,
+    Load,
+    ModelInfo,
+    Pooled,
+    StepStats,
+    Text,
+    TextPiece,
+    Tokens,
+)
 from appliance.serving.outbox import Outbox
 from appliance.serving.requests import (
     DetokenizeRequest,
@@ -36,6 +48,7 @@ class StandIn:
         self._settings = settings
         self._running: set[str] = set()
         self._step_started_at: float | None = None
+        self._documents: DocumentCounts | None = None
         self.encoding_since: float | None = None
         if settings.name == "refused":
             raise EnvironmentIncomplete("It needs 12 GB, 8 GB are free.")
@@ -114,8 +127,14 @@ class StandIn:
             self._say(request_id, Finished(reason="cancelled", prompt_tokens=3, generated_tokens=0))
             self._outbox.flush()
 
+    def keep(self, documents: wire.Documents) -> None:
+        """Counts them, so that a test sees what it was told."""
+        known = len(documents.documents) if documents.is_read_ahead else 0
+        self._documents = DocumentCounts(known=known, refused=documents.refused)
+
     def load(self) -> Load:
         return Load(
+            documents=self._documents,
             state="ready",
             running=len(self._running),
             waiting=0,

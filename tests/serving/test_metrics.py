@@ -13,7 +13,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from appliance import errors
 from appliance.errors import RequestError
 from appliance.serving.engine import EngineLease, ModelCard, RestartReason
-from appliance.serving.events import EngineState, Load, ModelInfo, ModelKind, Outcome, Phase, RequestStats, StepStats
+from appliance.serving.events import (
+    DocumentCounts,
+    EngineState,
+    Load,
+    ModelInfo,
+    ModelKind,
+    Outcome,
+    Phase,
+    RequestStats,
+    StepStats,
+)
 from appliance.serving.metrics import MAX_MODELS, REASONS, Metrics, Refusal
 
 MODEL = ModelInfo(
@@ -109,7 +119,7 @@ def filled(registry: CollectorRegistry) -> Metrics:
     ]
     load = Load(
         state="draining", running=2, waiting=3, slots=2, waiting_tokens=700, kv_cells=100, kv_cells_used=80,
-        kv_cells_running=40, is_speculating=True,
+        kv_cells_running=40, is_speculating=True, documents=DocumentCounts(known=5, waiting=2, refused=1, erased=4),
     )  # fmt: skip
     metrics.watch(FakeModels(load, cards))
     return metrics
@@ -169,6 +179,8 @@ def test_each_fact_in_its_series() -> None:
     assert (value("engine_state", state="draining"), value("engine_ready")) == (1, 0)
     assert (value("model_loaded", **model), value("model_loaded", model="minilm")) == (1, 0)
     assert value("model_loaded", model="shelter:polite") is None
+    assert [value("documents", state=state) for state in ("known", "waiting", "refused")] == [5, 2, 1]
+    assert value("documents_erased") == 4
 
 
 def test_the_bandwidth_is_that_of_recent_steps() -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
+import signal
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,14 @@ from appliance.errors import (
 )
 from appliance.gpu_access import ARCHITECTURES
 from appliance.recipe import Serve
-from appliance.serving import served_model
+from appliance.serving import served_model, wire
+from appliance.serving.events import DocumentCounts
 from appliance.serving.memory_plan import Plan
 from appliance.serving.memory_prediction import MemoryPrediction
 from appliance.serving.model_pool import ModelPool
+from appliance.serving.requests import Document
 from appliance.serving.served_model import ServedModel
+from appliance.serving.supervisor import Supervisor
 from appliance.serving.worker_process import Workers
 from tests import tiny_gguf
 from tests.serving.test_supervisor import COMMAND, Listener, ask, in_loop, settings, text_of, until
@@ -166,6 +171,31 @@ async def test_others_are_loaded_on_demand_and_unloaded_when_idle(files: Path) -
         await until(lambda: loaded(pool) == {"main"})
         assert sorted(listener.unloads) == ["second", "third"]
         assert await answer(pool, "second") == "second"
+
+
+@in_loop
+async def test_every_engine_is_told_of_documents_and_the_default_models_reads_them(files: Path) -> None:
+    promotion = Promoted()
+    async with pool_of(model(files, "main"), model(files, "second"), promotion=promotion) as (pool, _):
+        pool.keep(wire.Documents(documents=(Document(id="a.md", text="a"), Document(id="b.md", text="b")), refused=1))
+        both, none = DocumentCounts(known=2, refused=1), DocumentCounts(refused=1)
+
+        async def told(name: str | None) -> DocumentCounts | None:
+            await answer(pool, name)
+            async with pool.lease(name) as lease:
+                return lease.engine.load().documents
+
+        assert await told("main") == both
+        assert await told("second") == none
+        assert pool.load().documents == both
+        async with pool.lease("main") as lease:
+            assert isinstance(lease.engine, Supervisor)
+            os.kill(lease.engine.pid or 0, signal.SIGKILL)
+            await until(lambda: lease.engine.load().state != "ready")
+        assert await told("main") == both, "so is the process that comes after it"
+        promotion.promote((model(files, "newer"), Serve()))
+        await until(lambda: "newer" in loaded(pool))
+        assert await told(None) == both
 
 
 @in_loop

@@ -12,7 +12,8 @@ import pytest
 
 from appliance.errors import EnvironmentIncomplete
 from appliance.serving.decoder import Adapter
-from appliance.serving.snapshots import MAGIC, PIECE_BYTES, Identity, Prefix, SnapshotStore
+from appliance.serving.prefix_file import MAGIC, PIECE_BYTES
+from appliance.serving.snapshots import Identity, Prefix, SnapshotStore
 
 IDENTITY = Identity(model_sha256="m", template_sha256="t", kv_type="f16", layout="1", adapters={"x": "1"})
 PREFIX = Prefix((1, 2, 3))

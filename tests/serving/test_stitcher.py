@@ -281,3 +281,14 @@ def test_documents_that_come_in_a_fixed_order_reach_the_disk_too(tmp_path: Path)
         for _ in range(3):
             ask(bench, "uv").finished()
         until(lambda: len(store.prefixes()) >= 2)
+
+
+def test_scores_choose_no_place_where_documents_are_stitched() -> None:
+    with stitching_bench() as bench:
+        for scores in ((0.1, 0.9), (None, None)):
+            prompt = [*SYSTEM, *DOCUMENTS["b"], *DOCUMENTS["a"], *QUESTION]
+            bench.client(*prompt, passages=Passages((20, 32, 44), scores)).finished()
+            with bench.together():
+                held = [left.prefix.tokens for left in bench.scheduler._prefixes._slots.left.values()]
+            found = [[token & 0xFFFF for token in tokens][:47] for tokens in held]
+            assert prompt in found, "in the order given"

@@ -9,12 +9,16 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from appliance.serving import wire
 from appliance.serving.cache import common_length
-from appliance.serving.events import Finished
+from appliance.serving.events import DocumentCounts, Finished
+from appliance.serving.kept_documents import KeptDocuments
 from appliance.serving.passages import Passages
+from appliance.serving.requests import Document
 from appliance.serving.snapshots import Identity, SnapshotStore
 from tests.serving.counting_decoder import END, CountingDecoder
-from tests.serving.scheduler_bench import Bench, Client
+from tests.serving.held_tokens import places
+from tests.serving.scheduler_bench import WAIT_SECONDS, Bench, Client, until
 
 CONTEXT_TOKENS = 160
 SYSTEM = tuple(range(1000, 1015))
@@ -78,6 +82,7 @@ asks = st.builds(
     reread_tokens=st.sampled_from([None, 0, 0, 1, 5, 16]),
     store_bytes=st.sampled_from([None, 3000, 10**6]),
     refusals=st.integers(0, 2),
+    folders=st.dictionaries(st.integers(0, 7), st.frozensets(st.integers(0, len(DOCUMENTS) - 1)), max_size=3),
     script=st.lists(asks, min_size=1, max_size=8),
 )
 def test_random_mixes(
@@ -86,8 +91,10 @@ def test_random_mixes(
     reread_tokens: int | None,
     store_bytes: int | None,
     refusals: int,
+    folders: dict[int, frozenset[int]],
     script: list[Ask],
 ) -> None:
+    """`folders` are what the operator's folder holds from a request of the script on."""
     decoder = CountingDecoder(slots=slots, context_tokens=CONTEXT_TOKENS, follow=follow, can_move=True)
     decoder.restore_failures = ["refused"] * refusals
     folder = Path(tempfile.mkdtemp())
@@ -99,8 +106,11 @@ def test_random_mixes(
         with Bench(
             decoder, queue_requests=20, cache_tokens=cache_tokens, reread_tokens=reread_tokens, snapshots=store
         ) as bench:
+            kept = KeptDocuments(bench.scheduler.documents, _encoded, store, "m")
             clients = []
-            for ask in script:
+            for number, ask in enumerate(script):
+                if number in folders:
+                    _follow(kept, folders[number])
                 fields = {"max_tokens": ask.max_tokens, "n": ask.n, "tenant": ask.tenant, "adapter": ask.adapter}
                 client = bench.client(*ask.prompt, passages=ask.passages, shared=len(SYSTEM), **fields)
                 clients.append((ask, client))
@@ -111,6 +121,10 @@ def test_random_mixes(
                 others = [(other, ends[number]) for number, (other, _) in enumerate(clients) if number != at]
                 _check_exact(ask, ends[at], others)
             bench.idle()
+            until(lambda: (bench.scheduler.load().documents or DocumentCounts()).waiting == 0)
+            kept.close()
+            for at in _erased(folders, script):
+                assert places(bench, store, lambda tokens: bool({*DOCUMENTS[at]} & {*tokens})) == []  # noqa: B023
             assert decoder.samplers == {}
             load = bench.scheduler.load()
             assert load.kv_cells_running == 0
@@ -119,6 +133,28 @@ def test_random_mixes(
         assert store_bytes is None or sum(path.stat().st_size for path in folder.rglob("*.prefix")) <= store_bytes
     finally:
         shutil.rmtree(folder)
+
+
+def _encoded(document: Document) -> Sequence[int]:
+    return DOCUMENTS[int(document.id)] if document.id.isdigit() else ()
+
+
+def _follow(kept: KeptDocuments, folder: frozenset[int]) -> None:
+    documents = tuple(Document(id=str(at), text="x") for at in sorted(folder))
+    kept.keep(wire.Documents(documents=documents, is_read_ahead=True))
+    kept._thread.submit(bool).result(WAIT_SECONDS)
+
+
+def _erased(folders: dict[int, frozenset[int]], script: Sequence[Ask]) -> set[int]:
+    """Documents that were removed, and that nobody has sent since."""
+    erased: set[int] = set()
+    folder: frozenset[int] = frozenset()
+    for number, ask in enumerate(script):
+        if number in folders:
+            erased = (erased | folder) - folders[number]
+            folder = folders[number]
+        erased -= {*ask.documents}
+    return erased
 
 
 def _check_exact(ask: Ask, ends: Sequence[Finished], others: Sequence[tuple[Ask, Sequence[Finished]]]) -> None:

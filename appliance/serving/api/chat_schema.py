@@ -163,7 +163,7 @@ class ChatRequest(SamplingFields):
             raise ValueError(
                 f"messages and documents are longer than the limit of {MAX_TEXT_CHARACTERS} characters together."
             )
-        _require_different(self.documents)
+        require_different(self.documents)
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed when stream is true.")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
@@ -183,7 +183,7 @@ class ChatRequest(SamplingFields):
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         return ChatTurn(
             messages=tuple(message.plain() for message in self.messages),
-            documents=tuple(Document(id=each.id, text=each.text, score=each.score) for each in self.documents),
+            documents=plain_documents(self.documents),
             tools=plain_tools(self.tools),
             tool_choice="required" if isinstance(self.tool_choice, NamedTool) else self.tool_choice,
             named_tool=named,
@@ -202,7 +202,12 @@ class ChatRequest(SamplingFields):
         )
 
 
-def _require_different(documents: Sequence[DocumentBody]) -> None:
+def plain_documents(documents: Sequence[DocumentBody]) -> tuple[Document, ...]:
+    return tuple(Document(id=each.id, text=each.text, score=each.score) for each in documents)
+
+
+def require_different(documents: Sequence[DocumentBody]) -> None:
+    """Raises `ValueError` for one that is empty, or there twice."""
     for at, document in enumerate(documents):
         if not document.text.strip():
             raise ValueError(f"documents[{at}] is empty; leave it out.")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
@@ -17,13 +18,23 @@ class Health(BaseModel):
     status: str
 
 
+class DocumentState(BaseModel):
+    """Of the folder that is read ahead: how many documents are known, wait to be read, were refused, and were erased."""
+
+    known: int
+    waiting: int
+    refused: int
+    erased: int
+
+
 class Readiness(BaseModel):
-    """`status` is the state of the default model's engine; the rest counts requests."""
+    """`status` is the state of the default model's engine; the rest counts requests, and documents if there is a folder."""
 
     status: str
     running: int
     waiting: int
     slots: int
+    documents: DocumentState | None = None
 
 
 def router(models: Models, metrics: Metrics) -> APIRouter:
@@ -46,7 +57,10 @@ def router(models: Models, metrics: Metrics) -> APIRouter:
         """Whether new requests are taken."""
         load = models.load()
         state: dict[str, Any] = {"status": load.state, "running": load.running, "waiting": load.waiting}
-        return JSONResponse({**state, "slots": load.slots}, 200 if load.is_accepting else 503)
+        state["slots"] = load.slots
+        if load.documents is not None:
+            state["documents"] = msgspec.structs.asdict(load.documents)
+        return JSONResponse(state, 200 if load.is_accepting else 503)
 
     @routes.head("/health", include_in_schema=False)
     @routes.get("/health", response_model=Health, responses={503: {"model": ErrorBody}})

@@ -15,8 +15,11 @@ from appliance.serving.api.chat_schema import (
     MAX_MESSAGES,
     MAX_TEMPLATE_VARIABLES,
     MAX_TEXT_CHARACTERS,
+    DocumentBody,
     Message,
     TemplateVariables,
+    plain_documents,
+    require_different,
 )
 from appliance.serving.api.context import ApiContext
 from appliance.serving.api.errors import REFUSALS
@@ -25,6 +28,7 @@ from appliance.serving.api.json_answer import json_answer
 from appliance.serving.api.tools import MAX_TOOLS, Tool, plain_tools
 from appliance.serving.engine import Engine
 from appliance.serving.requests import ChatPrompt
+from appliance.text.passages import MOST_DOCUMENTS
 
 MAX_TOKENS = 1 << 18
 MAX_PIECES_CHARACTERS = 1 << 14  # an object for each token: forty times the size of the text
@@ -76,17 +80,20 @@ class TemplateBody(Strict):
 
     model: ModelName | None = None
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    documents: list[DocumentBody] = Field(default_factory=list, max_length=MOST_DOCUMENTS, fail_fast=True)
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
     chat_template_kwargs: TemplateVariables = Field(default_factory=dict, max_length=MAX_TEMPLATE_VARIABLES)
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         plain_tools(self.tools)
+        require_different(self.documents)
         return self
 
     def prompt(self) -> ChatPrompt:
         return ChatPrompt(
             messages=tuple(message.plain() for message in self.messages),
+            documents=plain_documents(self.documents),
             tools=plain_tools(self.tools),
             template_variables=self.chat_template_kwargs,
         )

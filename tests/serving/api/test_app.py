@@ -11,6 +11,7 @@ from appliance.recipe import Serve
 from appliance.serving.api.errors import invalid_body
 from appliance.serving.api.json_body import MAX_BODY_BYTES, MAX_DEPTH
 from appliance.serving.auth import gate_for
+from appliance.serving.events import DocumentCounts
 from tests.serving.api.site import Site
 from tests.serving.fakes import FakeEngine, says
 
@@ -178,6 +179,8 @@ def test_health_and_greeting() -> None:
     assert site.ask("GET", "/healthz").json() == {"status": "ok"}
     assert site.ask("GET", "/readyz").json() == {"status": "ready", "running": 0, "waiting": 0, "slots": 2}
     assert site.ask("GET", "/health").json() == {"status": "ok"}
+    site.models.documents = DocumentCounts(known=3, waiting=1)
+    assert site.ask("GET", "/readyz").json()["documents"] == {"known": 3, "waiting": 1, "refused": 0, "erased": 0}
     site.models.drain(1)
     assert (site.ask("GET", "/readyz").status_code, site.ask("GET", "/readyz").json()["status"]) == (503, "draining")
     assert site.ask("GET", "/health").json()["error"]["code"] == "engine_draining"

@@ -128,6 +128,9 @@ def test_template(site: Site) -> None:
     asked = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"enable_thinking": False}}
     assert site.post("/apply-template", asked).json() == {"prompt": "user: hi\nassistant: <think>\n\n</think>\n\n"}
     assert site.post("/apply-template", {"messages": []}).status_code == 400
+    twice = [{"id": "a", "text": "one"}, {"id": "a", "text": "two"}]
+    refused = site.post("/apply-template", {**asked, "documents": twice})
+    assert (refused.status_code, "has the id of documents[0]" in refused.text) == (400, True)
 
 
 def test_models_of_other_kinds_can_be_listed() -> None:
