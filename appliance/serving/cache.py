@@ -80,6 +80,10 @@ class PrefixCache:
         """Of `tokens`."""
         return self._limits[False]
 
+    def has_room(self, tokens: int, *, is_mapped: bool) -> bool:
+        """Whether nothing would have to leave for so many."""
+        return self._held[is_mapped] + tokens <= self._limits[is_mapped]
+
     def match(self, adapter: Adapter | None, owner: str | None, tokens: Sequence[int]) -> Match:
         """The longest prefix of `tokens` that `owner` may use."""
         root = self._roots.get(adapter) or _root()

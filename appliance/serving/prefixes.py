@@ -5,7 +5,7 @@ stays when an answer is over. Used from the scheduler's thread.
 import collections
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 from appliance.serving import passages
 from appliance.serving.cache import Match, PrefixCache, common_length
@@ -317,18 +317,15 @@ class Prefixes:
             logger.warning("event=prefix_not_saved tokens=%d reason=%r", size, str(error))
             return None
 
-    def restorable(self) -> Iterator[tuple[Prefix, SavedCells]]:
-        """Prefixes on disk that are not known, the last used last; documents wait until they are asked for.
-
-        Reads files: not for a held lock.
-        """
+    def restorable(self) -> Sequence[Prefix]:
+        """Prefixes on disk, the last used first; documents wait until they are asked for."""
         if self._store is None:
-            return
-        for prefix in reversed(self._store.prefixes()):
-            if passages.is_alone(prefix.tokens) or self.has(prefix):
-                continue
-            if (payload := self._store.read(prefix)) is not None:
-                yield prefix, payload
+            return []
+        return [prefix for prefix in self._store.prefixes() if not passages.is_alone(prefix.tokens)]
+
+    def has_room_for(self, prefix: Prefix) -> bool:
+        """Whether it is not known, and no other file's pages would have to be given up for it."""
+        return not self.has(prefix) and self._cache.has_room(len(prefix.tokens), is_mapped=True)
 
     def worth_recalling(self, job: Job) -> Prefix | None:
         """The longest beginning of the job's prompt that is on disk, if it saves enough."""

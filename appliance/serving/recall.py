@@ -3,6 +3,7 @@
 Files are read in a thread of its own, beside the answers that run; the request waits for its file, and others overtake it.
 """
 
+import collections
 import concurrent.futures
 import logging
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class Recall:
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "recall")
         self._reader.submit(bool)  # starts its thread now: an engine has as many when it is new as when it is old
         self._files: dict[Prefix, concurrent.futures.Future[SavedCells | None]] = {}
+        self._from_before = collections.deque(prefixes.restorable())
 
     @property
     def is_reading(self) -> bool:
@@ -40,10 +42,20 @@ class Recall:
             answer.recalled = self._stitcher.worth_recalling(answer.job)
             for prefix in answer.recalled:
                 if prefix not in self._files:
-                    self._files[prefix] = file = self._reader.submit(self._prefixes.read, prefix)
-                    file.add_done_callback(lambda _: self._notify())
+                    self._begin(prefix)
         answer.recalled = [prefix for prefix in answer.recalled if prefix in self._files]
         return bool(answer.recalled)
+
+    def read_ahead(self) -> bool:
+        """While nobody asks, brings back what memory held before a restart, file after file, as far as there is room.
+
+        Says whether one is being read. A request that comes meanwhile waits for it only if it needs it.
+        """
+        while self._from_before and not self.is_reading:
+            prefix = self._from_before.popleft()
+            if self._prefixes.has_room_for(prefix):
+                self._begin(prefix)
+        return self.is_reading
 
     def settle(self) -> None:
         """Caches what has been read."""
@@ -56,6 +68,10 @@ class Recall:
         """Drops files being read in which `find` finds something; who waits for them goes on without."""
         for prefix in [prefix for prefix in self._files if find(passages.texts(prefix.tokens)) is not None]:
             del self._files[prefix]
+
+    def _begin(self, prefix: Prefix) -> None:
+        self._files[prefix] = file = self._reader.submit(self._prefixes.read, prefix)
+        file.add_done_callback(lambda _: self._notify())
 
     def close(self) -> None:
         """Waits for the file being read."""

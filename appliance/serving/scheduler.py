@@ -228,7 +228,6 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            self._guarded(self._restore)
             while not self._intake.is_closed:
                 self._guarded(self._step)
         finally:
@@ -245,11 +244,6 @@ class Scheduler:
             self._fail_running(error)
         except Exception:
             self._fail_running(_unexpected())
-
-    def _restore(self) -> None:
-        for prefix, payload in self._prefixes.restorable():
-            with self._changed:
-                self._prefixes.restore(prefix, payload)
 
     def _step(self) -> None:
         """Decodes one batch and hands out what came of it; without requests, does idle work or waits."""
@@ -355,6 +349,9 @@ class Scheduler:
             if self._backlog:
                 if self._recall.is_reading:
                     self._changed.wait()
+                return
+            if self._recall.read_ahead():
+                self._changed.wait()
                 return
             if (chunk := self._idle.next_feed()) is None:
                 if self._idle.write_document(self._notify):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from appliance.serving.decoder import SavedCells
 from appliance.serving.snapshots import Identity, Prefix, SnapshotStore
 from tests.serving.scheduler_bench import Bench, bench_of, cached, numbers, until
 
@@ -50,6 +51,7 @@ def test_operators_prefix_is_written_and_not_read_again(tmp_path: Path) -> None:
         until(lambda: len(list(tmp_path.glob("*.prefix"))) == 1)
     with bench_of(snapshots=store_in(tmp_path)) as bench:
         bench.scheduler.warm(SYSTEM)
+        until(lambda: bench.scheduler._prefixes.has(Prefix(SYSTEM, None, None)))
         assert cached(bench.client(*SYSTEM, 5)) == len(SYSTEM)
         bench.idle()
         assert bench.decoder.computed == 1 + 4
@@ -113,6 +115,35 @@ def test_others_are_answered_while_a_file_is_read(tmp_path: Path, monkeypatch: p
         assert (cached(waiting), waiting.text) == (len(LONG_SYSTEM), numbers(6, 5))
 
 
+def test_nobody_waits_at_a_start_for_files_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_bench(tmp_path) as bench:
+        pushed_out(bench)
+    may_read = threading.Event()
+    were_read = []
+    read = SnapshotStore.read
+
+    def slow_read(store: SnapshotStore, prefix: Prefix) -> SavedCells | None:
+        may_read.wait(5)
+        were_read.append(prefix)
+        return read(store, prefix)
+
+    monkeypatch.setattr(SnapshotStore, "read", slow_read)
+    with small_bench(tmp_path) as bench:
+        assert bench.client(7).reason() == "length"
+        assert not were_read
+        waiting = bench.client(*LONG_SYSTEM, 5, tenant="a")
+        may_read.set()
+        assert (cached(waiting), waiting.text) == (len(LONG_SYSTEM), numbers(6, 5))
+
+
+def test_what_memory_held_is_back_before_anybody_asks(tmp_path: Path) -> None:
+    with small_bench(tmp_path) as bench:
+        pushed_out(bench)
+    with small_bench(tmp_path) as bench:
+        until(lambda: bench.scheduler._prefixes.has(Prefix(LONG_SYSTEM, None, "a")))
+        assert bench.decoder.computed == 0
+
+
 def test_broken_file_is_deleted_and_the_prefix_read(tmp_path: Path) -> None:
     with small_bench(tmp_path) as bench:
         pushed_out(bench)
@@ -130,6 +161,7 @@ def test_file_is_of_use_without_any_cache(tmp_path: Path) -> None:
         until(lambda: len(list(tmp_path.glob("*.prefix"))) == 1)
     with bench_of(slots=1, cache_tokens=0, snapshots=store_in(tmp_path)) as bench:
         bench.scheduler.warm(SYSTEM)
+        until(lambda: bench.scheduler._prefixes.has(Prefix(SYSTEM, None, None)))
         for last in (5, 6):
             assert cached(bench.client(*SYSTEM, last)) == len(SYSTEM)
             assert cached(bench.client(1, 2, 3)) == 0
