@@ -17,7 +17,7 @@ from typing import Any
 from appliance import allocator, bases, config
 from appliance.console import human_seconds, note
 from appliance.errors import StepFailed
-from appliance.recipe import STARTER, Recipe
+from appliance.recipe import STARTER, Recipe, Serve
 
 CHILD_GRACE_SECONDS = 10.0
 UNWEIGHED = frozenset({"F16", "Q8_0"})  # their blocks are so fine that no column is worth more than another
@@ -152,7 +152,7 @@ def _verify(this: Run, files: Mapping[str, StepResult], merged: StepResult, data
     quantized = [part for kind, each in files.items() if kind != "F16" for part in ("--quantized", each.result["file"])]
     more: list[str | Path] = ["--heldout", dataset.artifact / "heldout.jsonl"] if recipe.data.heldout else []
     more += ["--preferences", dataset.artifact / "dpo.jsonl"] if recipe.triplets else []
-    if recipe.serve.documents != "exact" and _has_documents(dataset.artifact):
+    if _may_read_apart(recipe.serve) and _has_documents(dataset.artifact):
         more += ["--passages", "--passages-questions", str(settings.passages_questions)]
         more += ["--passages-kl-limit", str(settings.passages_kl_limit)]
         more += ["--passages-lost-limit", str(settings.passages_lost_limit)]
@@ -166,6 +166,11 @@ def _verify(this: Run, files: Mapping[str, StepResult], merged: StepResult, data
         *("--logit-gap", str(settings.logit_gap), "--memory-mib", str(recipe.machine.memory_mib)),
         *("--serve", json.dumps(config.plain(recipe.serve))),
     )
+
+
+def _may_read_apart(serve: Serve) -> bool:
+    """Whether a proof would be of any use."""
+    return serve.documents != "exact" and serve.kv_type != "q8_0" and serve.cache_tokens > 0 and not serve.adapters
 
 
 def _has_documents(dataset: Path) -> bool:

@@ -132,13 +132,16 @@ def proven_reread_tokens(model: Artifact, root: Path) -> int | None:
     in a report on this model says; None where there is none, or it says that all must.
     """
     proofs: list[tuple[str, int | None]] = []
+    digests = {
+        file["sha256"] for file in model.manifest["files"].values()
+    }  # made anew elsewhere it may not be the same file
     for path in (root / "report").glob(f"*/{artifacts.MANIFEST}"):
         try:
             report = artifacts.load(path.parent)
         except ArtifactError:
             continue  # what is damaged proves nothing, and the model can be served without it
         proof = report.results.get("passages")
-        if proof is not None and verifies(report, model) and proof["model"] == model.id:
+        if proof is not None and verifies(report, model) and proof["model"] == model.id and proof["sha256"] in digests:
             proofs.append((str(report.manifest["made_at"]), proof["allowed_reread_tokens"]))
     return max(proofs, key=lambda each: each[0])[1] if proofs else None
 

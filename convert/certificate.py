@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from appliance.console import human_bytes
+from convert import answer_facts
 
 EXEMPT = (
     "; combining marks (vowel signs of Hindi and Thai) were left out of these lines, since llama.cpp is known to split them"
@@ -177,7 +178,6 @@ def _passages(proof: Mapping[str, Any] | None) -> list[str]:
     """What reading documents by themselves costs, and whether serving may."""
     if proof is None:
         return []
-    readings = proof.get("readings", {})
     rows = [
         [
             reread,
@@ -186,30 +186,41 @@ def _passages(proof: Mapping[str, Any] | None) -> list[str]:
             f"{each['kl_mean']:.4f}",
             f"{each['same_top_ratio']:.1%}",
             f"{each['facts_kept']} of {each['facts']}",
+            str(each["facts_added"]),
             f"{each['chrf']:.1f}",
             f"{each['right_facts']} ({each['right_facts_full']}) of {each['expected_facts']}",
         ]
-        for reread, groups in readings.items()
+        for reread, groups in proof.get("readings", {}).items()
         for name, each in groups.items()
     ]
-    head = ["Read again", "Language, documents", "Questions", "KL (nats)", "Same top token", "Facts kept", "chrF"]
-    head.append("Right facts (in place)")
-    table = _table(head, rows) if rows else []
+    head = ["Read again", "Language, documents", "Questions", "KL (nats)", "Same top token", "Facts kept", "Others said"]
+    head += ["chrF", "Right facts (in place)"]
     allowed = proof["allowed_reread_tokens"]
     decision = "in their place" if allowed is None else f"by themselves, {allowed} tokens of each again"
-    pairs = [
-        line
-        for each in proof.get("lost", ())
-        for line in (f"- {each['group']}: {_quoted(each['in_place'])} became {_quoted(each['by_themselves'])}",)
+    changed = [
+        f"- {each['group']}: {_quoted(each['in_place'])} became {_quoted(each['by_themselves'])}"
+        for each in proof.get("changed", ())
     ]
-    lost = ["Answers that lost facts with nothing read again:", "", *pairs, ""] if pairs else []
     return [
         f"## Documents read by themselves ({proof['type']})",
         "",
-        *table,
-        *([""] if table else []),
-        *lost,
+        *([*_table(head, rows), "", *_how_sure(proof)] if rows else []),
+        *(["Answers that changed with nothing read again:", "", *changed, ""] if changed else []),
         f'With `serve.documents = "auto"` they are read {decision}: {proof["reason"]}.',
+        "",
+    ]
+
+
+def _how_sure(proof: Mapping[str, Any]) -> list[str]:
+    counts = answer_facts.pooled(next(iter(proof["readings"].values())))
+    bound = answer_facts.at_most(counts)
+    refused = sum(proof["refused"].values())
+    more = f" {refused} prompts were read in place after all." if refused else ""
+    lost, facts = counts["facts"] - counts["facts_kept"], counts["facts"]
+    return [
+        f"{proof['held_out']} of {proof['questions']} questions were held out, over at most {proof['most_documents']}"
+        f" documents; {proof['left_out']} did not fit. With nothing read again {lost} of {facts} facts were lost: fewer than"
+        f" {bound:.1%}, with 95 % certainty.{more}",
         "",
     ]
 

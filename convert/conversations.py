@@ -23,6 +23,7 @@ class Asked:
 
     messages: Messages
     documents: Sequence[Mapping[str, str]]
+    is_held_out: bool = False
 
     @property
     def answer(self) -> str:

@@ -4,6 +4,7 @@ The scheduler itself does the reading: a second implementation could be right wh
 `fitting` the only module of `convert` that knows serving.
 """
 
+import contextlib
 import itertools
 import queue
 import time
@@ -14,17 +15,20 @@ from types import TracebackType
 from typing import Any, Self
 
 from appliance import device
-from appliance.errors import ModelFileError, RequestError
+from appliance.errors import ModelFileError, PromptTooLong, RequestError
+from appliance.serving import gguf_file
 from appliance.serving.decoder import Feed, Sampled, SnapshotRefused
 from appliance.serving.engine_settings import EngineSettings
 from appliance.serving.events import Event, Failed, Finished, RequestStats, StepStats
 from appliance.serving.llama import Context, Model
+from appliance.serving.memory_prediction import repackable_bytes
 from appliance.serving.prompt import PromptEncoder
 from appliance.serving.requests import ChatPrompt, Document, GenerationRequest
 from appliance.serving.sampling import Logits
 from appliance.serving.scheduler import Scheduler
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
 
+MOST_SECONDS = 3600.0  # for one token: a scheduler that has died says nothing
 KEPT_CONTEXTS = 2  # of prefixes: a question's documents, and one put together from them
 
 
@@ -61,22 +65,27 @@ class Reader:
     """
 
     def __init__(self, path: Path, context_tokens: int, answer_tokens: int) -> None:
-        self._model = Model(path, is_mapped=True, is_repacked=False)
-        self._answer_tokens = answer_tokens
-        limit = min(context_tokens, self._model.trained_context_tokens or context_tokens)
-        try:
-            template = ChatTemplate(self._model.chat_template or "", self._model.special_tokens)
-        except TemplateFailed as error:
-            raise ModelFileError(f"{path}: {error}") from error
-        self._encoder = PromptEncoder(self._model, template, limit - answer_tokens)
-        settings = _settings(path, limit)
-        self._context = _Followed(self._model, settings)
-        try:
-            self._context.allow_moving()
-        except SnapshotRefused as error:
-            self._context.close()
-            raise CannotRead(str(error)) from error
-        self._scheduler = Scheduler(self._context, settings=settings, listener=_Unheard())
+        is_repacked = repackable_bytes(gguf_file.check(path), device.machine().cpu_features) > 0  # as serving would
+        self._model = Model(path, is_mapped=True, is_repacked=is_repacked)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._model.close)
+            self._answer_tokens = answer_tokens
+            limit = min(context_tokens, self._model.trained_context_tokens or context_tokens)
+            try:
+                template = ChatTemplate(self._model.chat_template or "", self._model.special_tokens)
+            except TemplateFailed as error:
+                raise ModelFileError(f"{path}: {error}") from error
+            self._encoder = PromptEncoder(self._model, template, limit - answer_tokens)
+            settings = _settings(path, limit, is_repacked=is_repacked)
+            self._context = _Followed(self._model, settings)
+            stack.pop_all()
+            stack.callback(self._context.close)  # and the model with it
+            try:
+                self._context.allow_moving()
+            except SnapshotRefused as error:
+                raise CannotRead(str(error)) from error
+            self._scheduler = Scheduler(self._context, settings=settings, listener=_Unheard())
+            stack.pop_all()  # it closes the context
         self._numbers = itertools.count()
 
     def __enter__(self) -> Self:
@@ -86,11 +95,13 @@ class Reader:
         self._scheduler.close()
 
     def fits(self, question: Question) -> bool:
-        """Whether there is room for it and its answer; also not where the template refuses it."""
+        """Whether there is room for it and its answer. Raises `CannotRead` where the template has no place for it."""
         try:
             self._encoder.encode(question.prompt)
-        except RequestError:
+        except PromptTooLong:
             return False
+        except RequestError as error:
+            raise CannotRead(str(error)) from error
         return True
 
     def answer(self, question: Question, reread_tokens: int | None, along: Sequence[int] | None = None) -> Answer:
@@ -114,7 +125,7 @@ class Reader:
         )
         finished = _last(events)
         if (finished.documents == "stitched") != (reread_tokens is not None):
-            raise CannotRead("its prompt could not be put together from documents; the log has the reason")
+            raise CannotRead("a prompt could not be put together from its documents; the log has the reason")
         tokens, logits = self._context.followed()
         text = b"".join(map(self._model.piece, tokens)).decode(errors="replace")
         return Answer(tokens, logits, text.strip())
@@ -150,7 +161,7 @@ class _Unheard:
     def record_request(self, stats: RequestStats) -> None: ...
 
 
-def _settings(path: Path, context_tokens: int) -> EngineSettings:
+def _settings(path: Path, context_tokens: int, *, is_repacked: bool) -> EngineSettings:
     return EngineSettings(
         name=path.stem,
         model_path=str(path),
@@ -164,7 +175,7 @@ def _settings(path: Path, context_tokens: int) -> EngineSettings:
         threads_prefill=device.usable_cores(),
         kv_type="f16",
         is_mapped=True,
-        is_repacked=False,
+        is_repacked=is_repacked,
         queue_requests=1,
         queue_tokens=context_tokens,
         reread_tokens=0,
@@ -174,7 +185,7 @@ def _settings(path: Path, context_tokens: int) -> EngineSettings:
 
 def _last(events: "queue.Queue[Event]") -> Finished:
     while True:
-        event = events.get()
+        event = events.get(timeout=MOST_SECONDS)
         if isinstance(event, Failed):
             raise ModelFileError(f"A question could not be answered: {event.message}")
         if isinstance(event, Finished):

@@ -5,9 +5,9 @@ then measured against it by language (`convert.divergence`), and the one that is
 result is `certificate.json`, and the same as a page to read.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ SIXTEEN_BITS = "F16"
 FILE, PAGE = "certificate.json", "certificate.md"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """What is verified: files by type (the 16-bit one first), the model they were made from, and the rows to measure on.
 
@@ -69,7 +69,7 @@ class Subject:
 @click.option("--answer-tokens", type=click.IntRange(min=1), default=DEFAULTS.answer_tokens, show_default=True)
 @click.option("--logit-gap", type=click.FloatRange(min=0, max=1), default=DEFAULTS.logit_gap, show_default=True)
 @click.option("--passages", "proves_passages", is_flag=True, help="Also: may documents be read once, by themselves?")
-@click.option("--passages-questions", type=click.IntRange(min=1), default=DEFAULTS.passages_questions, show_default=True)
+@click.option("--passages-questions", type=click.IntRange(min=20), default=DEFAULTS.passages_questions, show_default=True)
 @click.option("--passages-kl-limit", type=click.FloatRange(min=0), default=DEFAULTS.passages_kl_limit, show_default=True)
 @click.option(
     "--passages-lost-limit", type=click.FloatRange(min=0, max=1), default=DEFAULTS.passages_lost_limit, show_default=True
@@ -157,10 +157,16 @@ def verify(
 
 
 def _asked(rows: Path, heldout: Path | None) -> list[Asked]:
-    """Questions over documents that were not trained on, or else those that were; raises `DataError` for none."""
-    for path in filter(None, (heldout, rows)):
-        if found := [each for each in conversations.read_asked(path) if each.documents]:
-            return found
+    """Questions over documents, those first that were not trained on; raises `DataError` for none."""
+    found = [
+        dataclasses.replace(each, is_held_out=path is heldout)
+        for path in (heldout, rows)
+        if path is not None
+        for each in conversations.read_asked(path)
+        if each.documents
+    ]
+    if found:
+        return found
     where = rows if heldout is None else f"{rows} or {heldout}"
     raise DataError(
         f"No row of {where} has documents, so nothing can be said of reading them by themselves; give rows a list of"
@@ -203,11 +209,12 @@ def certify(subject: Subject, settings: Verify) -> dict[str, Any]:
 def _prove(subject: Subject, settings: Verify) -> dict[str, Any]:
     """Of the file that is to be served."""
     kind = subject.gate or next(iter(subject.files))
-    asked, context = subject.asked or [], subject.serve.context_tokens
-    found = passages.prove(subject.files[kind], asked, subject.languages, settings, context)
+    file = subject.files[kind]
+    found = passages.prove(file, subject.asked or [], subject.languages, settings, subject.serve.context_tokens)
     for line in passages.summary(found):
         note(f"verify: {line}")
-    return {"type": kind, "model": artifacts.identity(subject.files[kind].parent), **found}
+    model, digest = artifacts.identity(file.parent), artifacts.digest_file(file)
+    return {"type": kind, "model": model, "sha256": digest, **found}
 
 
 def _certify_full(subject: Subject, settings: Verify) -> dict[str, Any]:

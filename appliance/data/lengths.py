@@ -143,7 +143,9 @@ def measure(kind: str, file: str, rows: Sequence[Row], meter: Meter) -> Measured
         sample = wanted[:: -(-len(rows) // SAMPLE_ROWS)]
     fields = {name: texts for name, texts in _fields(kind, rows).items() if any(any(each) for each in texts)}
     measured = []
-    named = {name: [[[text] for text in row] for row in each] for name, each in fields.items()}
+    named: dict[str, Sequence[Sequence[Pieces]]] = {
+        name: [[[text] for text in row] for row in each] for name, each in fields.items()
+    }
     for name, texts in {**named, "prompt" if kind == "grpo" else WHOLE: wholes}.items():
         values = _longest(meter, [texts[number] for number in sample])
         counted = dict(zip(longest, _longest(meter, [texts[number] for number in longest]), strict=True))

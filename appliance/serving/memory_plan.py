@@ -143,6 +143,11 @@ def _plan(outset: _Outset, asked: Serve, *, chunk_tokens: int = IDLE_CHUNK_TOKEN
     layers, gpu_note = gpu_layers.choose(model.header, choice, outset.gpus, asked.gpu_layers, can_offload=outset.can_offload)
     choice = dataclasses.replace(choice, gpu_layers=layers)
     fitter = _Fitter(model, asked, machine, outset.explicit, outset.others)
+    if choice.is_stitching and asked.documents == "auto" and (lacking := fitter.lacking_bytes(choice)):
+        choice = dataclasses.replace(choice, is_stitching=False)  # nothing is stepped down for what nobody asked for
+        limit_notes.append(
+            f"documents: read in their place; to read each by itself, as proven, {mib(lacking)} MiB are lacking."
+        )
     fitted = fitter.fit(choice)
     notes += [*limit_notes, *([gpu_note] if gpu_note else []), *fitter.notes(choice, fitted)]
     reread = _reread_tokens(model, asked) if fitted.is_stitching else None
@@ -236,10 +241,11 @@ def _reread_tokens(model: ModelToLoad, asked: Serve) -> int | None:
 
 
 def _stitching_note(model: ModelToLoad, reread: int | None) -> str:
-    if model.proven_reread_tokens is None or model.adapters or (reread or 0) < model.proven_reread_tokens:
+    proven = model.proven_reread_tokens
+    if proven is None or model.adapters or (reread or 0) < proven:
         return "documents: each is read by itself and moved, as set; that is not proven for this model."
     again = f", its first {reread} tokens where it stands" if reread else ""
-    return f"documents: each is read by itself and moved{again}, as proven for this model."
+    return f"documents: each is read by itself and moved{again}, as proven for this model with {proven}."
 
 
 class _Fitter:
@@ -271,8 +277,11 @@ class _Fitter:
             is_pooling=self._model.kind != "chat",
         )
 
+    def lacking_bytes(self, wanted: Choice) -> int:
+        return max(0, self.predict(wanted).resident_bytes - self.free_bytes)
+
     def fit(self, wanted: Choice) -> Choice:
-        if self.predict(wanted).resident_bytes <= self.free_bytes:
+        if not self.lacking_bytes(wanted):
             return wanted
         if wanted.is_mapped and wanted.is_repacked and self._asked.mmap == "auto":
             wanted = dataclasses.replace(wanted, is_mapped=False)  # or the weights would be in memory twice

@@ -128,7 +128,7 @@ def test_documents_are_read_by_themselves_as_far_as_that_is_proven(model: ModelT
     proven = dataclasses.replace(model, proven_reread_tokens=8)
     settings = fitted(proven, whole).settings
     assert settings.reread_tokens == 8
-    assert any("its first 8 tokens where it stands, as proven" in note for note in settings.notes)
+    assert any("its first 8 tokens where it stands, as proven for this model with 8" in note for note in settings.notes)
     assert fitted(proven, whole, document_reread_tokens=32).settings.reread_tokens == 32
     assert fitted(proven, whole, documents="exact").settings.reread_tokens is None
     less = fitted(proven, whole, documents="stitched").settings
@@ -139,6 +139,18 @@ def test_documents_are_read_by_themselves_as_far_as_that_is_proven(model: ModelT
     assert settings.reread_tokens is None
     assert any("says nothing of its adapters" in note for note in settings.notes)
     assert fitted(model, whole).settings.reread_tokens is None
+
+
+def test_nothing_is_stepped_down_to_read_documents_as_is_proven(model: ModelToLoad) -> None:
+    proven = dataclasses.replace(model, proven_reread_tokens=0)
+    free = total(model)
+    without, found = fitted(model, free), fitted(proven, free)
+    assert found.is_as_asked == without.is_as_asked
+    notes = [note for note in found.settings.notes if "MiB are lacking" in note]
+    assert len(notes) == 1
+    plain = [note for note in found.settings.notes if note not in notes]
+    assert msgspec.structs.replace(found.settings, notes=()) == msgspec.structs.replace(without.settings, notes=())
+    assert plain == list(without.settings.notes)
 
 
 def test_what_was_set_explicitly_is_refused_rather_than_changed(model: ModelToLoad) -> None:
