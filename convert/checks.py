@@ -5,6 +5,7 @@ norm, the values of norms and biases, and the logits along the file's own greedy
 step of such a path, both sides would have written the same text.
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.errors import DataError, VerificationFailed
+from appliance.text import passages
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
 from convert import conversations, gguf_names
 from convert.conversations import Messages
@@ -110,13 +112,13 @@ def _rendered(
 ) -> Rendering | None:
     """None where the template refuses what was added here (Gemma's takes no system message)."""
     try:
-        text = conversations.render(tokenizer, messages, f"{name}{what}", add_generation_prompt=is_prompt, **variables)
+        pieces = conversations.pieces(tokenizer, messages, f"{name}{what}", add_generation_prompt=is_prompt, **variables)
     except DataError as error:
         if what in (WITH_SYSTEM, WITH_TOOLS):
             return None
         raise VerificationFailed(str(error)) from error
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Rendering(name, messages, is_prompt, text, list(ids), variables, what)
+    ids = conversations.ids_of(tokenizer, pieces)
+    return Rendering(name, messages, is_prompt, "".join(pieces), ids, variables, what)
 
 
 def compare_vocabulary(gguf: GgufVocabulary, tokenizer: Any, rows: int) -> list[str]:
@@ -148,8 +150,9 @@ def compare_tokens(gguf: GgufVocabulary, expected: Sequence[Rendering]) -> list[
     try:
         template = ChatTemplate(source, gguf.special_tokens())
         for each in expected:
-            text = template.render(each.messages, add_generation_prompt=each.is_prompt, **each.variables)
-            served = gguf.tokenize(text)
+            rendered = functools.partial(template.render, add_generation_prompt=each.is_prompt, **each.variables)
+            pieces = passages.pieces(*conversations.parted(each.messages), rendered)
+            text, served = "".join(pieces), [token for piece in pieces for token in gguf.tokenize(piece)]
             if served != each.token_ids:
                 problems.setdefault(each.name, f"{each.name}{each.what}: {unequal(served, each.token_ids)}")
             elif text != each.text:

@@ -1,6 +1,6 @@
 """Conversations of a dataset, as conversion reads them: calibration, verification and measurement by language.
 
-`render` and `token_ids` are how all of these write a conversation: with the model's own chat template, as training does.
+`pieces` and `token_ids` are how all of these write a conversation: with the model's own chat template, as training does.
 """
 
 import json
@@ -11,8 +11,10 @@ from typing import Any
 
 from appliance.errors import DataError, ModelFileError
 from appliance.text import languages, passages
+from appliance.text.chat_template import TemplateFailed
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]  # one of which may have `documents`, each with an `id` and a `text`
+DOCUMENTS = "documents"
 UNTOLD = "untold"  # too short to tell its language
 SHOWN_CHARACTERS = 40
 
@@ -27,15 +29,19 @@ class Asked:
 
     @property
     def answer(self) -> str:
-        return self.messages[-1]["content"]
+        return str(self.messages[-1]["content"])
 
 
 def read(path: Path) -> list[Messages]:
-    """The conversations of a dataset's file, JSON lines with messages; raises `DataError`.
+    """The conversations of a dataset's file, JSON lines with messages; the first of a row holds its documents.
 
-    Documents of a row stand in its first message, nearly as in serving, which has their tokens end where they do.
+    Raises `DataError`.
     """
-    return [_with_documents(each) for each in read_asked(path)]
+    asked = read_asked(path)
+    return [
+        [{**each.messages[0], DOCUMENTS: each.documents}, *each.messages[1:]] if each.documents else each.messages
+        for each in asked
+    ]
 
 
 def read_asked(path: Path) -> list[Asked]:
@@ -43,7 +49,7 @@ def read_asked(path: Path) -> list[Asked]:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         rows = [
-            Asked(row["messages"], [{key: each[key] for key in ("id", "text")} for each in row.get("documents", ())])
+            Asked(row["messages"], [{key: each[key] for key in ("id", "text")} for each in row.get(DOCUMENTS, ())])
             for row in lines
         ]
         lacking = [number for number, row in enumerate(rows, 1) if "user" not in {each["role"] for each in row.messages}]
@@ -86,20 +92,13 @@ def language_of(messages: Messages, codes: Sequence[str]) -> str:
     return codes[0] if len(codes) == 1 else languages.detect(text, codes) or UNTOLD
 
 
-def _with_documents(asked: Asked) -> Messages:
-    """What follows a system message, and stands before any other."""
-    if not asked.documents:
-        return asked.messages
-    first, *rest = asked.messages
-    text = "".join(passages.shown(each["id"], each["text"]) for each in asked.documents)
-    parts = (first["content"], text) if first["role"] == "system" else (text, first["content"])
-    return [{**first, "content": passages.SEPARATOR.join(parts)}, *rest]
+def pieces(
+    tokenizer: Any, messages: Messages, name: str, *, add_generation_prompt: bool = False, **variables: Any
+) -> list[str]:
+    """A conversation in what is tokenised each by itself: one text, or, with documents, what is before, each, what follows.
 
-
-def render(tokenizer: Any, messages: Messages, name: str, *, add_generation_prompt: bool = False, **variables: Any) -> str:
-    """The text of a conversation; `name` is what an error calls it (row 3, conversation 7 of nl).
-
-    Raises `ModelFileError` for a model without a chat template, `DataError` where the template refuses the conversation.
+    `name` is what an error calls it (row 3, conversation 7 of nl). Raises `ModelFileError` for a model without a chat
+    template, `DataError` where the template refuses the conversation, or has no place for documents.
     """
     from jinja2 import TemplateError
 
@@ -109,9 +108,16 @@ def render(tokenizer: Any, messages: Messages, name: str, *, add_generation_prom
             " put the chat_template.jinja that it was trained with into that folder."
         )
     options = {"add_generation_prompt": add_generation_prompt, **variables}
+
+    def rendered(each: Messages) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(list(each), tokenize=False, **options))
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise TemplateFailed(str(error)) from error
+
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        return passages.pieces(*parted(messages), rendered)
+    except TemplateFailed as error:
         begins = next((each["content"] for each in messages if each["role"] == "user"), "")[:SHOWN_CHARACTERS]
         roles = ", ".join(each["role"] for each in messages)
         raise DataError(
@@ -120,7 +126,17 @@ def render(tokenizer: Any, messages: Messages, name: str, *, add_generation_prom
         ) from error
 
 
+def parted(messages: Messages) -> tuple[Messages, Sequence[Mapping[str, str]]]:
+    """Messages as a template knows them, and the documents that one of them held."""
+    documents = next((each[DOCUMENTS] for each in messages if DOCUMENTS in each), ())
+    return [{key: value for key, value in each.items() if key != DOCUMENTS} for each in messages], documents
+
+
 def token_ids(tokenizer: Any, messages: Messages, name: str, *, add_generation_prompt: bool = False) -> list[int]:
     """The same as token ids; nothing is added around the template's text."""
-    text = render(tokenizer, messages, name, add_generation_prompt=add_generation_prompt)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids_of(tokenizer, pieces(tokenizer, messages, name, add_generation_prompt=add_generation_prompt))
+
+
+def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Of pieces, each by itself."""
+    return [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -13,7 +13,8 @@ from appliance.serving import served_model
 from appliance.serving.llama import Model
 from appliance.serving.prompt import PromptEncoder
 from appliance.text.chat_template import ChatTemplate
-from convert import answer_facts, passages
+from appliance.training import documents
+from convert import answer_facts, checks, conversations, passages, pre_tokenizer
 from convert.conversations import Asked, read, read_asked
 from convert.divergence import log_softmax
 from convert.gguf_model import GgufModel
@@ -209,16 +210,24 @@ def test_few_facts_are_little_certainty() -> None:
         assert bound == pytest.approx(1 - 0.05 ** (1 / total), rel=0.15)
 
 
-def test_documents_of_rows_stand_in_the_text_where_they_are_not_asked_about(tmp_path: Path) -> None:
+def test_rows_with_documents_are_tokens_as_serving_makes_them(trained: Trained, tmp_path: Path) -> None:
+    """With a system message and without, which is made then; and as training makes them."""
     path = tmp_path / "sft.jsonl"
-    rows = [{"messages": list(asked(1).messages), "documents": DOCUMENTS[:1]}, {"messages": list(asked(2).messages[1:])}]
+    rows = [{"messages": list(asked(1).messages), "documents": DOCUMENTS[:2]}, {"messages": list(asked(2).messages[1:])}]
     rows.append({"messages": rows[1]["messages"], "documents": DOCUMENTS[:1]})
     path.write_text("\n".join(map(json.dumps, rows)))
-    with_system, plain, without_system = read(path)
-    assert with_system[0]["content"].startswith("You answer from the documents.\n\n<document id=")
-    assert without_system[0]["content"].endswith("</document>\n\n\nWhen, 2?")
-    assert plain == rows[1]["messages"]
-    assert [len(each.documents) for each in read_asked(path)] == [1, 0, 1]
+    assert [len(each.documents) for each in read_asked(path)] == [2, 0, 1]
+    tokenizer = pre_tokenizer.load(trained.made["merge"])
+    file = Model(trained.full, is_mapped=True, is_repacked=False)
+    encoder = PromptEncoder(file, ChatTemplate(file.chat_template or "", file.special_tokens), 2048)
+    for messages, row in zip(read(path), rows, strict=True):
+        ids = conversations.token_ids(tokenizer, messages[:-1], "a row", add_generation_prompt=True)
+        assert tuple(ids) == encoder.encode(Question(row["messages"][:-1], row.get("documents", [])).prompt).tokens
+        trained_on = documents.render(tokenizer, row["messages"][:-1], row.get("documents", []), add_generation_prompt=True)
+        assert ids == trained_on.input_ids
+    file.close()
+    with GgufModel(trained.full, 64) as gguf:
+        assert checks.compare_tokens(gguf, checks.renderings(tokenizer, read(path))) == []
 
 
 def verified(trained: Trained, rows: Path, *more: str) -> Any:
