@@ -9,11 +9,11 @@ import pytest
 
 from appliance import recipe as recipes
 from appliance.errors import RecipeError
-from appliance.training_settings import Dpo, Grpo, Kto, Lora, Orpo, Phase, Sft
+from appliance.training_settings import Dpo, Grpo, Kto, Lora, Orpo, Passages, Phase, Sft
 from tests import tiny_recipe
 from tests.running import call
 
-PHASES = {"lora": Lora, "sft": Sft, "dpo": Dpo, "kto": Kto, "orpo": Orpo, "grpo": Grpo}
+PHASES = {"lora": Lora, "sft": Sft, "dpo": Dpo, "kto": Kto, "orpo": Orpo, "grpo": Grpo, "passages": Passages}
 SHELTER = Path(__file__).parents[1] / "recipes" / "shelter" / "recipe.toml"
 
 
@@ -67,7 +67,7 @@ def test_documented_defaults_are_those_that_hold() -> None:
         fields = {field.name: field.default for field in dataclasses.fields(PHASES[section])}
         assert tomllib.loads(f"value = {value}")["value"] == fields[key], f"{section}.{key}"
     shared = {field.name for field in dataclasses.fields(Phase)} & {key for section, key, _ in stated if section == "sft"}
-    for kind in (Dpo, Kto, Orpo, Grpo):
+    for kind in (Dpo, Kto, Orpo, Grpo, Passages):
         defaults = {field.name: field.default for field in dataclasses.fields(kind)}
         assert {key: defaults[key] for key in shared} == {
             field.name: field.default for field in dataclasses.fields(Sft) if field.name in shared
