@@ -47,20 +47,24 @@ def weight_type(model: Any) -> Any:
     return model.get_input_embeddings().weight.dtype
 
 
-def require_apart(trainer: Any, longest_tokens: int) -> None:
+def require_sight(settings: Any, longest_tokens: int) -> None:
+    """Raises `RecipeError` where layers of a base (by transformers' `config`) look back a window that rows do not fit into:
+    under a mask of ours they would lose it.
+    """
+    config = settings.get_text_config()
+    if (window := _window(config)) is not None and window < longest_tokens:
+        raise RecipeError(
+            f"passages: this base ({config.model_type!r}) looks back {window} tokens in some layers, and the longest row"
+            f" has {longest_tokens}; {REMEDY}"
+        )
+
+
+def require_apart(trainer: Any) -> None:
     """Raises `RecipeError` unless documents do not see each other in this base, and what follows sees them.
 
-    Every process must call it. Layers that look back a window only would lose it under a mask of ours, so that rows must fit
-    into the window.
+    Every process must call it.
     """
     config = trainer.model.config.get_text_config()
-    if (window := _window(config)) is not None and window < longest_tokens:
-        processes.fail(
-            RecipeError(
-                f"passages: this base ({config.model_type!r}) looks back {window} tokens in some layers, and the longest row"
-                f" has {longest_tokens}; {REMEDY}"
-            )
-        )
     try:
         between, after = _changes(trainer)
     except (TypeError, RuntimeError) as error:  # a model that takes no such mask

@@ -11,7 +11,7 @@ from appliance.data.documents import DOCUMENTS
 from appliance.data.formats import Row
 from appliance.errors import DataError
 from appliance.recipe import Recipe
-from appliance.training import labels, preference_phase, processes, prompts, reward_linter
+from appliance.training import blocks, labels, preference_phase, processes, prompts, reward_linter, skeletons
 from appliance.training import model as models
 from appliance.training.labels import LabelledRow
 from appliance.training.model import Base
@@ -65,7 +65,8 @@ def read(recipe: Recipe, dataset: Path, base: Base) -> Conversations:
 def read_documents(recipe: Recipe, dataset: Path, base: Base) -> Conversations:
     """The rows that have documents, for the phase that learns to read each by itself.
 
-    Raises `DataError` where there are none, and for rows that are too long: none is ever cut, since its answer comes last.
+    Raises `DataError` where there are none, and for rows that are too long: none is ever cut, since its answer comes last;
+    `RecipeError` for a base that does not see all of them.
     """
     tokenizer = models.load_tokenizer(base.path)
     template = models.marked_template(base.path, tokenizer)
@@ -77,6 +78,7 @@ def read_documents(recipe: Recipe, dataset: Path, base: Base) -> Conversations:
             " rows some (docs/data.md), or leave the phase out."
         )
     kept, labelled = _label(tokenizer, rows, template, recipe.passages, recipe.data.sft)
+    blocks.require_sight(skeletons.load_config(base.path), max(len(row.input_ids) for row in labelled))
     heldout: list[LabelledRow] = []
     others = [row for row in read_rows(dataset, "heldout") if row.get(DOCUMENTS)]
     if others and recipe.data.heldout:

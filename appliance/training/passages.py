@@ -33,7 +33,7 @@ from appliance.training.model import Base
 from appliance.training.rungs import Rung
 
 REVISION = 1  # raised when the same data and settings would give another adapter
-MEASURED_ROWS = 128  # of a file, evenly: each is read five times
+MEASURED_ROWS = 128  # of a file, evenly: for each of three figures teacher and student read it
 BLOCKS = "blocks"  # the column of a training set with the number of each token's block
 
 
@@ -69,7 +69,7 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
         trained = trainer(model, read.tokenizer, read.labelled, recipe, draft.path, rung)
         layout.settle(trained, rung)
         divergence_head.install(model)
-        blocks.require_apart(trained, max(len(row.input_ids) for row in read.labelled))
+        blocks.require_apart(trained)
         layout.remember(draft.path / loop.CHECKPOINTS, rung)
         outcome = loop.train(trained, draft.path, "passages", checkpoint, batches=batches.record(trained))
         models.save_adapter(model, draft.path)

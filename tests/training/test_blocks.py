@@ -107,17 +107,23 @@ def trainer_of(base: Any) -> Any:
 
 @pytest.mark.parametrize(("kind", "more"), [("qwen3", {}), ("gemma3_text", {"sliding_window": 64}), ("mistral", {})])
 def test_bases_that_read_documents_apart(kind: str, more: dict[str, Any]) -> None:
-    blocks.require_apart(trainer_of(model(kind, **more)), 64)
+    made = model(kind, **more)
+    blocks.require_sight(made.config, 64)
+    blocks.require_apart(trainer_of(made))
+
+
+def test_base_that_does_not_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"cannot be given documents apart|does not read documents apart"):
+        blocks.require_apart(trainer_of(model("mamba", attn_implementation="eager")))
 
 
 @pytest.mark.parametrize(
-    ("kind", "more", "said"),
+    ("kind", "window", "said"),
     [
-        ("mamba", {"attn_implementation": "eager"}, "cannot be given documents apart|does not read documents apart"),
-        ("gemma3_text", {"sliding_window": 16}, "looks back 16 tokens in some layers, and the longest row has 64"),
-        ("mistral", {"sliding_window": 63}, "looks back 63 tokens"),
+        ("gemma3_text", 16, "looks back 16 tokens in some layers, and the longest row has 64"),
+        ("mistral", 63, "looks back 63 tokens"),
     ],
 )
-def test_bases_that_do_not_are_refused(kind: str, more: dict[str, Any], said: str) -> None:
+def test_base_that_does_not_look_back_as_far_is_refused(kind: str, window: int, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        blocks.require_apart(trainer_of(model(kind, **more)), 64)
+        blocks.require_sight(model(kind, sliding_window=window).config, 64)
