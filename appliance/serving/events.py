@@ -131,12 +131,16 @@ class ModelInfo(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class DocumentCounts(Struct, frozen=True, kw_only=True, tag=True):
-    """Of the operator's documents, which are read ahead; `erased` ones were removed or edited since the engine started."""
+    """Of the operator's documents, which are read ahead; `erased` ones were removed or edited since the engine started.
+
+    Files of `unerased` ones could not be deleted yet; that is tried again.
+    """
 
     known: int = 0
     waiting: int = 0
     refused: int = 0
     erased: int = 0
+    unerased: int = 0
 
 
 class Load(Struct, frozen=True, kw_only=True, tag=True):

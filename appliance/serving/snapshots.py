@@ -121,7 +121,11 @@ class SnapshotStore:
         """
         with self._lock:
             self._banned = find
-            self._paths = {prefix: path for prefix, path in self._paths.items() if not self._is_banned(prefix)}
+            known = list(self._paths)  # nothing more of it is written from now on
+        banned = [prefix for prefix in known if _is_found(find, prefix)]  # without the lock: requests ask for it
+        with self._lock:
+            for prefix in banned:
+                self._paths.pop(prefix, None)
             self._is_stopped = self._writing is not None and self._is_banned(self._writing)
             self._has_written.wait_for(lambda: self._writing is None or not self._is_stopped)
         try:
@@ -227,7 +231,7 @@ class SnapshotStore:
                     return False
             prefix_file.write(partial, (front, header, payload), give_way)
             with self._lock:
-                if self._is_stopped:
+                if self._is_stopped or self._is_banned(prefix):
                     raise _Stopped
                 partial.rename(path)
                 self._paths[prefix] = path
@@ -242,7 +246,7 @@ class SnapshotStore:
         return True
 
     def _is_banned(self, prefix: Prefix) -> bool:
-        return self._banned is not None and self._banned(passages.texts(prefix.tokens)) is not None
+        return self._banned is not None and _is_found(self._banned, prefix)
 
     def _forget(self, prefix: Prefix, path: Path, reason: str) -> None:
         with self._lock:
@@ -327,6 +331,10 @@ class SnapshotStore:
         logger.warning(
             "event=snapshot_not_written folder=%s reason=%r remedy=%r", self._folder, error.strerror or str(error), remedy
         )
+
+
+def _is_found(find: Finder, prefix: Prefix) -> bool:
+    return find(passages.texts(prefix.tokens)) is not None
 
 
 def _discard(path: Path, reason: str) -> None:
