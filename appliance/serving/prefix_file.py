@@ -25,6 +25,7 @@ from appliance.serving.decoder import SavedCells
 
 MAGIC = b"APPLKV\x00\x01"  # the last byte is the version
 SUFFIX, PARTIAL_SUFFIX = ".prefix", ".partial"
+KEPT_SUFFIX = f".kept{SUFFIX}"  # of files that stay while others make room: engines of other models know them by it
 FILE_MODE = 0o600
 PIECE_BYTES = 1 << 20  # read or written without a pause
 LONGEST_HEADER_BYTES = 16 * 2**20  # a million token ids are 8 MB
