@@ -263,8 +263,9 @@ class TestReading:
             served.keep(BEDS)
             until(lambda: store._writing is not None)
             served.keep(BEDS, FOOD)
-            assert served.counts()[1] == 2
+            waiting = served.counts()[1]
             may_write.set()
+            assert waiting == 2
             served.knows(2)
             assert len(list(store.folder.glob("*.prefix"))) == 2
 
@@ -456,9 +457,9 @@ class TestErasing:
         with Served(store) as served:
             served.keep(FOOD, BEDS)
             served.knows(2)
-            assert store.write(Prefix(passages.alone(encoded(BEDS)), None, "a"), b"cells")
-            for path in store.folder.glob("documents-*"):
+            for path in (*store.folder.glob("documents-*"), *store.folder.glob("*.prefix")):
                 path.unlink()
+            assert store.write(Prefix((*SYSTEM, *encoded(BEDS)), None, "a"), b"cells")
             served.keep(FOOD)
             served.knows(1, erased=1)
             assert served.places(BEDS) == []
