@@ -265,9 +265,10 @@ def test_erasing_looks_at_each_end_once_however_much_is_found() -> None:
     for first in range(20, 40):
         memory.insert((first, 1, 2))
         memory.insert((first, 1, 2, 7, first))
+        memory.insert((first, 1, 2, 7, 99))
         memory.insert((first, 1, 3))
     asked = Asked()
-    assert memory.cache.erase(asked) == 20 * 2
+    assert memory.cache.erase(asked) == 20 * 3
     assert memory.cache.tokens == 20 * 4
     assert asked.count == 20 * 2 + 20, "each end, and what is an end now"
     assert memory.length((20, 1, 2, 7)) == 3

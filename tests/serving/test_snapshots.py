@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,28 @@ def test_interrupted_writing_is_cleared_up_later(tmp_path: Path) -> None:
     store_in(tmp_path)
     assert young.exists()
     assert not old.exists()
+
+
+def test_what_is_finished_while_files_are_looked_through_is_not_kept(tmp_path: Path) -> None:
+    """Of a text that is just being erased."""
+    store = store_in(tmp_path)
+    assert store.write(Prefix((9,)), PAYLOAD)
+    may_write, outcome = threading.Event(), []
+
+    def find(tokens: Sequence[int]) -> int | None:
+        if tokens == [9]:
+            may_write.set()
+            writer.join(20)
+        return 0 if tokens == [1, 2, 3] else None
+
+    writer = threading.Thread(target=lambda: outcome.append(store.write(PREFIX, PAYLOAD, lambda: bool(may_write.wait(20)))))
+    writer.start()
+    while store._writing is None:
+        time.sleep(0.001)
+    with store.banning(find):
+        assert outcome == [False]
+        assert PREFIX not in store
+    assert len(files(tmp_path)) == 1
 
 
 def test_vanished_file_is_no_error(tmp_path: Path) -> None:
