@@ -156,21 +156,23 @@ class PrefixCache:
     def erase(self, find: Finder) -> int:
         """Drops all cells from where `find` finds something in their token ids; returns of how many tokens."""
         before = sum(self._held.values())
-        while (found := next(self._with_found(find), None)) is not None:
-            node, position = found
+        leaves = [node for node in self._nodes if not node.children]
+        while leaves:
+            if (leaf := leaves.pop()) not in self._nodes:
+                continue  # went with another
+            path = list(_path(leaf))[::-1]
+            position = find(passages.texts([token for node in path for token in node.tokens]))
+            if position is None:
+                continue
+            node = next(node for node in path if node.end > position)
             if _is_mapped(node):  # its file holds the rest
-                node = [each for each in _path(node) if each.saved is node.saved][-1]
+                node = next(each for each in path if each.saved is node.saved)
             elif position > node.start:
                 self._split(node, position)
             self._forget(node)
+            if (above := node.parent) in self._nodes and not above.children:
+                leaves.append(above)  # what is left may end with the beginning of one
         return before - sum(self._held.values())
-
-    def _with_found(self, find: Finder) -> Iterator[tuple[Node, int]]:
-        for leaf in [node for node in self._nodes if not node.children]:
-            path = list(_path(leaf))[::-1]
-            position = find(passages.texts([token for node in path for token in node.tokens]))
-            if position is not None:
-                yield next(node for node in path if node.end > position), position
 
     def clear(self) -> None:
         self._roots.clear()

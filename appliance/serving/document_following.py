@@ -31,6 +31,7 @@ class Following:
         self._say = say
         self._look_seconds = look_seconds
         self._watch: FolderWatch | None = None
+        self._untold: FolderContent | None = None  # nobody could be told yet
 
     def start(self, snapshot_folders: Collection[Path]) -> wire.Documents:
         """What is in the folder; what is no more is erased from these. Raises `EnvironmentIncomplete` without the folder."""
@@ -55,22 +56,27 @@ class Following:
         """Tells of each change, until it is cancelled."""
         while True:
             await asyncio.sleep(self._look_seconds)
-            if keeper.document_folder != self._folder:  # another model was promoted, with other settings
-                self._folder = keeper.document_folder
-                self._watch = None if self._folder is None else FolderWatch(self._folder)
-                if self._watch is None:
-                    keeper.keep(wire.Documents())
-            if self._watch is None:
-                continue
             try:
-                content = await asyncio.to_thread(self._watch.look)
+                await self._follow(keeper)
             except Exception:
                 logger.exception("event=document_folder_failed")  # the next round tries again
-                continue
-            if content is not None:
-                for problem in content.problems:
-                    logger.warning("event=document_refused reason=%r", problem)
-                keeper.keep(_message(content))
+
+    async def _follow(self, keeper: Keeper) -> None:
+        if keeper.document_folder != self._folder:  # another model was promoted, with other settings
+            if keeper.document_folder is None:
+                keeper.keep(wire.Documents())
+            self._folder = keeper.document_folder
+            self._watch = None if self._folder is None else FolderWatch(self._folder)
+            self._untold = None
+        if self._watch is None:
+            return
+        if (content := await asyncio.to_thread(self._watch.look)) is not None:
+            self._untold = content
+            for problem in content.problems:
+                logger.warning("event=document_refused reason=%r", problem)
+        if self._untold is not None:
+            keeper.keep(_message(self._untold))
+            self._untold = None
 
 
 def _message(content: FolderContent) -> wire.Documents:

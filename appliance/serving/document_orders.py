@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from appliance.serving.idle import IdleWork
 from appliance.serving.job import Ticket
 from appliance.serving.prefixes import Prefixes
-from appliance.serving.reading_ahead import ReadingAhead
+from appliance.serving.reading_ahead import Change, ReadingAhead
 from appliance.serving.recall import Recall
 from appliance.serving.runs import Finder
-from appliance.serving.snapshots import Prefix
 from appliance.serving.stitcher import Stitcher
 
 
@@ -29,19 +28,6 @@ class ErasedCells:
     tokens: int = 0
     slots: int = 0
     running: int = 0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Change:
-    """`documents`, by name, are to be read when nothing else is to be done, and no others any more.
-
-    All in which `find` finds something is forgotten, files apart. `refused` and `erased` documents are only counted.
-    """
-
-    documents: Mapping[Prefix, str]
-    find: Finder | None = None
-    refused: int = 0
-    erased: int = 0
 
 
 class DocumentOrders:
@@ -73,6 +59,11 @@ class DocumentOrders:
         """Whether documents are read by themselves here, as far as is decided at start."""
         return self._stitcher.is_stitching
 
+    @property
+    def most_tokens(self) -> int:
+        """So many tokens of documents may find place, and no more."""
+        return self._ahead.most_tokens
+
     def follow(self, change: Change) -> "concurrent.futures.Future[ErasedCells]":
         """Carries it out; the outcome is cancelled when the scheduler ends before."""
         outcome: concurrent.futures.Future[ErasedCells] = concurrent.futures.Future()
@@ -100,7 +91,7 @@ class DocumentOrders:
 
     def _follow(self, change: Change) -> ErasedCells:
         self._idle.pause()
-        self._ahead.keep(change.documents, refused=change.refused, erased=change.erased)  # or it would go on with one erased
+        self._ahead.keep(change)  # or it would go on with one erased
         return ErasedCells() if change.find is None else self._erase(change.find)
 
     def _erase(self, find: Finder) -> ErasedCells:

@@ -1,5 +1,6 @@
 """What an engine says, as plain data that crosses from the engine's process: answers, failures, facts for metrics."""
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from msgspec import Struct
@@ -131,12 +132,16 @@ class ModelInfo(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class DocumentCounts(Struct, frozen=True, kw_only=True, tag=True):
-    """Of the operator's documents, which are read ahead; `erased` ones were removed or edited since the engine started."""
+    """Of the operator's documents, which are read ahead; `erased` ones were removed or edited since the engine started.
+
+    Files of `unerased` ones could not be deleted yet; that is tried again.
+    """
 
     known: int = 0
     waiting: int = 0
     refused: int = 0
     erased: int = 0
+    unerased: int = 0
 
 
 class Load(Struct, frozen=True, kw_only=True, tag=True):
@@ -159,6 +164,25 @@ class Load(Struct, frozen=True, kw_only=True, tag=True):
     @property
     def is_accepting(self) -> bool:
         return self.state == "ready"
+
+
+def together(loads: Sequence[Load], *, state: EngineState, waiting: int, documents: DocumentCounts | None) -> Load:
+    """What several engines do; `waiting` requests more wait for one of them to be loaded."""
+    return Load(
+        documents=documents,
+        state=state,
+        running=sum(each.running for each in loads),
+        waiting=sum(each.waiting for each in loads) + waiting,
+        slots=sum(each.slots for each in loads),
+        waiting_tokens=sum(each.waiting_tokens for each in loads),
+        kv_cells_used=sum(each.kv_cells_used for each in loads),
+        kv_cells_running=sum(each.kv_cells_running for each in loads),
+        kv_cells=sum(each.kv_cells for each in loads),
+        cached_tokens=sum(each.cached_tokens for each in loads),
+        cache_tokens=sum(each.cache_tokens for each in loads),
+        is_speculating=any(each.is_speculating for each in loads),
+        step_started_at=min((each.step_started_at for each in loads if each.step_started_at is not None), default=None),
+    )
 
 
 class StepStats(Struct, frozen=True, kw_only=True, tag=True):

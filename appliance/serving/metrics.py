@@ -360,6 +360,8 @@ def _documents(counts: DocumentCounts) -> Iterator[Metric]:
     for state, count in (("known", counts.known), ("waiting", counts.waiting), ("refused", counts.refused)):
         states.add_metric([state], count)
     yield states
+    about = "Documents that were removed, with files that could not be deleted yet; it is tried again."
+    yield _gauge("documents_unerased", about, counts.unerased)
     yield _gauge("documents_erased", "Documents erased since the engine started: removed, or edited.", counts.erased)
 
 

@@ -31,7 +31,7 @@ from appliance.errors import (
 from appliance.recipe import Serve
 from appliance.serving import probe, wire
 from appliance.serving.engine import EngineLease, EngineListener, ModelCard, no_such_model
-from appliance.serving.events import EngineState, Load, ModelKind
+from appliance.serving.events import EngineState, Load, ModelKind, together
 from appliance.serving.memory_plan import Plan
 from appliance.serving.memory_prediction import MemoryPrediction
 from appliance.serving.place import Place
@@ -141,22 +141,12 @@ class ModelPool:
             place.engine.keep(msgspec.structs.replace(self._documents, is_read_ahead=is_default))
 
     def load(self) -> Load:
-        loads = [engine.load() for engine in self._engines()]
         default = self._default.engine
-        return Load(
-            documents=None if default is None else default.load().documents,
+        return together(
+            [engine.load() for engine in self._engines()],
             state=self._state(),
-            running=sum(each.running for each in loads),
-            waiting=sum(each.waiting for each in loads) + self._waiting,
-            slots=sum(each.slots for each in loads),
-            waiting_tokens=sum(each.waiting_tokens for each in loads),
-            kv_cells_used=sum(each.kv_cells_used for each in loads),
-            kv_cells_running=sum(each.kv_cells_running for each in loads),
-            kv_cells=sum(each.kv_cells for each in loads),
-            cached_tokens=sum(each.cached_tokens for each in loads),
-            cache_tokens=sum(each.cache_tokens for each in loads),
-            is_speculating=any(each.is_speculating for each in loads),
-            step_started_at=min((each.step_started_at for each in loads if each.step_started_at is not None), default=None),
+            waiting=self._waiting,
+            documents=None if default is None else default.load().documents,
         )
 
     def drain(self, grace_seconds: float) -> None:

@@ -4,7 +4,10 @@ A file is: magic, length and sha256 of a JSON header, the header (what the cells
 payload), the payload.
 """
 
+import contextlib
 import ctypes
+import errno
+import fcntl
 import hashlib
 import json
 import mmap
@@ -22,6 +25,7 @@ from appliance.serving.decoder import SavedCells
 
 MAGIC = b"APPLKV\x00\x01"  # the last byte is the version
 SUFFIX, PARTIAL_SUFFIX = ".prefix", ".partial"
+KEPT_SUFFIX = f".kept{SUFFIX}"  # of files that stay while others make room: engines of other models know them by it
 FILE_MODE = 0o600
 PIECE_BYTES = 1 << 20  # read or written without a pause
 LONGEST_HEADER_BYTES = 16 * 2**20  # a million token ids are 8 MB
@@ -37,12 +41,19 @@ class Refused(Exception):
 
 
 def told(path: Path) -> Mapping[str, Any] | None:
-    """What a file says of itself, whatever it belongs to and even half written; None where it says nothing that holds."""
+    """What a file says of itself, whatever it belongs to and even half written; None where it says nothing that holds.
+
+    Raises `OSError` where that cannot be known.
+    """
     try:
         with open_private(path) as file:
             fields, _ = fields_of(file)
-    except (OSError, Refused):
+    except (FileNotFoundError, Refused):
         return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None  # a link is no file of ours
+        raise
     is_whole = isinstance(fields.get("tokens"), list) and isinstance(fields.get("model_sha256"), str) and "owner" in fields
     return fields if is_whole else None
 
@@ -96,8 +107,11 @@ def pieces(data: SavedCells) -> Iterator[memoryview]:
 
 
 def write(path: Path, parts: Sequence[SavedCells], give_way: Callable[[], None]) -> None:
+    """Holds a lock on the file meanwhile: `is_being_written`."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
     try:
+        with contextlib.suppress(OSError):  # where files know no locks, who erases documents takes it for a dead one's
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         if stat.S_IMODE(os.fstat(descriptor).st_mode) != 0o600:  # the umask may take away more
             os.fchmod(descriptor, 0o600)
         for view in (piece for part in parts for piece in pieces(part)):
@@ -106,6 +120,21 @@ def write(path: Path, parts: Sequence[SavedCells], give_way: Callable[[], None])
                 view = view[os.write(descriptor, view) :]
     finally:
         os.close(descriptor)
+
+
+def is_being_written(path: Path) -> bool:
+    """By a living process, this one or another. Raises `OSError`."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def front_of(header: bytes) -> bytes:

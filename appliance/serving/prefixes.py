@@ -318,10 +318,20 @@ class Prefixes:
             return None
 
     def restorable(self) -> Sequence[Prefix]:
-        """Prefixes on disk, the last used first; documents wait until they are asked for."""
+        """The last used prefixes on disk, as many as find room, oldest first; documents wait until they are asked for.
+
+        Brought back in this order, the last used one is the last to leave again.
+        """
         if self._store is None:
             return []
-        return [prefix for prefix in self._store.prefixes() if not passages.is_alone(prefix.tokens)]
+        chosen: list[Prefix] = []
+        tokens = 0
+        for prefix in self._store.prefixes():
+            size = len(prefix.tokens)
+            if not passages.is_alone(prefix.tokens) and self._cache.has_room(tokens + size, is_mapped=True):
+                chosen.append(prefix)
+                tokens += size
+        return chosen[::-1]
 
     def has_room_for(self, prefix: Prefix) -> bool:
         """Whether it is not known, and no other file's pages would have to be given up for it."""

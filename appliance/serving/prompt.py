@@ -77,9 +77,13 @@ class PromptEncoder:
         return EncodedPrompt(tokens)
 
     def encode_document(self, document: Document) -> Sequence[int]:
-        """A document's token ids, which are the same in every prompt."""
+        """A document's token ids, which are the same in every prompt; raises `PromptTooLong` for one that none can hold."""
+        text = passage_texts.shown(document.id, document.text)
+        self._require_room(self._fewest_tokens(text), "documents", "at least ")  # a tokeniser takes seconds for megabytes
         marks = _Marks(self._control)
-        return self._tokenize(marks, marks.neutral(passage_texts.shown(document.id, document.text)))
+        tokens = self._tokenize(marks, marks.neutral(text))
+        self._require_room(len(tokens), "documents")
+        return tokens
 
     def render(self, prompt: ChatPrompt) -> str:
         """The text that a conversation becomes; raises `RequestError`."""

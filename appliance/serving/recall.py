@@ -49,7 +49,8 @@ class Recall:
     def read_ahead(self) -> bool:
         """While nobody asks, brings back what memory held before a restart, file after file, as far as there is room.
 
-        Says whether one is being read. A request that comes meanwhile waits for it only if it needs it.
+        Says whether one is being read. A request that comes meanwhile and needs files waits for the one being read and for
+        its own; one that needs none does not wait.
         """
         while self._from_before and not self.is_reading:
             prefix = self._from_before.popleft()

@@ -21,10 +21,11 @@ from typing import Any, BinaryIO
 from appliance.errors import EnvironmentIncomplete
 from appliance.serving import passages, prefix_file
 from appliance.serving.decoder import Adapter, SavedCells
-from appliance.serving.prefix_file import PARTIAL_SUFFIX, SUFFIX, Refused, fields_of, open_private
+from appliance.serving.prefix_file import KEPT_SUFFIX, PARTIAL_SUFFIX, SUFFIX, Refused, fields_of, open_private
 from appliance.serving.runs import Finder
 
 FOLDER_MODE = 0o700
+KEPT_SECONDS = 7 * 24 * 3600  # without use, then even a protected file of another model gives way
 
 logger = logging.getLogger("appliance.serving")
 
@@ -77,7 +78,7 @@ class SnapshotStore:
         self._identity = identity
         self._lock = threading.Lock()
         self._has_warned = False
-        self._protected: frozenset[Prefix] = frozenset()
+        self._protected: frozenset[Prefix] | None = None  # None: nobody has said yet
         self._lost: set[Prefix] = set()
         self._banned: Finder | None = None
         self._writing: Prefix | None = None
@@ -103,7 +104,7 @@ class SnapshotStore:
         return self._limit_bytes
 
     def protect(self, prefixes: Collection[Prefix]) -> None:
-        """From now on these, and no others, stay while others have to make room."""
+        """From now on these, and no others of this identity, stay while others have to make room."""
         with self._lock:
             self._protected = frozenset(prefixes)
 
@@ -121,7 +122,11 @@ class SnapshotStore:
         """
         with self._lock:
             self._banned = find
-            self._paths = {prefix: path for prefix, path in self._paths.items() if not self._is_banned(prefix)}
+            known = list(self._paths)  # nothing more of it is written from now on
+        banned = [prefix for prefix in known if _is_found(find, prefix)]  # without the lock: requests ask for it
+        with self._lock:
+            for prefix in banned:
+                self._paths.pop(prefix, None)
             self._is_stopped = self._writing is not None and self._is_banned(self._writing)
             self._has_written.wait_for(lambda: self._writing is None or not self._is_stopped)
         try:
@@ -219,15 +224,16 @@ class SnapshotStore:
         size = len(front) + len(header) + len(payload)
         if size > self._limit_bytes:
             return False
-        path = self._folder / (secrets.token_hex(16) + SUFFIX)
+        is_kept = prefix in (self._protected or ())
+        path = self._folder / (secrets.token_hex(16) + (KEPT_SUFFIX if is_kept else SUFFIX))
         partial = path.with_suffix(PARTIAL_SUFFIX)
         try:
             with self._lock:
-                if not self._make_room(size):
+                if not self._make_room(size, is_for_kept=is_kept):
                     return False
             prefix_file.write(partial, (front, header, payload), give_way)
             with self._lock:
-                if self._is_stopped:
+                if self._is_stopped or self._is_banned(prefix):
                     raise _Stopped
                 partial.rename(path)
                 self._paths[prefix] = path
@@ -242,7 +248,7 @@ class SnapshotStore:
         return True
 
     def _is_banned(self, prefix: Prefix) -> bool:
-        return self._banned is not None and self._banned(passages.texts(prefix.tokens)) is not None
+        return self._banned is not None and _is_found(self._banned, prefix)
 
     def _forget(self, prefix: Prefix, path: Path, reason: str) -> None:
         with self._lock:
@@ -299,15 +305,27 @@ class SnapshotStore:
             "owner": prefix.owner,
         }
 
-    def _make_room(self, size: int) -> bool:
+    def _make_room(self, size: int, *, is_for_kept: bool) -> bool:
         """Deletes the least recently used files, those of other models too, until `size` more bytes are allowed.
 
-        False, and nothing is deleted, where protected ones leave no such room.
+        False, and nothing is deleted, where protected ones leave no such room. Those of other models give way to one that
+        is to be protected itself, as when another model was promoted, and to any when they were not used for long.
         """
-        protected = {path for prefix, path in self._paths.items() if prefix in self._protected}
-        files = sorted((path for path in self._folder.iterdir() if path.suffix == SUFFIX), key=_used_at)
-        sizes = {path: path.lstat().st_size for path in files}
-        if sum(sizes[path] for path in files if path in protected) + size > self._limit_bytes:
+        known = {path: prefix for prefix, path in self._paths.items()}
+        oldest = time.time() - KEPT_SECONDS
+
+        def is_protected(path: Path) -> bool:
+            if path in known:
+                return path.name.endswith(KEPT_SUFFIX) if self._protected is None else known[path] in self._protected
+            return path.name.endswith(KEPT_SUFFIX) and not is_for_kept and _used_at(path) > oldest
+
+        def worth(path: Path) -> tuple[bool, float]:
+            return path.name.endswith(KEPT_SUFFIX) and path not in known, _used_at(path)
+
+        files = sorted((path for path in self._folder.iterdir() if path.suffix == SUFFIX), key=worth)
+        sizes = {path: _size_of(path) for path in files}
+        protected = {path for path in files if is_protected(path)}
+        if sum(sizes[path] for path in protected) + size > self._limit_bytes:
             return False
         total = sum(sizes.values())
         for path in files:
@@ -316,7 +334,8 @@ class SnapshotStore:
             if path not in protected:
                 total -= sizes[path]
                 path.unlink(missing_ok=True)
-                self._paths = {prefix: each for prefix, each in self._paths.items() if each != path}
+                if path in known:
+                    del self._paths[known[path]]
         return True
 
     def _warn(self, error: OSError) -> None:
@@ -329,6 +348,10 @@ class SnapshotStore:
         )
 
 
+def _is_found(find: Finder, prefix: Prefix) -> bool:
+    return find(passages.texts(prefix.tokens)) is not None
+
+
 def _discard(path: Path, reason: str) -> None:
     logger.warning("event=snapshot_deleted file=%s reason=%r", path.name, reason)
     with contextlib.suppress(OSError):  # it is never used again, gone or not
@@ -338,6 +361,13 @@ def _discard(path: Path, reason: str) -> None:
 def _touch(path: Path) -> None:
     with contextlib.suppress(OSError):  # another engine's bound may have taken it
         os.utime(path)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:  # another engine made room
+        return 0
 
 
 def _used_at(path: Path) -> float:

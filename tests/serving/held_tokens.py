@@ -22,7 +22,7 @@ def in_files(store: SnapshotStore | None) -> Iterator[list[int]]:
             yield from document_erasure._read(path).values()
         elif (fields := prefix_file.told(path)) is not None:
             yield fields["tokens"]
-        else:
+        elif path.name != document_erasure.LOCK:
             assert path.suffix == prefix_file.PARTIAL_SUFFIX, path  # the beginning of a file that is being written
 
 

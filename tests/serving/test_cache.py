@@ -10,9 +10,21 @@ from hypothesis import strategies as st
 from appliance.serving.cache import PrefixCache, Saved, common_length
 from appliance.serving.decoder import Adapter, Feed, SavedCells, SavedPart
 from appliance.serving.requests import SamplingSettings
+from appliance.serving.runs import finder
 from tests.serving.counting_decoder import CountingDecoder
 
 LONG = tuple(range(100, 200))
+
+
+class Asked:
+    """Finds 7 and what follows it, and counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, tokens: Sequence[int]) -> int | None:
+        self.count += 1
+        return tokens.index(7) if 7 in tokens else None
 
 
 class Memory:
@@ -246,3 +258,25 @@ def test_random_use(limit: int, mapped_limit: int, script: Sequence[tuple[str, t
 @pytest.mark.parametrize(("first", "second", "length"), [((), (1,), 0), ((1, 2, 3), (1, 2, 4), 2), (LONG, LONG, 100)])
 def test_common_length(first: tuple[int, ...], second: tuple[int, ...], length: int) -> None:
     assert common_length(first, second) == length
+
+
+def test_erasing_looks_at_each_end_once_however_much_is_found() -> None:
+    memory = Memory()
+    for first in range(20, 40):
+        memory.insert((first, 1, 2))
+        memory.insert((first, 1, 2, 7, first))
+        memory.insert((first, 1, 2, 7, 99))
+        memory.insert((first, 1, 3))
+    asked = Asked()
+    assert memory.cache.erase(asked) == 20 * 3
+    assert memory.cache.tokens == 20 * 4
+    assert asked.count == 20 * 2 + 20, "each end, and what is an end now"
+    assert memory.length((20, 1, 2, 7)) == 3
+
+
+def test_what_is_left_is_looked_at_again() -> None:
+    """It may end with the beginning of a document, which was none while something else followed."""
+    memory = Memory()
+    memory.insert((5, 1, 2, 1, 2, 3))
+    assert memory.cache.erase(finder([(1, 2, 3)], 0)) == 5
+    assert memory.length((5, 1)) == 1

@@ -1,5 +1,7 @@
 """What a folder of documents holds, what is wrong with a file, and when it counts as changed."""
 
+import dataclasses
+import errno
 import logging
 import os
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 from appliance.errors import EnvironmentIncomplete
 from appliance.serving import document_folder
 from appliance.serving.api import fields
-from appliance.serving.document_folder import FolderWatch, read
+from appliance.serving.document_folder import FolderContent, FolderWatch, read
 from appliance.serving.requests import Document
 
 
@@ -72,24 +74,122 @@ def test_what_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
         FolderWatch(tmp_path / name).first()
 
 
-def test_a_change_is_told_once_nothing_changes_any_more(tmp_path: Path) -> None:
+def texts(content: FolderContent | None) -> dict[str, str]:
+    assert content is not None
+    return {each.id: each.text for each in content.documents}
+
+
+def test_a_change_is_told_once_when_two_looks_agree_on_it(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("one")
     watch = FolderWatch(tmp_path)
-    assert [each.text for each in watch.first().documents] == ["one"]
+    assert texts(watch.first()) == {"a.md": "one"}
     assert watch.look() is None
     (tmp_path / "a.md").write_text("another")
     assert watch.look() is None
     (tmp_path / "b.md").write_text("new")
-    assert watch.look() is None
-    content = watch.look()
-    assert content is not None
-    assert [each.text for each in content.documents] == ["another", "new"]
+    assert texts(watch.look()) == {"a.md": "another"}
+    assert texts(watch.look()) == {"a.md": "another", "b.md": "new"}
     assert watch.look() is None
     (tmp_path / "a.md").unlink()
-    watch.look()
-    content = watch.look()
-    assert content is not None
-    assert [each.id for each in content.documents] == ["b.md"]
+    assert watch.look() is None
+    assert texts(watch.look()) == {"b.md": "new"}
+
+
+def test_a_file_that_keeps_changing_holds_up_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("gone", "moving"):
+        (tmp_path / f"{name}.md").write_text("first")
+    watch = FolderWatch(tmp_path)
+    watch.first()
+    (tmp_path / "gone.md").unlink()
+    (tmp_path / "new.md").write_text("new")
+    told = []
+    with caplog.at_level(logging.WARNING):
+        for at in range(40):
+            (tmp_path / "moving.md").write_text("x" * (at + 1))
+            told.append(watch.look())
+    assert [texts(each) for each in told if each is not None] == [{"moving.md": "first", "new.md": "new"}]
+    assert [record.getMessage().count("moving.md") for record in caplog.records] == [1], "said once"
+    assert texts(watch.look()) == {"moving.md": "x" * 40, "new.md": "new"}
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    for suffix in (".txt", ".md", ".jsonl"):
+        os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / "device.md").symlink_to("/dev/zero")
+    (tmp_path / "good.md").write_text("Good.")
+    content = read(tmp_path)
+    assert texts(content) == {"good.md": "Good."}
+    assert [problem.count("no ordinary file") for problem in content.problems] == [1] * 4
+
+
+def test_deeply_nested_json_is_a_bad_line(tmp_path: Path) -> None:
+    (tmp_path / "all.jsonl").write_text('{"id": ' + "[" * 100_000 + '\n{"id": "x", "text": "1"}\n')
+    content = read(tmp_path)
+    assert texts(content) == {"x": "1"}
+    assert [f"{tmp_path}/all.jsonl:1: " in problem for problem in content.problems] == [True]
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "x", "text": "1"}')
+    content = read(tmp_path)
+    assert (texts(content), content.problems) == ({"a.md": "one", "x": "1"}, ())
+
+
+def test_hidden_folders_are_not_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".git" / "deep").mkdir(parents=True)
+    (tmp_path / ".git" / "deep" / "a.md").write_text("no")
+    entered: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (entered.append(str(path)), scandir(path))[1])
+    assert read(tmp_path).documents == ()
+    assert not any(".git" in path for path in entered)
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, name: str, refused: Path) -> None:
+    """As root may read everything, the refusal is not the file system's."""
+    real = getattr(os, name)
+
+    def call(path: str | Path, *rest: int) -> object:
+        if Path(path) == refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, name, call)
+
+
+def test_what_was_read_of_a_folder_that_cannot_be_read_any_more_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "house").mkdir()
+    for path in ("a.md", "house/b.md"):
+        (tmp_path / path).write_text("one")
+    watch = FolderWatch(tmp_path)
+    watch.first()
+    with monkeypatch.context() as patched:
+        refusing(patched, "scandir", tmp_path / "house")
+        found = [watch.look() for _ in range(4)]
+        told = [content for content in found if content is not None]
+        assert [texts(content) for content in told] == [{"a.md": "one", "house/b.md": "one"}], "said once"
+        assert ["house: it cannot be read" in problem for problem in told[0].problems] == [True]
+    found = [watch.look() for _ in range(3)]
+    assert [(texts(content), content.problems) for content in found if content is not None] == [
+        ({"a.md": "one", "house/b.md": "one"}, ())
+    ]
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.md", "b.md"):
+        (tmp_path / name).write_text("one")
+    watch = FolderWatch(tmp_path)
+    watch.first()
+    with monkeypatch.context() as patched:
+        refusing(patched, "open", tmp_path / "b.md")
+        (tmp_path / "b.md").write_text("another")
+        told = [content for content in (watch.look() for _ in range(4)) if content is not None]
+        assert [texts(content) for content in told] == [{"a.md": "one", "b.md": "one"}], "what was read of it stays"
+        assert ["b.md: it cannot be read" in problem for problem in told[0].problems] == [True]
+    assert texts(watch.look()) == {"a.md": "one", "b.md": "another"}
 
 
 def test_a_file_of_the_same_length_and_time_that_is_another_counts_as_changed(tmp_path: Path) -> None:
@@ -102,7 +202,18 @@ def test_a_file_of_the_same_length_and_time_that_is_another_counts_as_changed(tm
     (tmp_path / "new").replace(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert watch.look() is None
-    assert watch.look() is not None
+    assert texts(watch.look()) == {"a.md": "two"}
+
+
+def test_a_file_written_in_place_with_its_time_put_back_counts_as_changed(tmp_path: Path) -> None:
+    path = tmp_path / "a.md"
+    path.write_text("one")
+    watch = FolderWatch(tmp_path)
+    watch.first()
+    status = path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert [watch.look(), texts(watch.look())] == [None, {"a.md": "two"}]
 
 
 def test_a_folder_that_is_gone_has_not_lost_its_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -117,3 +228,37 @@ def test_a_folder_that_is_gone_has_not_lost_its_documents(tmp_path: Path, caplog
     assert len(caplog.records) == 1
     (tmp_path / "elsewhere").rename(folder)
     assert [watch.look() for _ in range(3)] == [None] * 3
+
+
+def test_a_folder_whose_disk_is_not_mounted_any_more_has_not_lost_its_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then there is an empty folder, of another file system."""
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a.md").write_text("one")
+    listed = document_folder._listed
+
+    def on(folder: str, device: int) -> None:
+        def look(path: Path) -> document_folder._Listing:
+            found = listed(tmp_path / folder)
+            stamps = {path / name.name: stamp for name, stamp in found.stamps.items()}
+            return dataclasses.replace(found, device=device, stamps=stamps)
+
+        monkeypatch.setattr(document_folder, "_listed", look)
+
+    on("disk", 7)
+    (tmp_path / "mount" / "a.md").write_text("one")  # as seen through the mount
+    watch = FolderWatch(tmp_path / "mount")
+    watch.first()
+    on("mount", 8)
+    (tmp_path / "mount" / "a.md").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert [watch.look() for _ in range(4)] == [None] * 4
+    assert [record.getMessage().count("is on another disk") for record in caplog.records] == [1]
+    on("disk", 9)  # mounted again
+    (tmp_path / "mount" / "a.md").write_text("one")
+    assert [watch.look() for _ in range(3)] == [None] * 3
+    on("mount", 9)
+    (tmp_path / "mount" / "a.md").unlink()
+    assert [watch.look() for _ in range(2)][-1] == FolderContent(), "an empty folder of the same disk is empty"

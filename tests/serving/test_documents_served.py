@@ -102,7 +102,7 @@ def test_a_folder_is_read_before_anybody_asks_followed_and_erased(model: Path, r
     settings = {"documents": "stitched", "document_folder": str(folder)}
     with serving(model, root, **settings) as server:
         assert any("broken.txt:2" in line and "UTF-8" in line for line in server.errors)
-        until(lambda: state(server) == {"known": 3, "waiting": 0, "refused": 1, "erased": 0})
+        until(lambda: state(server) == {"known": 3, "waiting": 0, "refused": 1, "erased": 0, "unerased": 0})
         assert server.metric("appliance_documents", state="known") == 3
         assert server.metric("appliance_documents", state="refused") == 1
         assert told(server, "desk", "beds")["stitched_tokens"] > 150
@@ -110,7 +110,7 @@ def test_a_folder_is_read_before_anybody_asks_followed_and_erased(model: Path, r
         files = set(root.rglob("*.prefix"))
         (folder / "beds.md").write_text("beds: There are none.")
         (folder / "food.md").unlink()
-        until(lambda: state(server) == {"known": 2, "waiting": 0, "refused": 1, "erased": 2})
+        until(lambda: state(server) == {"known": 2, "waiting": 0, "refused": 1, "erased": 2, "unerased": 0})
         assert server.metric("appliance_documents_erased") == 2
         assert any("event=documents_erased documents=2" in line for line in server.errors)
         left = set(root.rglob("*.prefix"))

@@ -119,7 +119,8 @@ def filled(registry: CollectorRegistry) -> Metrics:
     ]
     load = Load(
         state="draining", running=2, waiting=3, slots=2, waiting_tokens=700, kv_cells=100, kv_cells_used=80,
-        kv_cells_running=40, is_speculating=True, documents=DocumentCounts(known=5, waiting=2, refused=1, erased=4),
+        kv_cells_running=40, is_speculating=True,
+        documents=DocumentCounts(known=5, waiting=2, refused=1, erased=4, unerased=3),
     )  # fmt: skip
     metrics.watch(FakeModels(load, cards))
     return metrics
@@ -180,7 +181,7 @@ def test_each_fact_in_its_series() -> None:
     assert (value("model_loaded", **model), value("model_loaded", model="minilm")) == (1, 0)
     assert value("model_loaded", model="shelter:polite") is None
     assert [value("documents", state=state) for state in ("known", "waiting", "refused")] == [5, 2, 1]
-    assert value("documents_erased") == 4
+    assert (value("documents_erased"), value("documents_unerased")) == (4, 3)
 
 
 def test_the_bandwidth_is_that_of_recent_steps() -> None:

@@ -1,6 +1,7 @@
 """The operator's documents: read ahead and kept on disk for everybody, and erased without a trace; every cell is checked."""
 
 import errno
+import fcntl
 import logging
 import os
 import threading
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from appliance.serving import document_erasure, passages
+from appliance.errors import PromptTooLong
+from appliance.serving import document_erasure, passages, prefix_file
 from appliance.serving.kept_documents import KeptDocuments
 from appliance.serving.passages import Passages
 from appliance.serving.requests import Document
@@ -44,6 +46,10 @@ def store_in(folder: Path, limit_bytes: int = 10**6, model: str = "m") -> Snapsh
     return SnapshotStore(folder / "snapshots", limit_bytes, identity)
 
 
+def left_in(store: SnapshotStore) -> list[str]:
+    return [path.name for path in sorted(store.folder.iterdir()) if path.name != document_erasure.LOCK]
+
+
 class Served:
     """A scheduler with what follows the folder."""
 
@@ -52,7 +58,7 @@ class Served:
         self.store = store
         self.bench = Bench(decoder, snapshots=store, reread_tokens=reread_tokens, **({"cache_tokens": 800} | rest))
         self.decoder = self.bench.decoder
-        self.kept = KeptDocuments(self.bench.scheduler.documents, encoded, store, "m")
+        self.kept = KeptDocuments(self.bench.scheduler.documents, encoded, store, "m", retry_seconds=0.01)
 
     def keep(self, *documents: Document, refused: int = 0) -> None:
         self.kept.keep(Documents(documents=documents, refused=refused, is_read_ahead=True))
@@ -241,6 +247,58 @@ class TestReading:
                 until(lambda: len(list(store.folder.glob("*.prefix"))) == int(again))  # noqa: B023
                 served.knows(int(again), refused=int(not again))
 
+    def test_what_cannot_be_copied_from_memory_is_not_tried_forever(
+        self, store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Served(store) as served:
+            monkeypatch.setattr(served.bench.scheduler._prefixes, "save", lambda _: None)
+            served.keep(*ALL)
+            served.knows(0, refused=3)
+            assert served.decoder.computed == 3 * SIZE - 2 * 2, "it is known, and not read again"
+
+    def test_what_is_being_written_is_not_written_twice(self, store: SnapshotStore) -> None:
+        may_write = threading.Event()
+        with Served(store) as served:
+            served.bench.scheduler._idle._give_way = lambda: bool(may_write.wait(20))  # type: ignore[method-assign]
+            served.keep(BEDS)
+            until(lambda: store._writing is not None)
+            served.keep(BEDS, FOOD)
+            waiting = served.counts()[1]
+            may_write.set()
+            assert waiting == 2
+            served.knows(2)
+            assert len(list(store.folder.glob("*.prefix"))) == 2
+
+    def test_nothing_is_read_that_could_not_be_noted(
+        self, store: SnapshotStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with Served(store) as served, caplog.at_level(logging.WARNING):
+            served.keep(BEDS)
+            served.knows(1)
+            with monkeypatch.context() as patched:
+                patched.setattr(document_erasure, "note", failing(errno.ENOSPC, times := []))
+                served.keep(*ALL)
+                until(lambda: len(times) > 2)
+                assert served.decoder.computed == SIZE
+                assert served.counts()[:2] == (1, 0)
+                assert caplog.text.count("event=documents_not_noted") == 1, "said once"
+            served.knows(3)
+
+    def test_a_document_that_no_prompt_holds_is_refused_once(
+        self, store: SnapshotStore, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def encode(document: Document) -> tuple[int, ...]:
+            if document.id == "food":
+                raise PromptTooLong("too long", param="documents")
+            return encoded(document)
+
+        with Served(store) as served, caplog.at_level(logging.WARNING):
+            served.kept._encode = encode
+            served.keep(BEDS, FOOD)
+            served.keep(BEDS, FOOD, DESK)
+            served.knows(2, refused=1)
+            assert caplog.text.count("event=document_refused id='food'") == 1
+
     def test_a_failed_reading_is_not_tried_again(self, store: SnapshotStore) -> None:
         with Served(store) as served:
             served.decoder.failures.append(RuntimeError("no"))
@@ -362,8 +420,78 @@ class TestErasing:
             until(lambda: store._banned is not None)
             may_write.set()
             served.knows(0, erased=1)
-            assert list(store.folder.iterdir()) == []
+            assert left_in(store) == []
             assert served.places(BEDS) == []
+
+    @pytest.mark.parametrize(
+        ("where", "name", "code"), [(os, "open", errno.EIO), (os, "open", errno.EACCES), (Path, "unlink", errno.EROFS)]
+    )
+    def test_what_could_not_be_erased_is_tried_until_it_is(
+        self,
+        store: SnapshotStore,
+        where: Any,
+        name: str,
+        code: int,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        with Served(store) as served, caplog.at_level(logging.WARNING):
+            served.keep(*ALL)
+            served.knows(3)
+            with monkeypatch.context() as patched:
+                patched.setattr(where, name, failing(code, times := [], getattr(where, name), ".prefix"))
+                served.keep(FOOD, DESK)
+                until(lambda: len(times) > 7)
+                assert len(list(store.folder.glob("*.prefix"))) == 3
+                counts = served.bench.scheduler.load().documents
+                assert counts is not None
+                assert (counts.erased, counts.unerased) == (0, 1)
+                assert caplog.text.count("event=documents_not_erased") == 1, "said once"
+                assert "event=documents_erased" not in caplog.text
+            served.knows(2, erased=1)
+            assert served.places(BEDS) == []
+            assert caplog.text.count("event=documents_erased documents=1 files=1") == 1
+
+    def test_what_was_removed_is_erased_though_its_list_is_lost(self, store: SnapshotStore) -> None:
+        """By what the engine itself remembers, from tenants' files too."""
+        with Served(store) as served:
+            served.keep(FOOD, BEDS)
+            served.knows(2)
+            for path in (*store.folder.glob("documents-*"), *store.folder.glob("*.prefix")):
+                path.unlink()
+            assert store.write(Prefix((*SYSTEM, *encoded(BEDS)), None, "a"), b"cells")
+            served.keep(FOOD)
+            served.knows(1, erased=1)
+            assert served.places(BEDS) == []
+
+    def test_erasing_waits_for_no_new_document(self, store: SnapshotStore) -> None:
+        may_encode = threading.Event()
+
+        def encode(document: Document) -> tuple[int, ...]:
+            assert document.id != "desk" or may_encode.wait(20)
+            return encoded(document)
+
+        with Served(store) as served:
+            served.kept._encode = encode
+            served.keep(FOOD, BEDS)
+            served.knows(2)
+            served.kept.keep(Documents(documents=(FOOD, DESK), is_read_ahead=True))
+            served.knows(1, erased=1)
+            assert served.places(BEDS) == []
+            may_encode.set()
+            served.knows(2, erased=1)
+
+
+def failing(code: int, times: list[None], real: Callable[..., Any] | None = None, suffix: str = "") -> Callable[..., Any]:
+    """Fails with this code for paths that end so; `times` counts it."""
+
+    def call(path: Any, *rest: Any, **named: Any) -> Any:
+        if real is not None and not str(path).endswith(suffix):
+            return real(path, *rest, **named)
+        times.append(None)
+        raise OSError(code, os.strerror(code), str(path))
+
+    return call
 
 
 def _whole(served: Served, document: Document) -> list[str]:
@@ -425,9 +553,9 @@ class TestFiles:
             half.write_bytes(content[:size])
         (store.folder / ".documents-m.json.77").write_text("[1, 2]")
         document_erasure.erase(store.folder, {document_erasure.digest(BEDS)})
-        assert len(list(store.folder.iterdir())) == 6, "nothing was removed"
+        assert len(left_in(store)) == 6, "nothing was removed"
         document_erasure.erase(store.folder, ())
-        assert list(store.folder.iterdir()) == []
+        assert left_in(store) == []
 
     def test_what_cannot_be_deleted_is_remembered(self, store: SnapshotStore, monkeypatch: pytest.MonkeyPatch) -> None:
         self.noted(store, "m", BEDS)
@@ -441,7 +569,59 @@ class TestFiles:
             with pytest.raises(OSError, match="Read-only"):
                 document_erasure.erase(store.folder, ())
         assert document_erasure.erase(store.folder, ()).files == 1
-        assert list(store.folder.iterdir()) == []
+        assert left_in(store) == []
+
+    def test_what_another_engine_is_writing_stays(self, store: SnapshotStore) -> None:
+        """Whose half written file does not say yet of what it is: that engine looks after it."""
+        self.noted(store, "m", BEDS)
+        self.written(store, BEDS)
+        paths = [store.folder / f"{name}.partial" for name in ("living", "dead")]
+        for path in paths:
+            path.touch(0o600)
+        with paths[0].open("wb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            document_erasure.erase(store.folder, ())
+            assert left_in(store) == ["living.partial"]
+
+    def test_a_file_that_is_written_is_locked(self, store: SnapshotStore) -> None:
+        seen = []
+
+        def look() -> None:
+            seen.extend(prefix_file.is_being_written(path) for path in store.folder.glob("*.partial"))
+
+        assert store.write(Prefix((1,)), b"cells", look)
+        assert seen
+        assert all(seen)
+
+    def test_what_another_engine_notes_meanwhile_is_not_forgotten(
+        self, store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of two that share the folder and the model."""
+        self.noted(store, "m", BEDS, FOOD)
+        other = threading.Thread(target=self.noted, args=(store, "m", DESK), daemon=True)
+        write = document_erasure._write
+
+        def late(path: Path, documents: document_erasure.Documents) -> None:
+            if other.ident is None:
+                other.start()
+                other.join(0.3)  # were it not for the lock, it would be done
+            write(path, documents)
+
+        monkeypatch.setattr(document_erasure, "_write", late)
+        document_erasure.erase(store.folder, {document_erasure.digest(FOOD)})
+        other.join(20)
+        known = document_erasure.noted(store.folder, "m")
+        assert known.keys() == {document_erasure.digest(each) for each in (FOOD, DESK)}
+
+    def test_a_list_that_cannot_be_read_is_not_overwritten(
+        self, store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.noted(store, "m", BEDS)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_text", failing(errno.EIO, []))
+            with pytest.raises(OSError, match="Input/output"):
+                self.noted(store, "m", FOOD)
+        assert len(document_erasure.noted(store.folder, "m")) == 1
 
     def test_no_folder_holds_nothing(self, tmp_path: Path) -> None:
         assert document_erasure.erase(tmp_path / "nowhere", ()) == document_erasure.ErasedFiles()

@@ -6,6 +6,8 @@ import logging
 import os
 import stat
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from appliance.errors import EnvironmentIncomplete
 from appliance.serving.decoder import Adapter
 from appliance.serving.prefix_file import MAGIC, PIECE_BYTES
-from appliance.serving.snapshots import Identity, Prefix, SnapshotStore
+from appliance.serving.snapshots import KEPT_SECONDS, Identity, Prefix, SnapshotStore
 
 IDENTITY = Identity(model_sha256="m", template_sha256="t", kv_type="f16", layout="1", adapters={"x": "1"})
 PREFIX = Prefix((1, 2, 3))
@@ -175,6 +177,47 @@ def test_files_of_other_models_count_and_go_too(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize("is_old", [False, True])
+def test_protected_files_of_another_model_stay_unless_they_were_not_used_for_long(tmp_path: Path, is_old: bool) -> None:
+    store = store_in(tmp_path, 2500)
+    store.protect([PREFIX])
+    assert store.write(PREFIX, PAYLOAD)
+    used_at = time.time() - (KEPT_SECONDS + 60 if is_old else KEPT_SECONDS - 3600)
+    os.utime(store._paths[PREFIX], (used_at, used_at))
+    other = store_in(tmp_path, 2500, dataclasses.replace(IDENTITY, model_sha256="other"))
+    assert other.write(Prefix((1,)), PAYLOAD[:500])
+    assert other.write(Prefix((2,)), PAYLOAD) == is_old
+    assert other.write(Prefix((3,)), PAYLOAD[:400]), "at the price of an ordinary one, if need be"
+    assert store._paths[PREFIX].exists() != is_old
+
+
+def test_protected_files_of_another_model_give_way_to_those_of_this_one(tmp_path: Path) -> None:
+    """As when another model was promoted; ordinary ones go before."""
+    store = store_in(tmp_path, 3000)
+    store.protect([PREFIX])
+    assert store.write(PREFIX, PAYLOAD)
+    os.utime(store._paths[PREFIX], (1, 1))
+    other = store_in(tmp_path, 3000, dataclasses.replace(IDENTITY, model_sha256="other"))
+    assert other.write(Prefix((1,)), PAYLOAD[:500])
+    other.protect([Prefix((2,)), Prefix((3,))])
+    assert other.write(Prefix((2,)), PAYLOAD)
+    assert (Prefix((1,)) in other, store._paths[PREFIX].exists()) == (False, True)
+    assert other.write(Prefix((3,)), PAYLOAD)
+    assert not store._paths[PREFIX].exists()
+
+
+def test_what_was_protected_stays_until_somebody_says_what_is(tmp_path: Path) -> None:
+    """After a restart, before the operator's documents are known."""
+    store = store_in(tmp_path, 2500)
+    store.protect([PREFIX])
+    assert store.write(PREFIX, PAYLOAD)
+    again = store_in(tmp_path, 2500)
+    assert not again.write(Prefix((1,)), PAYLOAD)
+    again.protect([])
+    assert again.write(Prefix((1,)), PAYLOAD)
+    assert PREFIX not in again
+
+
 def test_file_larger_than_all_allowed_is_not_written(tmp_path: Path) -> None:
     assert not store_in(tmp_path, 1000).write(PREFIX, PAYLOAD)
     assert files(tmp_path) == []
@@ -207,6 +250,28 @@ def test_interrupted_writing_is_cleared_up_later(tmp_path: Path) -> None:
     store_in(tmp_path)
     assert young.exists()
     assert not old.exists()
+
+
+def test_what_is_finished_while_files_are_looked_through_is_not_kept(tmp_path: Path) -> None:
+    """Of a text that is just being erased."""
+    store = store_in(tmp_path)
+    assert store.write(Prefix((9,)), PAYLOAD)
+    may_write, outcome = threading.Event(), []
+
+    def find(tokens: Sequence[int]) -> int | None:
+        if tokens == [9]:
+            may_write.set()
+            writer.join(20)
+        return 0 if tokens == [1, 2, 3] else None
+
+    writer = threading.Thread(target=lambda: outcome.append(store.write(PREFIX, PAYLOAD, lambda: bool(may_write.wait(20)))))
+    writer.start()
+    while store._writing is None:
+        time.sleep(0.001)
+    with store.banning(find):
+        assert outcome == [False]
+        assert PREFIX not in store
+    assert len(files(tmp_path)) == 1
 
 
 def test_vanished_file_is_no_error(tmp_path: Path) -> None:

@@ -180,7 +180,8 @@ def test_health_and_greeting() -> None:
     assert site.ask("GET", "/readyz").json() == {"status": "ready", "running": 0, "waiting": 0, "slots": 2}
     assert site.ask("GET", "/health").json() == {"status": "ok"}
     site.models.documents = DocumentCounts(known=3, waiting=1)
-    assert site.ask("GET", "/readyz").json()["documents"] == {"known": 3, "waiting": 1, "refused": 0, "erased": 0}
+    counts = {"known": 3, "waiting": 1, "refused": 0, "erased": 0, "unerased": 0}
+    assert site.ask("GET", "/readyz").json()["documents"] == counts
     site.models.drain(1)
     assert (site.ask("GET", "/readyz").status_code, site.ask("GET", "/readyz").json()["status"]) == (503, "draining")
     assert site.ask("GET", "/health").json()["error"]["code"] == "engine_draining"
