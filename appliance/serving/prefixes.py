@@ -2,7 +2,6 @@
 stays when an answer is over. Used from the scheduler's thread.
 """
 
-import collections
 import dataclasses
 import logging
 from collections.abc import Collection, Sequence
@@ -12,14 +11,12 @@ from appliance.serving.cache import Match, PrefixCache, common_length
 from appliance.serving.decoder import Decoder, SavedCells, SavedPart, SnapshotRefused
 from appliance.serving.job import Job
 from appliance.serving.runs import Finder
+from appliance.serving.sightings import Sightings
 from appliance.serving.slots import Slots
 from appliance.serving.snapshots import Prefix, SnapshotStore
 
-SNAPSHOT_TOKENS = 32  # a shorter prefix is read as fast as it is loaded
 RECALL_TOKENS = 64  # what loading a file must save before a request waits for it
 COPY_RATIO = 16  # a slot is copied whole: not for the sake of fewer tokens than one of so many, while somebody waits
-SIGHTINGS = 2  # of a shared prefix, before it is written to disk
-REMEMBERED = 1024  # shared prefixes and documents whose sightings are counted
 
 logger = logging.getLogger("appliance.serving")
 
@@ -53,10 +50,7 @@ class Prefixes:
         self._slots = Slots(decoder.slots)
         self._operators: list[Prefix] = []  # whatever begins like one of these may be shared by all
         self._documents: frozenset[Prefix] = frozenset()  # the operator's, read by themselves: for all as well
-        self._sightings: collections.OrderedDict[Prefix, int] = collections.OrderedDict()
-        self._used: set[Prefix] = set()  # since the files were last told
-        self._tried: set[Prefix] = set()  # to write, whatever came of it
-        self._written: set[Prefix] = set()  # found among the files
+        self._sightings = None if self._store is None else Sightings(self._store, decoder.cell_bytes)
 
     @property
     def cells(self) -> int:
@@ -248,11 +242,8 @@ class Prefixes:
                 self._decoder.remove(slot, 0, -1)
                 self._slots.empty(slot)
                 slots += 1
-        noted = {*self._sightings, *self._used, *self._tried, *self._written}
-        for prefix in [prefix for prefix in noted if find(passages.texts(prefix.tokens)) is not None]:
-            self._sightings.pop(prefix, None)
-            for each in (self._used, self._tried, self._written):
-                each.discard(prefix)
+        if self._sightings is not None:
+            self._sightings.erase(find)
         return tokens, slots
 
     def see(self, job: Job, shared_tokens: int) -> None:
@@ -261,54 +252,20 @@ class Prefixes:
 
     def see_prefix(self, prefix: Prefix) -> None:
         """Counts a prefix that may be asked for again."""
-        if self._store is None:
-            return
-        tokens = prefix.tokens
-        if (common := dataclasses.replace(prefix, owner=None)) in self._documents:
-            self._used.add(common)
-            return
-        for each in self._operators:
-            if each.adapter == prefix.adapter and tokens[: len(each.tokens)] == each.tokens:
-                self._used.add(each)
-                if len(tokens) < len(each.tokens) + SNAPSHOT_TOKENS:
-                    return  # what it has beside the operator's text is not worth a file
-        self._used.add(prefix)
-        self._sightings[prefix] = self._sightings.get(prefix, 0) + 1
-        self._sightings.move_to_end(prefix)
-        if prefix in self._written and prefix not in self._store:  # it had to make room, and is used again
-            self._written.discard(prefix)
-            self._tried.discard(prefix)
-        while len(self._sightings) > REMEMBERED:
-            oldest, _ = self._sightings.popitem(last=False)
-            if oldest not in self._operators:
-                for noted in (self._used, self._tried, self._written):
-                    noted.discard(oldest)
+        if self._sightings is not None:
+            self._sightings.see(prefix, self._operators, self._documents)
 
     def worth_saving(self) -> Prefix | None:
         """A cached prefix that should be on disk and is not. For idle moments: it waits for a file being written."""
-        if self._store is None:
+        if self._sightings is None:
             return None
-        for prefix in self._used:
-            self._store.touch(prefix)
-        self._used.clear()
-        seen = (prefix for prefix, count in self._sightings.items() if count >= SIGHTINGS)
-        for prefix in (*self._operators, *seen):
-            size = len(prefix.tokens)
-            is_right_size = size >= SNAPSHOT_TOKENS and size * self._decoder.cell_bytes <= self._store.limit_bytes
-            if not is_right_size or prefix in self._written:
-                continue
-            if prefix in self._store:
-                self._written.add(prefix)
-                continue
-            if prefix in self._tried:
-                continue
-            if self.has(prefix):
-                return prefix
-        return None
+        self._sightings.tell_files()
+        return next((prefix for prefix in self._sightings.worth_saving(self._operators) if self.has(prefix)), None)
 
     def save(self, prefix: Prefix) -> SavedCells | None:
         """The cells of a known prefix; None when they cannot be put together."""
-        self._tried.add(prefix)
+        if self._sightings is not None:
+            self._sightings.note_tried(prefix)
         size = len(prefix.tokens)
         source = self.source(prefix)
         try:

@@ -359,8 +359,9 @@ def _discard(path: Path, reason: str) -> None:
 
 
 def _touch(path: Path) -> None:
+    now = time.time_ns()  # the kernel's own clock for files has ticks of milliseconds, in which several are read
     with contextlib.suppress(OSError):  # another engine's bound may have taken it
-        os.utime(path)
+        os.utime(path, ns=(now, now))
 
 
 def _size_of(path: Path) -> int:

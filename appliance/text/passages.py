@@ -4,6 +4,7 @@ They stand at the end of the system message, in an order that their reader choos
 tokens are the same whatever stands before it: the conversation is rendered with a mark in their place, then parted there.
 """
 
+import contextlib
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -25,17 +26,22 @@ def shown(name: str, text: str) -> str:
 
 
 def placed(messages: Sequence[Mapping[str, Any]], text: str, rendered: Rendered) -> str:
-    """The rendered conversation with a text at the end of its system message, or where a template has none before the first.
+    """The rendered conversation with a text at the end of its system message.
 
-    Raises `TemplateFailed`.
+    Where a template has none, or drops it, the text stands before the first other message. Raises `TemplateFailed`.
     """
     first, *rest = messages
+    shown = ""
     if first["role"] == "system":
-        return rendered([{**first, "content": f"{first['content']}{SEPARATOR}{text}"}, *rest])
-    try:
-        return rendered([{"role": "system", "content": text}, *messages])
-    except TemplateFailed:
-        return rendered([{**first, "content": f"{text}{SEPARATOR}{first['content']}"}, *rest])
+        shown = rendered([{**first, "content": f"{first['content']}{SEPARATOR}{text}"}, *rest])
+    else:
+        with contextlib.suppress(TemplateFailed):
+            shown = rendered([{"role": "system", "content": text}, *messages])
+    if text.rpartition("\n")[2] in shown:
+        return shown
+    at = next((at for at, message in enumerate(messages) if message["role"] != "system"), 0)
+    begun = {**messages[at], "content": f"{text}{SEPARATOR}{messages[at]['content']}"}
+    return rendered([*messages[:at], begun, *messages[at + 1 :]])
 
 
 def parted(text: str, mark: str) -> tuple[str, str]:

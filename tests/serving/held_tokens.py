@@ -31,7 +31,7 @@ def _all(bench: Bench, store: SnapshotStore | None) -> Iterator[tuple[str, Seque
     with bench.together():
         yield from (("cache", tokens) for tokens in _paths(prefixes._cache._roots.values()))
         yield from (("slot", left.prefix.tokens) for left in prefixes._slots.left.values())
-        noted = (*prefixes._sightings, *prefixes._used, *prefixes._written, *prefixes._tried, *prefixes._documents)
+        noted = (*(prefixes._sightings.all if prefixes._sightings is not None else ()), *prefixes._documents)
         yield from (("notes", prefix.tokens) for prefix in noted)
         for slot, cells in bench.decoder.held.items():
             if slot not in prefixes._slots.running:

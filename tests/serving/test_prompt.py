@@ -245,7 +245,20 @@ def test_documents_that_do_not_fit_are_counted() -> None:
     assert caught.value.param == "documents"
 
 
-@pytest.mark.parametrize("template", ["{{ messages[-1].content }}", "{{ messages[0].content }}{{ messages[0].content }}"])
+@pytest.mark.parametrize("messages", [(SYSTEM, USER), (USER,)])
+def test_documents_come_before_the_question_where_a_template_drops_the_system_message(
+    messages: tuple[dict[str, str], ...],
+) -> None:
+    template = "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    encoded = encoder(template).encode(ChatPrompt(messages=messages, documents=(BEDS,)))
+    assert encoded.passages is not None
+    start, end = encoded.passages.bounds
+    assert text_of(encoded.tokens[:start]) == "[user]"
+    assert text_of(encoded.tokens[start:end]) == passages.shown(BEDS.id, BEDS.text)
+    assert text_of(encoded.tokens[end:]) == passages.SEPARATOR + USER["content"]
+
+
+@pytest.mark.parametrize("template", ["{{ messages|length }}", "{{ messages[0].content }}{{ messages[0].content }}"])
 def test_documents_need_one_place(template: str) -> None:
     with pytest.raises(RequestError, match="no place") as caught:
         encoder(template).encode(ChatPrompt(messages=(SYSTEM, USER), documents=(BEDS,)))
