@@ -19,7 +19,7 @@ from appliance.artifacts import Plan
 from appliance.console import Command, emit, human_bytes, json_option, note
 from appliance.errors import DataError, ModelFileError, VerificationFailed, several
 from appliance.recipe import Serve, Verify
-from convert import certificate, checks, conversations, divergence, fitting, passages, pre_tokenizer
+from convert import certificate, checks, conversations, divergence, fitting, pre_tokenizer
 from convert.conversations import Asked, Messages
 from convert.gguf_model import GgufModel
 from convert.mapped_model import MappedModel
@@ -208,6 +208,8 @@ def certify(subject: Subject, settings: Verify) -> dict[str, Any]:
 
 def _prove(subject: Subject, settings: Verify) -> dict[str, Any]:
     """Of the file that is to be served."""
+    from convert import passages  # the engine, without which --help must do
+
     kind = subject.gate or next(iter(subject.files))
     file = subject.files[kind]
     found = passages.prove(file, subject.asked or [], subject.languages, settings, subject.serve.context_tokens)

@@ -100,7 +100,7 @@ class FolderWatch:
                 raise EnvironmentIncomplete(f"serve.document_folder: {self._folder} is on another disk, and empty.")
         except EnvironmentIncomplete as error:
             if not self._is_gone:
-                logger.warning("event=document_folder_gone reason='%s What was read of it stays.'", error)
+                logger.warning("event=document_folder_gone reason=%r", f"{error} What was read of it stays.")
             self._is_gone = True
             return None
         self._device, self._is_gone = listing.device, False

@@ -125,9 +125,7 @@ def test_model_whose_memory_cannot_shift_is_said_to_read_in_place(tmp_path: Path
 
 
 def test_template_without_a_place_for_documents_is_the_reason(tmp_path: Path) -> None:
-    template = (
-        "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
-    )
+    template = "{{ messages[0].content }}{{ messages[0].content }}"
     file = tiny_gguf.write(tmp_path / "placeless.gguf", template=template)
     proof = passages.prove(file, [asked(1)], ["en"], Verify(), CONTEXT_TOKENS)
     assert proof["allowed_reread_tokens"] is None
