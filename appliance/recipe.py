@@ -15,7 +15,7 @@ from typing import Any, Literal
 from appliance import config
 from appliance.config import setting
 from appliance.errors import RecipeError, several
-from appliance.training_settings import PREFERENCES, Dpo, Grpo, Kto, Lora, Memory, Orpo, Sft
+from appliance.training_settings import ORDER, PREFERENCES, Dpo, Grpo, Kto, Lora, Memory, Orpo, Passages, Sft
 
 STARTER = "starter"
 Quantization = Literal[
@@ -179,7 +179,7 @@ class Recipe:
     base: str = setting(STARTER, about="'starter', a Hugging Face id that was pulled, or a local folder")
     languages: tuple[str, ...] = setting(("en",), about="ISO 639-1 codes of the answers")
     seed: int = setting(3407, minimum=0, maximum=2**32 - 1)
-    phases: tuple[Literal["sft", "dpo", "kto", "orpo", "grpo"], ...] = setting(("sft", "dpo"))
+    phases: tuple[Literal["sft", "dpo", "kto", "orpo", "grpo", "passages"], ...] = setting(("sft", "dpo"))
     starter: Starter = Starter()
     memory: Memory = Memory()
     lora: Lora = Lora()
@@ -188,6 +188,7 @@ class Recipe:
     kto: Kto = Kto()
     orpo: Orpo = Orpo()
     grpo: Grpo = Grpo()
+    passages: Passages = Passages()
     quantize: Quantize = Quantize()
     verify: Verify = Verify()
     machine: Machine = Machine()
@@ -308,7 +309,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
             problems.append(f"data.columns.{field.name}: there is no data.{field.name} whose columns it could name.")
     problems += _preference_contradictions(recipe)
     problems += _grpo_contradictions(recipe) if "grpo" in recipe.phases else []
-    order = tuple(phase for phase in ("sft", *PREFERENCES, "grpo") if phase in recipe.phases)
+    order = tuple(phase for phase in ORDER if phase in recipe.phases)
     if set(order) == set(recipe.phases) and recipe.phases != order and recipe.phases[0] == "sft":
         problems.append(f"phases: they run in the order {', '.join(order)}, each continuing the adapter of the one before.")
     if recipe.starter.heads % recipe.starter.kv_heads:

@@ -11,6 +11,7 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"]
 Rung = Literal["auto", "lora", "lora-recomputed", "qlora", "qlora-tight", "qlora-inputs", "qlora-ends", "streamed"]
 Scheduler = Literal["cosine", "linear", "constant"]
 PREFERENCES = ("dpo", "kto", "orpo")  # phases that learn which answers are better; a recipe has one of them at most
+ORDER = ("sft", *PREFERENCES, "grpo", "passages")  # of all phases: each continues the adapter of the one before
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,3 +114,18 @@ class Grpo(Phase):
     adapter: Path | None = setting(None, about="of an earlier round, to continue instead of the phase before")
     lint_prompts: int = setting(6, minimum=2, about="whose answers are sampled beforehand to try the rewards on")
     rewards: Rewards = Rewards()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Passages(Phase):
+    """Documents read each by itself, as serving may have read them before: says what ordinary reading would."""
+
+    epochs: int = setting(2, minimum=1)
+    learning_rate: float = setting(1e-4, minimum=0.0)
+    batch_rows: int = setting(2, minimum=1)
+    accumulate: int = setting(4, minimum=1, about="micro-batches per optimizer step")
+    max_tokens: int = setting(1024, minimum=16, about="documents, conversation and answer together; longer is an error")
+    sft_weight: float = setting(0.0, minimum=0.0, about="weight of the likelihood of the row's own answer, read so")
+    exact_share: float = setting(
+        0.5, minimum=0.0, maximum=1.0, about="of the rows, also trained on as they are read ordinarily, which so stays"
+    )

@@ -9,11 +9,11 @@ import pytest
 
 from appliance import recipe as recipes
 from appliance.errors import RecipeError
-from appliance.training_settings import Dpo, Grpo, Kto, Lora, Orpo, Phase, Sft
+from appliance.training_settings import Dpo, Grpo, Kto, Lora, Orpo, Passages, Phase, Sft
 from tests import tiny_recipe
 from tests.running import call
 
-PHASES = {"lora": Lora, "sft": Sft, "dpo": Dpo, "kto": Kto, "orpo": Orpo, "grpo": Grpo}
+PHASES = {"lora": Lora, "sft": Sft, "dpo": Dpo, "kto": Kto, "orpo": Orpo, "grpo": Grpo, "passages": Passages}
 SHELTER = Path(__file__).parents[1] / "recipes" / "shelter" / "recipe.toml"
 
 
@@ -62,12 +62,12 @@ def test_starter_settings_apply_to_the_starter_alone(path: Path) -> None:
 def test_documented_defaults_are_those_that_hold() -> None:
     text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
     stated = re.findall(r"^\| `(\w+)\.(\w+)` \| (\S+) \|", text, re.M)
-    assert len(stated) == 12
+    assert len(stated) == 15
     for section, key, value in stated:
         fields = {field.name: field.default for field in dataclasses.fields(PHASES[section])}
         assert tomllib.loads(f"value = {value}")["value"] == fields[key], f"{section}.{key}"
     shared = {field.name for field in dataclasses.fields(Phase)} & {key for section, key, _ in stated if section == "sft"}
-    for kind in (Dpo, Kto, Orpo, Grpo):
+    for kind in (Dpo, Kto, Orpo, Grpo, Passages):
         defaults = {field.name: field.default for field in dataclasses.fields(kind)}
         assert {key: defaults[key] for key in shared} == {
             field.name: field.default for field in dataclasses.fields(Sft) if field.name in shared
@@ -99,6 +99,7 @@ def test_several_mistakes_are_reported_together(path: Path) -> None:
         ('quantize.types=["Q3"]', "quantize.types[0]: 'Q3' is not one of"),
         ('phases=["dpo"]', "phases: the first phase must be 'sft'"),
         ("phases=[]", "phases: the first phase must be 'sft'"),
+        ('phases=["sft", "passages", "dpo"]', "phases: they run in the order sft, dpo, passages"),
         ('phases=["sft", "sft"]', "phases: sft, sft names a phase twice"),
         ("languages=[]", "languages: must name at least one"),
         ("starter.heads=3", "starter.kv_heads: 2 does not divide starter.heads 3"),

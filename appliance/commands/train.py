@@ -1,4 +1,4 @@
-"""`appliance train`: the starter base, SFT, DPO (or KTO, or ORPO) and GRPO; each phase continues the one before."""
+"""`appliance train`: the starter base, SFT, DPO (KTO, ORPO), GRPO and passages; each phase continues the one before."""
 
 import sys
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from appliance.artifacts import Plan
 from appliance.commands import launching
 from appliance.commands.options import dry_run_option, set_option
 from appliance.console import Command, emit, json_option
-from appliance.errors import ArtifactError, NotAvailableYet, RecipeError
+from appliance.errors import ArtifactError, RecipeError
 from appliance.recipe import STARTER, Recipe
 from appliance.training import processes
-from appliance.training_settings import PREFERENCES, Phase
+from appliance.training_settings import ORDER, PREFERENCES, Phase
 
 if TYPE_CHECKING:
     from appliance.training.lock import Lock
     from appliance.training.model import Base
 
-PHASES = ("base", "sft", *PREFERENCES, "grpo", "passages")
+PHASES = ("base", *ORDER)
 
 
 @click.command(cls=Command)
@@ -70,7 +70,7 @@ def train(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train the phases of a recipe: base (the starter only), sft, dpo (or kto, orpo), grpo; --launch: on several cards."""
+    """Train the phases of a recipe: base (the starter only), sft, dpo (or kto, orpo), grpo, passages. --launch: on cards."""
     if launch is not None:
         launching.launch(launch, sys.argv[1:])
     if not dry_run or processes.count() > 1:
@@ -130,8 +130,6 @@ def _compared(made: Path, locked: "Lock") -> dict[str, Any]:
 
 
 def _asked_of_recipe(path: Path, sets: tuple[str, ...], phase: str | None) -> tuple[Recipe, list[str]]:
-    if phase == "passages":
-        raise NotAvailableYet(f"`appliance train --phase {phase}` is not built yet.")
     recipe = recipes.load(path, sets)
     if phase == "base" and recipe.base != STARTER:
         raise RecipeError(f"--phase base makes the starter only; this recipe's base is {recipe.base!r}.")
@@ -181,7 +179,7 @@ def _found(phase: str, recipe: Recipe, root: Path) -> tuple[dict[str, Plan], art
 def _plans(recipe: Recipe, root: Path) -> dict[str, Plan]:
     """What each phase will make; nothing is loaded for it."""
     from appliance.data import check
-    from appliance.training import grpo, model, preference_phase, sft, starter
+    from appliance.training import grpo, model, passages, preference_phase, sft, starter
 
     plans = {"data": check.plan(recipe)}
     dataset = artifacts.identity(plans["data"].location(root))
@@ -197,6 +195,9 @@ def _plans(recipe: Recipe, root: Path) -> dict[str, Plan]:
     if "grpo" in recipe.phases:
         continued = _continued("grpo", recipe, root, plans)
         plans["grpo"] = grpo.plan(recipe, dataset, base, artifacts.identity(continued))
+    if "passages" in recipe.phases:
+        continued = _continued("passages", recipe, root, plans)
+        plans["passages"] = passages.plan(recipe, dataset, base, artifacts.identity(continued))
     return plans
 
 
@@ -204,8 +205,8 @@ def _continued(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -
     """Where the adapter lies, or will lie, that a phase after SFT continues."""
     if phase == "grpo" and recipe.grpo.adapter is not None:
         return recipe.grpo.adapter
-    before = recipe.preference_phase if phase == "grpo" else None
-    return plans[before or "sft"].location(root)
+    before = [each for each in ORDER[: ORDER.index(phase)] if each in plans]
+    return plans[before[-1]].location(root)
 
 
 def _make(
@@ -223,7 +224,7 @@ def _train(
     phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan], *, resume: bool, restart: bool
 ) -> artifacts.Artifact:
     from appliance.data import check
-    from appliance.training import grpo, preference_phase, sft, starter
+    from appliance.training import grpo, passages, preference_phase, sft, starter
 
     dataset = processes.from_first(lambda: check.check(recipe, root, strict=False).path)
     if phase == "base":
@@ -234,6 +235,8 @@ def _train(
         return sft.train(recipe, dataset, base, root, resume=resume, restart=restart)
     if phase in PREFERENCES:
         return preference_phase.train(recipe, phase, dataset, base, adapter, root, resume=resume, restart=restart)
+    if phase == "passages":
+        return passages.train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
     return grpo.train(recipe, dataset, base, adapter, root, resume=resume, restart=restart)
 
 
@@ -246,7 +249,7 @@ def _inputs(phase: str, recipe: Recipe, root: Path, plans: dict[str, Plan]) -> t
     if phase == "sft":
         return base, base.path
     adapter = _continued(phase, recipe, root, plans)
-    for before in [name for name in ("sft", *PREFERENCES) if name in plans]:
+    for before in [name for name in ORDER if name in plans and name != phase]:
         if adapter == plans[before].location(root):
             _whole(plans[before], root, before)
     if not (adapter / "adapter_config.json").is_file():

@@ -17,12 +17,13 @@ from appliance.config import plain
 from appliance.data import formats, texts
 from appliance.data.columns import Map
 from appliance.data.defects import place
+from appliance.data.documents import DOCUMENTS
 from appliance.data.formats import Defect, Reading, Row
 from appliance.errors import ApplianceError, DataError, several
 from appliance.recipe import Recipe
 from appliance.text import languages
 
-REVISION = 3  # raised when the same files would give another dataset
+REVISION = 4  # raised when the same files would give another dataset
 MOST_SHOWN = 5  # of the defects of a file that cannot be used
 MOST_REFUSED = 100
 
@@ -163,9 +164,9 @@ class _Tally:
             if name == "sft":
                 text = texts.read_one(name, reading.source.path.name, row)
                 self._languages[languages.of_row(text.answer, text.asked, self._candidates)] += 1
-                self._trained.add(formats.digest(row["messages"]))
+                self._trained.add(_conversation(row))
             elif name == "heldout":
-                self.shared += formats.digest(row["messages"]) in self._trained
+                self.shared += _conversation(row) in self._trained
             yield row
 
     def results(self, defects: Sequence[Defect]) -> dict[str, Any]:
@@ -177,6 +178,11 @@ class _Tally:
             "fixed": actions["fixed"],
             "set_aside": actions["set aside"],
         }
+
+
+def _conversation(row: Row) -> bytes:
+    """What tells it apart, wherever it stands in a file: the same question over other documents is another one."""
+    return formats.digest((row["messages"], row.get(DOCUMENTS)))
 
 
 def _refuse(defects: Sequence[Defect]) -> None:

@@ -66,7 +66,10 @@ def _collect(rows: Sequence[Text], addresses: Mapping[int, Sequence[Address]]) -
     stated = Stated()
     for row in rows:
         values = stated.faq if row.kind == "faq" else stated.answers
+        told = [(each.street, each.number) for text in row.documents for each in facts.addresses(text)]
         for address in addresses[id(row)]:
+            if (address.street, address.number) in told:
+                continue  # what the answer rests on says so, and may say otherwise elsewhere
             _note(values, address.street, address.number, row)
             if postcode := facts.postcode_of(address, row.answer):
                 _note(values, f"{address}{POSTCODE}", postcode, row)

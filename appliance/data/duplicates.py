@@ -3,9 +3,12 @@
 Texts are alike when the Jaccard similarity of their shingles (runs of five characters, case and punctuation aside) is
 estimated at `SIMILAR` or more by MinHash (datasketch). Candidates are texts whose signatures agree in a band of four; they
 are found by sorting band after band, since datasketch's index of dictionaries takes gigabytes for what a sort needs
-megabytes. Pairs of 0.8 are missed once in ten million, pairs of 0.7 once in six thousand. Main entry: `Likeness`.
+megabytes. Pairs of 0.8 are missed once in ten million, pairs of 0.7 once in six thousand. The same question over other
+documents is another one. Main entry: `Likeness`.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +32,8 @@ STOCK_SHARE = 0.02  # an answer that more rows share is a stock answer, and woul
 INSTRUCTION_SHARE, FEWEST_INSTRUCTED = 0.05, 20  # an opening that more rows share, or nearly share, is no question
 LEAK_ROUNDS = 20
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd and without a pattern: 2**64 by the golden ratio
+NOTHING = 0  # told beside a question
+Form = tuple[str, int]  # a text's normal form, and what was told beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,21 +137,31 @@ def compare(rows: Sequence[Text]) -> Likeness:
     What opens a great part of them ("Write a sentence about the room") is an instruction: those rows are compared by their
     answers alone, or all of them would belong together.
     """
-    questions = alike([row.opening for row in rows])
+    told = [_digest(row) for row in rows]
+    questions = alike([row.opening for row in rows], told)
     is_instructed = questions.of_many()
     openings = questions.without(is_instructed)
-    wholes = alike([row.answer if alone else row.whole for row, alone in zip(rows, is_instructed, strict=True)])
-    edges = (openings.edges(), wholes.edges(), _same_targets(rows))
+    wholes = alike([row.answer if alone else row.whole for row, alone in zip(rows, is_instructed, strict=True)], told)
+    edges = (openings.edges(), wholes.edges(), _same_targets(rows), _same_over_others(rows))
     return Likeness(questions, openings, wholes, _connected(len(rows), edges))
 
 
-def alike(texts: Sequence[str]) -> Alike:
-    """Which texts have the same form, and which forms are near."""
+def alike(texts: Sequence[str], told: Sequence[int] | None = None) -> Alike:
+    """Which texts have the same form, and which forms are near; only those that were `told` the same (`_digest`) can be."""
     import numpy
 
-    numbers: dict[str, int] = {}
-    codes = numpy.array([numbers.setdefault(normal(text), len(numbers)) for text in texts], dtype=numpy.int64)
+    numbers: dict[Form, int] = {}
+    forms = [(normal(text), about) for text, about in zip(texts, told or [NOTHING] * len(texts), strict=True)]
+    codes = numpy.array([numbers.setdefault(form, len(numbers)) for form in forms], dtype=numpy.int64)
     return Alike(codes, _near_pairs(list(numbers)), len(numbers))
+
+
+def _digest(row: Text) -> int:
+    """What a row is told beside its question, in 64 bits: its documents, in whatever order and under whatever name."""
+    if not row.documents:
+        return NOTHING
+    found = hashlib.blake2b(json.dumps(sorted(map(normal, row.documents))).encode(), digest_size=8)
+    return int.from_bytes(found.digest(), "little")
 
 
 def _same_targets(rows: Sequence[Text]) -> "Array":
@@ -160,6 +175,16 @@ def _same_targets(rows: Sequence[Text]) -> "Array":
             by_answer.setdefault(hash(form), []).append(number)
     most = max(5, STOCK_SHARE * len(rows))
     ends = [(same[0], other) for same in by_answer.values() if len(same) <= most for other in same[1:]]
+    return numpy.array(ends, dtype=numpy.int64).reshape(-1, 2)
+
+
+def _same_over_others(rows: Sequence[Text]) -> "Array":
+    """Rows with the same answer to the same question over other documents: who learned it needs none to give it."""
+    import numpy
+
+    first: dict[str, int] = {}
+    told = ((number, row) for number, row in enumerate(rows) if row.documents)
+    ends = [(first.setdefault(normal(row.whole), number), number) for number, row in told]
     return numpy.array(ends, dtype=numpy.int64).reshape(-1, 2)
 
 
@@ -190,7 +215,7 @@ def _seen(alike: Alike, is_heldout: "Array", *, near: bool) -> "Array":
     return of_rows
 
 
-def _near_pairs(forms: Sequence[str]) -> "Array":
+def _near_pairs(forms: Sequence[Form]) -> "Array":
     import numpy
 
     if len(forms) < 2:
@@ -236,21 +261,21 @@ def _candidates(band: "Array") -> "Array":
     return numpy.unique(numpy.minimum(ones, others) * count + numpy.maximum(ones, others))
 
 
-def _signatures(forms: Sequence[str]) -> "Array":
+def _signatures(forms: Sequence[Form]) -> "Array":
     """(texts, permutations) of 32 bits."""
     import numpy
     from datasketch import MinHash
 
     signatures = numpy.empty((len(forms), PERMUTATIONS), dtype=numpy.uint32)
-    shingles = (_shingles(form) for form in forms)
+    shingles = (_shingles(*form) for form in forms)
     made = MinHash.generator(shingles, num_perm=PERMUTATIONS, seed=1, hashfunc=_as_it_is, scheme="affine32")
     for number, each in enumerate(made):
         signatures[number] = each.hashvalues
     return signatures
 
 
-def _shingles(form: str) -> list[int]:
-    """Hashes of a text's runs of characters; of its whole, when it is shorter than one."""
+def _shingles(form: str, told: int) -> list[int]:
+    """Hashes of a text's runs of characters; of its whole, when it is shorter than one. Others for each thing `told`."""
     import numpy
 
     padded = f" {form[:MOST_CHARACTERS]} "
@@ -259,6 +284,7 @@ def _shingles(form: str) -> list[int]:
     hashes = numpy.zeros(len(points) - width + 1, dtype=numpy.uint64)
     for offset in range(width):
         hashes = hashes * numpy.uint64(MULTIPLIER) + points[offset : offset + len(hashes)]
+    hashes ^= numpy.uint64(told)
     hashes ^= hashes >> numpy.uint64(31)
     hashes *= numpy.uint64(MULTIPLIER)
     distinct: list[int] = numpy.unique(hashes >> numpy.uint64(32)).tolist()

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance.data import examples
+from appliance.data import documents, examples
 from appliance.data.defects import Row, place
 from appliance.data.texts import Text
 from appliance.findings import Finding
+from appliance.text import passages
 from appliance.text.chat_template import ChatTemplate, TemplateFailed
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -21,6 +22,7 @@ SAMPLE_ROWS = 10_000
 LONGEST_ROWS = 1_000
 ROUND_TO = 64
 CHUNK_ROWS = 1_000
+Pieces = Sequence[str]
 WHOLE = "whole row"
 ANSWERS = {"dpo": ("chosen", "rejected"), "kto": ("completion",), "grpo": ("reference",)}
 
@@ -79,11 +81,15 @@ class Meter:
             counts += [len(each) for each in encoded]
         return counts
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, is_prompt: bool = False) -> str:
-        """A conversation as one text; a prompt with what announces its answer. Raises `TemplateFailed`."""
-        if self._template:
-            return self._template.render(messages, add_generation_prompt=is_prompt)
-        return joined(messages)
+    def render(
+        self, messages: Sequence[Mapping[str, str]], told: Sequence[Mapping[str, str]] = (), *, is_prompt: bool = False
+    ) -> Pieces:
+        """A conversation with its documents, in pieces that are tokenised each by itself; a prompt with what announces its
+        answer. Raises `TemplateFailed`."""
+        template = self._template
+        if not template:
+            return plain(messages, told)
+        return passages.pieces(messages, told, lambda each: template.render(each, add_generation_prompt=is_prompt))
 
 
 def _load(base: Path) -> tuple[Any, ChatTemplate | None]:
@@ -108,6 +114,11 @@ def joined(messages: Sequence[Mapping[str, str]]) -> str:
     return "".join(message["content"] for message in messages)
 
 
+def plain(messages: Sequence[Mapping[str, str]], told: Sequence[Mapping[str, str]]) -> Pieces:
+    """The texts alone, where no template shows them."""
+    return [joined(messages), *(passages.shown(each["id"], each["text"]) for each in told)]
+
+
 def _template(source: str, settings: Mapping[str, Any]) -> ChatTemplate | None:
     values = {name: settings.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     tokens = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items() if value}
@@ -128,11 +139,14 @@ def measure(kind: str, file: str, rows: Sequence[Row], meter: Meter) -> Measured
     wanted = list(range(len(rows)))
     longest, sample = [], wanted
     if meter.unit == "tokens" and len(rows) > SAMPLE_ROWS:
-        longest = sorted(wanted, key=lambda number: -max(map(len, wholes[number])))[:LONGEST_ROWS]
+        longest = sorted(wanted, key=lambda number: -max(sum(map(len, pieces)) for pieces in wholes[number]))[:LONGEST_ROWS]
         sample = wanted[:: -(-len(rows) // SAMPLE_ROWS)]
     fields = {name: texts for name, texts in _fields(kind, rows).items() if any(any(each) for each in texts)}
     measured = []
-    for name, texts in {**fields, "prompt" if kind == "grpo" else WHOLE: wholes}.items():
+    named: dict[str, Sequence[Sequence[Pieces]]] = {
+        name: [[[text] for text in row] for row in each] for name, each in fields.items()
+    }
+    for name, texts in {**named, "prompt" if kind == "grpo" else WHOLE: wholes}.items():
         values = _longest(meter, [texts[number] for number in sample])
         counted = dict(zip(longest, _longest(meter, [texts[number] for number in longest]), strict=True))
         counted |= zip(sample, values, strict=True)
@@ -144,26 +158,27 @@ def measure(kind: str, file: str, rows: Sequence[Row], meter: Meter) -> Measured
     return Measured(measured, [number for number, (_, is_refused) in enumerate(read) if is_refused])
 
 
-def _longest(meter: Meter, texts: Sequence[Sequence[str]]) -> list[int]:
+def _longest(meter: Meter, texts: Sequence[Sequence[Pieces]]) -> list[int]:
     """The length of the longest text of each row; by tokens, which need not be the one with most characters."""
-    counts = iter(meter.count([text for each in texts for text in each]))
-    return [max((next(counts) for _ in each), default=0) for each in texts]
+    counts = iter(meter.count([piece for each in texts for pieces in each for piece in pieces]))
+    return [max((sum(next(counts) for _ in pieces) for pieces in each), default=0) for each in texts]
 
 
-def _whole(kind: str, row: Row, meter: Meter) -> tuple[list[str], bool]:
+def _whole(kind: str, row: Row, meter: Meter) -> tuple[list[Pieces], bool]:
     """What training reads of a row, each on its own, and whether the chat template refuses it: then the plain texts."""
     if kind == "faq":
-        return [f"{row['question']}\n{row['answer']}"], False
+        return [[f"{row['question']}\n{row['answer']}"]], False
     if kind == "dpo":  # the prompt is joined with either answer
         conversations = [[*row["prompt"], {"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")]
     elif kind == "kto":
         conversations = [[*row["prompt"], {"role": "assistant", "content": row["completion"]}]]
     else:
         conversations = [row["prompt"] if kind == "grpo" else row["messages"]]
+    told = row.get(documents.DOCUMENTS, ())
     try:
-        return [meter.render(each, is_prompt=kind == "grpo") for each in conversations], False
+        return [meter.render(each, told, is_prompt=kind == "grpo") for each in conversations], False
     except TemplateFailed:
-        return [joined(each) for each in conversations], True
+        return [plain(each, told) for each in conversations], True
 
 
 def _fields(kind: str, rows: Sequence[Row]) -> dict[str, Sequence[Sequence[str]]]:
@@ -173,7 +188,8 @@ def _fields(kind: str, rows: Sequence[Row]) -> dict[str, Sequence[Sequence[str]]
         return {**prompts, **{name: [[row[name]] for row in rows] for name in ANSWERS[kind]}}
     if kind == "faq":
         return {name: [[row[name]] for row in rows] for name in ("question", "answer")}
-    return {role: [_said(row["messages"], role) for row in rows] for role in ("system", "user", "assistant")}
+    said = {role: [_said(row["messages"], role) for row in rows] for role in ("system", "user", "assistant")}
+    return {**said, "document": [documents.texts(row) for row in rows]}
 
 
 def _said(messages: Sequence[Mapping[str, str]], role: str) -> list[str]:

@@ -6,22 +6,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from appliance.data import examples
+from appliance.data.documents import DOCUMENTS, texts
 from appliance.text import languages
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The first turn of a conversation and the answer that was trained for."""
+    """The first turn of a conversation, the answer that was trained for, and the documents that it rests on."""
 
     language: str
     question: str
     answer: str
+    documents: tuple[dict[str, str], ...] = ()
 
 
 def training_questions(rows: Sequence[dict[str, Any]], wanted: Sequence[str], per_language: int) -> list[Question]:
     """Up to `per_language` opening questions in each wanted language, spread evenly over the rows.
 
-    Openings that occur more than once are passed over: they have no single answer.
+    Openings that occur more than once, over the same documents, are passed over: they have no single answer.
     """
     openings = Counter(_opening(row) for row in rows)
     found: dict[str, list[Question]] = {language: [] for language in wanted}
@@ -32,10 +34,9 @@ def training_questions(rows: Sequence[dict[str, Any]], wanted: Sequence[str], pe
         question, answer = messages[0]["content"], messages[1]["content"]
         language = languages.detect(answer, wanted)
         if language is not None:
-            found[language].append(Question(language, question, answer))
+            found[language].append(Question(language, question, answer, tuple(row.get(DOCUMENTS, ()))))
     return [question for language in wanted for question in examples.spread(found[language], per_language)]
 
 
-def _opening(row: dict[str, Any]) -> str:
-    content: str = row["messages"][0]["content"]
-    return content
+def _opening(row: dict[str, Any]) -> tuple[str, ...]:
+    return (row["messages"][0]["content"], *sorted(texts(row)))

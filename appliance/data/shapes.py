@@ -1,6 +1,7 @@
 """The shapes that rows come in, by their keys, and how each becomes the one normal form of its purpose.
 
     conversations   {"messages": [{"role", "content"}, ...]}                       sft, heldout
+                    and "documents": [{"id", "text"}, ...] where it has some
     preferences     {"prompt": [messages], "chosen": str, "rejected": str}         dpo
     judgements      {"prompt": [messages], "completion": str, "label": bool}       kto
     references      {"prompt": [messages], "reference": str, "columns": {...}}     grpo
@@ -13,7 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from appliance.data import documents
 from appliance.data.defects import Report, Row, SetAside, kind_of
+from appliance.data.documents import DOCUMENTS
 from appliance.data.messages import (
     SHAREGPT,
     Message,
@@ -56,14 +59,14 @@ class Shape:
 def chat_messages(row: Row, report: Report) -> Row:
     messages = read_messages(row.get("messages"), "messages", report)
     require_answer_last(messages)
-    return {"messages": messages}
+    return {"messages": messages, **documents.read(row, report)}
 
 
 def sharegpt(row: Row, report: Report) -> Row:
     messages = [*_system(row, report), *read_messages(row.get("conversations"), "conversations", report, SHAREGPT)]
     require_turns(messages, "conversations")
     require_answer_last(messages)
-    return {"messages": messages}
+    return {"messages": messages, **documents.read(row, report)}
 
 
 def alpaca(row: Row, report: Report) -> Row:
@@ -73,13 +76,14 @@ def alpaca(row: Row, report: Report) -> Row:
         question = f"{question}\n\n{read_text(row['input'], 'input', report)}"
     answer = read_text(row.get("output"), "output", report)
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": [*_system(row, report), *turns]}
+    return {"messages": [*_system(row, report), *turns], **documents.read(row, report)}
 
 
 def prompt_and_completion(row: Row, report: Report) -> Row:
     prompt = read_prompt(row.get("prompt"), "prompt", report)
     answer = read_answer(row.get("completion"), "completion", report, prompt)
-    return {"messages": [*prompt, {"role": "assistant", "content": answer}]}
+    messages = [*prompt, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **documents.read(row, report)}
 
 
 def preference_triplet(row: Row, report: Report) -> Row:
@@ -137,7 +141,7 @@ def _system(row: Row, report: Report) -> list[Message]:
     return [{"role": "system", "content": read_text(row["system"], "system", report)}]
 
 
-PAIRS = Shape("prompt and completion", "conversations", (("prompt", "completion"),), prompt_and_completion)
+PAIRS = Shape("prompt and completion", "conversations", (("prompt", "completion"),), prompt_and_completion, (DOCUMENTS,))
 TRIPLETS = Shape(
     "preference triplets",
     "preferences",
@@ -147,9 +151,9 @@ TRIPLETS = Shape(
 JUDGED = Shape("judged answers", "judgements", (("prompt", "completion", "label"),), judged_answer)
 REFERENCES = Shape("prompt and reference", "references", (("prompt", "reference"),), prompt_and_reference, keeps_others=True)
 SHAPES = (
-    Shape("chat messages", "conversations", (("messages",),), chat_messages),
-    Shape("ShareGPT conversations", "conversations", (("conversations",),), sharegpt, ("system",)),
-    Shape("Alpaca instructions", "conversations", (("instruction", "output"),), alpaca, ("input", "system")),
+    Shape("chat messages", "conversations", (("messages",),), chat_messages, (DOCUMENTS,)),
+    Shape("ShareGPT conversations", "conversations", (("conversations",),), sharegpt, ("system", DOCUMENTS)),
+    Shape("Alpaca instructions", "conversations", (("instruction", "output"),), alpaca, ("input", "system", DOCUMENTS)),
     PAIRS,
     TRIPLETS,
     Shape(

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from appliance.data import documents
 from appliance.data.defects import Row, place
 from appliance.text.words import normal
 
@@ -13,7 +14,8 @@ SHORT_CHARACTERS = 12  # "Hello" opens many conversations without making them al
 @dataclass(frozen=True, slots=True)
 class Text:
     """One row. `asked` has all turns of the user, `answer` all of the assistant, the chosen answer of a triplet, one judged
-    good, or the reference; `beside` what stands with them: system turns, further columns, the metadata of the FAQ."""
+    good, or the reference; `beside` what stands with them: system turns, further columns, names of documents, the metadata
+    of the FAQ. An answer rests on its `documents`."""
 
     kind: str  # sft, heldout, dpo, kto, grpo, faq
     file: str
@@ -24,6 +26,7 @@ class Text:
     rejected: str = ""
     beside: str = ""
     item: int = 0  # among the rows that begin on its line, where there are several
+    documents: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
@@ -39,7 +42,7 @@ class Text:
 
     @property
     def everything(self) -> str:
-        return "\n".join((self.asked, self.answer, self.rejected, self.beside))
+        return "\n".join((self.asked, self.answer, self.rejected, self.beside, *self.documents))
 
 
 def read(kind: str, file: str, rows: Sequence[Row]) -> list[Text]:
@@ -62,8 +65,9 @@ def read_one(kind: str, file: str, row: Row) -> Text:
             wanted, rejected = (row["completion"], "") if row["label"] else ("", row["completion"])
         # The assistant's turns inside a prompt are not what is learned.
         answer, earlier = ("\n".join(said), []) if wanted is None else (wanted, said)
-        beside = "\n".join([*_said(messages, "system"), *earlier, *_strings(row.get("columns", {}))])
-    return Text(kind, file, row["line"], opening, asked, answer, rejected, beside, row.get("item", 0))
+        beside = "\n".join([*_said(messages, "system"), *earlier, *documents.names(row), *_strings(row.get("columns", {}))])
+    told = tuple(documents.texts(row))
+    return Text(kind, file, row["line"], opening, asked, answer, rejected, beside, row.get("item", 0), told)
 
 
 def _questions(messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:

@@ -63,7 +63,12 @@ def ask_served_model(questions: Sequence[Question]) -> Session:
 
 
 def _ask(client: Any, model: str, question: Question) -> Answered:
-    body = {"model": model, "messages": [{"role": "user", "content": question.question}], "temperature": 0}
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": question.question}],
+        "documents": question.documents,
+        "temperature": 0,
+    }
     response = client.post("/v1/chat/completions", json=body)
     if response.status_code != 200:
         raise ServerError(f"The server answered {response.status_code}: {response.text[:200]}")

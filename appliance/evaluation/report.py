@@ -7,7 +7,7 @@ from appliance.artifacts import Artifact
 from appliance.console import human_bytes, human_seconds
 from appliance.evaluation.asking import Session
 from appliance.recipe import STARTER, Recipe
-from appliance.training_settings import PREFERENCES
+from appliance.training_settings import ORDER, PREFERENCES
 
 STARTER_WARNING = (
     "The base is the **starter**, made on the spot from this recipe's files. It is for trying the appliance: it repeats"
@@ -56,9 +56,7 @@ def _data(dataset: Artifact) -> list[str]:
 
 def _training(made: Mapping[str, Artifact]) -> list[str]:
     lines = ["| phase | steps | loss, first step | loss, last twentieth | time |", "|---|---|---|---|---|"]
-    for phase in [
-        name for name in ("base", "sft", *PREFERENCES, "grpo") if "steps" in (made[name].results if name in made else {})
-    ]:
+    for phase in [name for name in ("base", *ORDER) if "steps" in (made[name].results if name in made else {})]:
         results, seconds = made[phase].results, made[phase].manifest["seconds"]
         losses = f"{results['first_loss']:.3f} | {results['final_loss']:.3f}"
         lines.append(f"| {phase} | {results['steps']} | {losses} | {human_seconds(seconds)} |")
@@ -72,7 +70,27 @@ def _training(made: Mapping[str, Artifact]) -> list[str]:
             f" fifth of GRPO's steps, {grpo['reward_last']:.3f} in the last; {grpo['flat_groups']:.1%} of groups had no"
             " spread to learn from.",
         ]
+    if "passages" in made:
+        lines += ["", *_apart(made["passages"].results)]
     return lines + _samples(made)
+
+
+def _apart(results: Mapping[str, Any]) -> list[str]:
+    """How far answers over documents that were read each by themselves are from ordinary ones."""
+    lines = [
+        "Divergence from ordinary reading of documents, nats a token of the answer (and the same likeliest token):",
+        "",
+        "| rows | documents apart, before | after | in their place, after |",
+        "|---|---|---|---|",
+    ]
+    for prefix, name in (("", "trained on"), ("heldout_", "held out")):
+        if f"{prefix}measured_rows" in results:
+            cells = [
+                f"{results[f'{prefix}kl_{when}']:.4f} ({results[f'{prefix}top1_{when}']:.1%})"
+                for when in ("before", "after", "exact")
+            ]
+            lines.append(f"| {results[f'{prefix}measured_rows']} {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def _preferred(method: str, results: Mapping[str, Any]) -> str:
@@ -100,7 +118,7 @@ def _preferred(method: str, results: Mapping[str, Any]) -> str:
 def _samples(made: Mapping[str, Artifact]) -> list[str]:
     import json
 
-    adapter = next(made[phase] for phase in ("grpo", *PREFERENCES, "sft") if phase in made)
+    adapter = next(made[phase] for phase in reversed(ORDER) if phase in made)
     lines = ["", "Base beside adapter, greedy, on a training question in each language:", ""]
     for sample in json.loads((adapter.path / "samples.json").read_text(encoding="utf-8")):
         lines += [f"- **{sample['language']}** {_line(sample['question'])}"]

@@ -9,7 +9,6 @@ other: whatever compares tokens (the prefix cache, slots, files) need not know o
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-MOST_DOCUMENTS = 64
 MOST_LOOKUPS = 128  # of what is known, for one prompt: each takes a tenth of a millisecond, and answers wait meanwhile
 # Above any token id, of 31 bits. What is read again (up to 2^14 tokens of each document) makes other cells, too.
 _ALONE, _STITCHED, _BEGINS = 1 << 60, 1 << 59, 1 << 58

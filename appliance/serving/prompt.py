@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from appliance.errors import PromptTooLong, RequestError
@@ -98,13 +98,10 @@ class PromptEncoder:
 
     def _with_documents(self, prompt: ChatPrompt, marks: "_Marks", shown: "_Shown", text: str) -> EncodedPrompt:
         """Documents go where their place is marked, each of them tokenised by itself."""
-        before, place, after = text.partition(marks.place)
-        if not place or marks.place in after:
-            raise RequestError(
-                "This model's chat template does not show the first message just once, so documents have no place in it; "
-                "put their text into a message.",
-                param="documents",
-            )
+        try:
+            before, after = passage_texts.parted(text, marks.place)
+        except TemplateFailed as error:
+            raise RequestError(str(error), param="documents") from error
         tokens = self._tokenize(marks, before)
         bounds = [len(tokens)]
         for document in prompt.documents:
@@ -166,7 +163,7 @@ class PromptEncoder:
 
         try:
             text = passage_texts.SEPARATOR.join(shown.added)
-            return _with_text(shown.messages, text, rendered) if text else rendered(shown.messages)
+            return passage_texts.placed(shown.messages, text, rendered) if text else rendered(shown.messages)
         except TemplateFailed as error:
             raise RequestError(str(error), param="messages") from error
 
@@ -233,19 +230,6 @@ class _Marks:
     def _note(self, match: re.Match[str]) -> str:
         self._found.append(match[0])
         return f"[{self._nonce}:{len(self._found) - 1}]"
-
-
-def _with_text(
-    messages: Sequence[Mapping[str, Any]], text: str, rendered: Callable[[Sequence[Mapping[str, Any]]], str]
-) -> str:
-    """The text ends the system message; where a template has none, it begins the first message."""
-    first, *rest = messages
-    if first["role"] == "system":
-        return rendered([{**first, "content": f"{first['content']}\n\n{text}"}, *rest])
-    try:
-        return rendered([{"role": "system", "content": text}, *messages])
-    except TemplateFailed:
-        return rendered([{**first, "content": f"{text}\n\n{first['content']}"}, *rest])
 
 
 def _common(one: Sequence[Any], other: Sequence[Any]) -> int:

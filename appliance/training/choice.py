@@ -7,7 +7,7 @@ from appliance import allocator, artifacts, device, memory_holders
 from appliance.console import human_bytes
 from appliance.errors import EnvironmentIncomplete
 from appliance.recipe import Recipe
-from appliance.training import fit, layout, processes, rungs, skeletons
+from appliance.training import fit, layout, processes, skeletons
 from appliance.training import model as models
 from appliance.training.fit import Device, Fit, Work
 from appliance.training.labels import LabelledRow
@@ -53,6 +53,22 @@ def of_grpo(recipe: Recipe) -> Work:
     return Work(shape=shape, accumulates=accumulate > 1, has_reference=True, optimizer=recipe.grpo.optimizer, generates=True)
 
 
+def of_passages(recipe: Recipe, rows: Sequence[LabelledRow]) -> Work:
+    """Batches of the longest rows, read by the teacher and by the student, whose attention has a mask of its own."""
+    settings = recipe.passages
+    count, accumulate = processes.share(settings.batch_rows, settings.accumulate, "passages")
+    count = min(count, len(rows))
+    tokens = max(len(row.input_ids) for row in rows)
+    learned = sum(sorted(row.learned_tokens for row in rows)[-count:])
+    return Work(
+        shape=Shape(count, tokens, learned),
+        accumulates=accumulate > 1,
+        has_reference=True,
+        optimizer=settings.optimizer,
+        is_distilled=True,
+    )
+
+
 def choose(recipe: Recipe, base: Base, work: Work, checkpoint: Path | None, adapter: Path | None = None) -> Rung:
     """The rung to train on; `adapter` is the one that is continued, which weights in other types would have to fit.
 
@@ -61,12 +77,12 @@ def choose(recipe: Recipe, base: Base, work: Work, checkpoint: Path | None, adap
     if checkpoint is not None:
         return layout.remembered(checkpoint.parent)
     here = now(base)
-    ladder = rungs.ladder(has_card=here.on_card, weights=here.weights)
+    ladder = work.ladder(here)
     if processes.is_sharded():  # every card has its part; that there are cards enough is for who started so many
         return ladder[0]
     named = [rung for rung in ladder if rung.name == recipe.memory.rung]
     if recipe.memory.rung != "auto":
-        return named[0] if named else fit.refuse(recipe.memory.rung, ladder)
+        return named[0] if named else fit.refuse(recipe.memory.rung, ladder, work)
     model = fit.Model(recipe, skeletons.load_config(base.path), here)
     fits: list[Fit] = []
     for rung in _continuing(ladder, adapter):

@@ -7,6 +7,7 @@ from typing import Any
 
 from appliance.data import examples
 from appliance.data.check import read_rows
+from appliance.data.documents import DOCUMENTS
 from appliance.data.formats import Row
 from appliance.errors import DataError
 from appliance.recipe import Recipe
@@ -15,6 +16,7 @@ from appliance.training import model as models
 from appliance.training.labels import LabelledRow
 from appliance.training.model import Base
 from appliance.training.rewards import registry
+from appliance.training_settings import Passages, Sft
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,37 +47,67 @@ def read(recipe: Recipe, dataset: Path, base: Base) -> Conversations:
     rows = read_rows(dataset, "sft")
     tokenizer = models.load_tokenizer(base.path)
     template = models.marked_template(base.path, tokenizer)
-    kept, labelled = _label(tokenizer, rows, template, recipe, recipe.data.sft)
+    kept, labelled = _label(tokenizer, rows, template, recipe.sft, recipe.data.sft)
     chosen = examples.spread(read_rows(dataset, "heldout"), recipe.sft.validation_rows)
     heldout: list[LabelledRow] = []
     if chosen and recipe.data.heldout:
-        _, heldout = _label(tokenizer, chosen, template, recipe, recipe.data.heldout)
+        _, heldout = _label(tokenizer, chosen, template, recipe.sft, recipe.data.heldout)
     if recipe.preference_phase:
         preference_phase.check(tokenizer, dataset, recipe, recipe.preference_phase)
     if "grpo" in recipe.phases:  # and rewards that cannot be trained with
         asked = prompts.read_checked(tokenizer, dataset, recipe)
         reward_linter.lint(registry.build(recipe, asked), asked, [], recipe.languages)
+    if "passages" in recipe.phases:
+        read_documents(recipe, dataset, base)
     return Conversations(tokenizer, kept, labelled, heldout, len(rows) - len(kept))
 
 
+def read_documents(recipe: Recipe, dataset: Path, base: Base) -> Conversations:
+    """The rows that have documents, for the phase that learns to read each by itself.
+
+    Raises `DataError` where there are none, and for rows that are too long: none is ever cut, since its answer comes last.
+    """
+    tokenizer = models.load_tokenizer(base.path)
+    template = models.marked_template(base.path, tokenizer)
+    every = read_rows(dataset, "sft")
+    rows = [row for row in every if row.get(DOCUMENTS)]
+    if not rows:
+        raise DataError(
+            f"{recipe.data.sft}: none of its {len(every)} rows has documents, from which the phase 'passages' learns; give"
+            " rows some (docs/data.md), or leave the phase out."
+        )
+    kept, labelled = _label(tokenizer, rows, template, recipe.passages, recipe.data.sft)
+    heldout: list[LabelledRow] = []
+    others = [row for row in read_rows(dataset, "heldout") if row.get(DOCUMENTS)]
+    if others and recipe.data.heldout:
+        _, heldout = _label(tokenizer, others, template, recipe.passages, recipe.data.heldout)
+    return Conversations(tokenizer, kept, labelled, heldout, 0)
+
+
 def _label(
-    tokenizer: Any, rows: list[Row], template: str | None, recipe: Recipe, file: Path
+    tokenizer: Any, rows: list[Row], template: str | None, settings: Sft | Passages, file: Path
 ) -> tuple[list[Row], list[LabelledRow]]:
-    if not template:
-        unfolded = labels.unfold(tokenizer, rows)
-        if len(unfolded) > len(rows):
-            processes.note(
-                f"sft: the chat template writes earlier answers otherwise once a question follows: {len(rows)}"
-                f" conversations of {file.name} become {len(unfolded)} rows, each of which teaches its last answer"
-            )
-        rows = unfolded
+    phase = type(settings).__name__.lower()
+    unfolded = [each for row in rows for each in _unfolded(tokenizer, row, template)]
+    if len(unfolded) > len(rows):
+        processes.note(
+            f"{phase}: the chat template writes earlier answers otherwise once a question follows: {len(rows)}"
+            f" conversations of {file.name} become {len(unfolded)} rows, each of which teaches its last answer"
+        )
+    rows = unfolded
     labelled = labels.label_conversations(tokenizer, rows, template)
-    if not recipe.sft.truncate:
+    is_cut = isinstance(settings, Sft) and settings.truncate
+    if not is_cut:
         lengths = [(row.line, len(row.input_ids)) for row in labelled]
-        limit, otherwise = recipe.sft.max_tokens, ", or set sft.truncate = true to have it cut"
-        labels.require_lengths(lengths, limit, "sft.max_tokens", file.name, otherwise)
+        otherwise = ", or set sft.truncate = true to have it cut" if isinstance(settings, Sft) else ""
+        labels.require_lengths(lengths, settings.max_tokens, f"{phase}.max_tokens", file.name, otherwise)
     labels.verify_labels(tokenizer, rows, labelled)
-    return _cut(tokenizer, rows, labelled, recipe.sft.max_tokens, file.name) if recipe.sft.truncate else (rows, labelled)
+    return _cut(tokenizer, rows, labelled, settings.max_tokens, file.name) if is_cut else (rows, labelled)
+
+
+def _unfolded(tokenizer: Any, row: Row, template: str | None) -> list[Row]:
+    """A template with markers says itself what is learned, but for rows with documents, which are no single string."""
+    return [row] if template and not row.get(DOCUMENTS) else labels.unfold(tokenizer, [row])
 
 
 def _cut(

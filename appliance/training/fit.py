@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from appliance import allocator
 from appliance.errors import RecipeError
 from appliance.recipe import Recipe
-from appliance.training import adapters, simulation, skeletons, stream, streamed_head
+from appliance.training import adapters, rungs, simulation, skeletons, stream, streamed_head
 from appliance.training.rungs import Rung
 from appliance.training.simulation import Setting, Shape
 from appliance.training_settings import Optimizer
@@ -68,9 +68,14 @@ class Device:
         return getattr(torch, self.weights)
 
 
-def refuse(name: str, ladder: Sequence[Rung]) -> NoReturn:
-    """Raises `RecipeError` for a rung that the recipe names and this device has not."""
-    raise RecipeError(f"memory.rung: {name!r} is none of this device's: {', '.join(rung.name for rung in ladder)}.")
+def refuse(name: str, ladder: Sequence[Rung], work: "Work") -> NoReturn:
+    """Raises `RecipeError` for a rung that the recipe names and this device, or this work, has not."""
+    whose = (
+        "this device's, with the whole head there, as the phase 'passages' wants it"
+        if work.is_distilled
+        else "this device's"
+    )
+    raise RecipeError(f"memory.rung: {name!r} is none of {whose}: {', '.join(rung.name for rung in ladder)}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +88,15 @@ class Work:
     optimizer: Optimizer = "adamw"
     has_whole_logits: bool = False  # ORPO of TRL 1.16 computes all logits of a batch
     generates: bool = False  # GRPO keeps keys and values of the answers that it writes
+    is_distilled: bool = False  # a teacher's distributions beside the student's, who sees documents apart
 
     def with_shape(self, shape: Shape) -> "Work":
         return dataclasses.replace(self, shape=shape)
+
+    def ladder(self, device: Device) -> Sequence[Rung]:
+        """The rungs of a device that can do it: two distributions are not compared a part of the vocabulary at a time."""
+        every = rungs.ladder(has_card=device.on_card, weights=device.weights)
+        return [rung for rung in every if not (self.is_distilled and rung.ends_in_memory)]
 
 
 class Model:
@@ -98,7 +109,12 @@ class Model:
     def fit(self, rung: Rung, work: Work) -> Fit:
         device = self._device
         setting = Setting(
-            rung=rung, dtype=device.dtype, adapt=self._adapt, on_card=device.on_card, keeps_gradients=work.accumulates
+            rung=rung,
+            dtype=device.dtype,
+            adapt=self._adapt,
+            on_card=device.on_card,
+            keeps_gradients=work.accumulates,
+            is_distilled=work.is_distilled,
         )
         # Rungs of a card differ in what is taken away afterwards, not in what is computed.
         same = dataclasses.replace(rung, inputs_in_memory=False, streams=False)

@@ -1,7 +1,8 @@
 """Which tokens are learned from: the assistant's words and the token that ends its turn, nothing else.
 
 Labels come from the chat template's `{% generation %}` markers where it has them, and from the difference between
-renderings (prompt with generation prompt, prompt with answer) where it has none. What a template puts before every answer by
+renderings (prompt with generation prompt, prompt with answer) where it has none, and for conversations with documents, which
+are no single string. What a template puts before every answer by
 itself, as Qwen3 its empty reasoning, is learned as well: a model that is asked must write it. Whatever their source,
 `verify_labels` holds labels against the messages on token ids before the first step.
 """
@@ -11,7 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from appliance.data.documents import DOCUMENTS, KEYS
 from appliance.errors import DataError, VerificationFailed, several
+from appliance.text.chat_template import TemplateFailed
+from appliance.training import documents
+from appliance.training.documents import Tokens
 
 IGNORED = -100
 MOST_SHOWN = 20
@@ -23,12 +28,16 @@ HALF_CHARACTER = "\ufffd"  # what a decoder makes of the bytes that a cut left o
 
 @dataclass(frozen=True, slots=True)
 class LabelledRow:
-    """One conversation as token ids `(tokens,)` and labels `(tokens,)`, -100 where nothing is learned."""
+    """One conversation as token ids `(tokens,)` and labels `(tokens,)`, -100 where nothing is learned.
+
+    `bounds` are positions: of each document's first token, and of what follows the last; none without documents.
+    """
 
     line: int
     input_ids: list[int]
     labels: list[int]
     cut_tokens: int = 0  # left off at its end
+    bounds: tuple[int, ...] = ()
 
     @property
     def learned_tokens(self) -> int:
@@ -45,7 +54,7 @@ def unfold(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
     for row in rows:
         messages = row["messages"]
         until = [at + 1 for at, message in enumerate(messages) if message["role"] == "assistant"]
-        parts = [render_ids(tokenizer, messages[:end], add_generation_prompt=False) for end in until]
+        parts = [_rendered(tokenizer, row, end, add_generation_prompt=False).input_ids for end in until]
         whole = parts[-1] if parts else []
         if all(whole[: len(part)] == part for part in map(_without_end, parts)):
             found.append(row)
@@ -56,18 +65,17 @@ def unfold(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
 
 def label_conversations(tokenizer: Any, rows: Sequence[dict[str, Any]], marked_template: str | None) -> list[LabelledRow]:
     """Tokenizes and labels; `marked_template` is the tokenizer's own template with generation markers, if there is one."""
-    require_plain_text(tokenizer, [(row["line"], [each["content"] for each in row["messages"]]) for row in rows])
+    require_plain_text(tokenizer, [(row["line"], _texts(row)) for row in rows])
     labelled = []
     for row in rows:
-        messages = row["messages"]
-        input_ids = render_ids(tokenizer, messages, add_generation_prompt=False)
+        tokens = _rendered(tokenizer, row, add_generation_prompt=False)
         mask = (
-            _mask_by_markers(tokenizer, messages, marked_template, input_ids)
-            if marked_template
-            else _mask_by_difference(tokenizer, messages, input_ids, is_last_only=LAST_ONLY in row)
+            _mask_by_markers(tokenizer, row["messages"], marked_template, tokens.input_ids)
+            if marked_template and not row.get(DOCUMENTS)
+            else _mask_by_difference(tokenizer, row, tokens.input_ids)
         )
-        labels = [token if learned else IGNORED for token, learned in zip(input_ids, mask, strict=True)]
-        labelled.append(LabelledRow(row["line"], input_ids, labels))
+        labels = [token if learned else IGNORED for token, learned in zip(tokens.input_ids, mask, strict=True)]
+        labelled.append(LabelledRow(row["line"], tokens.input_ids, labels, bounds=tokens.bounds))
     return labelled
 
 
@@ -147,6 +155,23 @@ def require_lengths(
         raise DataError(several(long, heading, MOST_SHOWN))
 
 
+def _rendered(tokenizer: Any, row: dict[str, Any], end: int | None = None, *, add_generation_prompt: bool) -> Tokens:
+    """The first messages of a row, up to `end`, with its documents; raises `DataError` where these have no place."""
+    messages = row["messages"][:end]
+    if not row.get(DOCUMENTS):
+        return Tokens(render_ids(tokenizer, messages, add_generation_prompt=add_generation_prompt))
+    try:
+        return documents.render(tokenizer, messages, row[DOCUMENTS], add_generation_prompt=add_generation_prompt)
+    except TemplateFailed as error:
+        raise DataError(f"line {row['line']} has documents: {error}") from error
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    """All texts of a row that reach the tokenizer."""
+    told = [document[key] for document in row.get(DOCUMENTS, ()) for key in KEYS]
+    return [*(message["content"] for message in row["messages"]), *told]
+
+
 def _mask_by_markers(
     tokenizer: Any, messages: Sequence[dict[str, str]], marked_template: str, input_ids: Sequence[int]
 ) -> list[bool]:
@@ -162,15 +187,13 @@ def _mask_by_markers(
     return [bool(value) for value in rendered["assistant_masks"]]
 
 
-def _mask_by_difference(
-    tokenizer: Any, messages: Sequence[dict[str, str]], input_ids: Sequence[int], *, is_last_only: bool = False
-) -> list[bool]:
+def _mask_by_difference(tokenizer: Any, row: dict[str, Any], input_ids: Sequence[int]) -> list[bool]:
     mask = [False] * len(input_ids)
-    positions = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
-    for position in positions[-1:] if is_last_only else positions:
-        prompt = render_ids(tokenizer, messages[:position], add_generation_prompt=True)
+    positions = [position for position, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+    for position in positions[-1:] if LAST_ONLY in row else positions:
+        prompt = _rendered(tokenizer, row, position, add_generation_prompt=True).input_ids
         start = len(prompt)
-        with_answer = render_ids(tokenizer, messages[: position + 1], add_generation_prompt=False)
+        with_answer = _rendered(tokenizer, row, position + 1, add_generation_prompt=False).input_ids
         if with_answer[:start] != prompt:
             raise VerificationFailed(
                 "The chat template does not begin an answer as it asks for one, so the assistant's tokens"

@@ -36,7 +36,7 @@ class LearnedHead(torch.autograd.Function):  # type: ignore[misc]
         gradient = torch.empty(hidden.shape, device=device) if ctx.needs_input_grad[0] else None
         found = torch.empty(3, len(targets), device=device)
         is_top1 = torch.empty(len(targets), dtype=torch.bool, device=device)
-        for rows in _parts(len(targets), head.weight.shape[0]):
+        for rows in parts(len(targets), head.weight.shape[0]):
             scores, slope = fused_head.scores(hidden[rows], head.weight, head.bias, bound)
             mean = scores.mean(-1)
             likely = torch.log_softmax(scores, -1)
@@ -67,6 +67,7 @@ def _gradient(shares: Tensor, slope: Tensor | None, targets: Tensor, weight: Ten
     return each.to(weight.dtype) @ weight
 
 
-def _parts(count: int, vocabulary: int) -> list[slice]:
+def parts(count: int, vocabulary: int) -> list[slice]:
+    """Tokens that are computed at once, by turns."""
     tokens = max(FEWEST, PART_BYTES // (4 * vocabulary))
     return [slice(start, min(start + tokens, count)) for start in range(0, count, tokens)]

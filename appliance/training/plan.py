@@ -8,7 +8,7 @@ from typing import Any
 from appliance.console import human_bytes, human_seconds
 from appliance.data.check import read_rows
 from appliance.recipe import Recipe
-from appliance.training import choice, conversations, fit, forecast, preference_phase, rungs, skeletons, validation
+from appliance.training import choice, conversations, fit, forecast, preference_phase, skeletons, validation
 from appliance.training.fit import Device, Fit, Work
 from appliance.training.forecast import Course
 from appliance.training.model import Base
@@ -40,8 +40,8 @@ def plan(recipe: Recipe, dataset: Path, base: Base, vram_bytes: int | None) -> l
     model = fit.Model(recipe, config, device)
     found = []
     for phase, work, course in works:
-        fits = [model.fit(rung, work) for rung in rungs.ladder(has_card=device.on_card, weights=device.weights)]
-        chosen = _chosen(recipe, fits)
+        fits = [model.fit(rung, work) for rung in work.ladder(device)]
+        chosen = _chosen(recipe, fits, work)
         seconds = None
         if chosen and vram_bytes is None:
             micro = forecast.micro_step_seconds(recipe, config, work.with_shape(course.shape), device, chosen.rung)
@@ -62,12 +62,12 @@ def _card(here: Device, vram_bytes: int) -> Device:
     )
 
 
-def _chosen(recipe: Recipe, fits: Sequence[Fit]) -> Fit | None:
+def _chosen(recipe: Recipe, fits: Sequence[Fit], work: Work) -> Fit | None:
     if recipe.memory.rung == "auto":
         return next((each for each in fits if each.fits), None)
     named = [each for each in fits if each.rung.name == recipe.memory.rung]
     if not named:
-        fit.refuse(recipe.memory.rung, [each.rung for each in fits])
+        fit.refuse(recipe.memory.rung, [each.rung for each in fits], work)
     return named[0] if named[0].fits else None
 
 
@@ -92,6 +92,11 @@ def _work(recipe: Recipe, dataset: Path, base: Base) -> list[tuple[str, Work, Co
             work = choice.of_grpo(recipe)
             answers = len(read_rows(dataset, "grpo")) * settings.answers
             found.append((phase, work, Course(settings.epochs * max(1, answers // settings.batch_rows), work.shape)))
+        elif phase == "passages":
+            told = conversations.read_documents(recipe, dataset, base).labelled
+            work = choice.of_passages(recipe, told)
+            rows = len(told) + round(settings.exact_share * len(told))
+            found.append((phase, work, Course(settings.epochs * max(1, rows // settings.batch_rows), work.shape)))
     return found
 
 

@@ -24,6 +24,8 @@ VERIFIED = {
     **dict.fromkeys(PREFERENCES, "Preferences were scored before and after training; both figures are in `manifest.json`."),
     "grpo": "The rewards were tried before the first step, on references and on the model's own answers"
     f" (`{REWARD_FINDINGS}`).",
+    "passages": "How far answers are from those of the adapter before, documents read apart and in their place, was"
+    " measured before and after; the figures are in `manifest.json`.",
 }
 NOTHING = "Nothing stands out: no spike, no divergence, no sign of overfitting."
 NOTHING_OF_REWARDS = "Nothing stands out: completions of a group differ in reward, and it rose, or the run is too short."
@@ -35,7 +37,8 @@ CHARTS: Mapping[str, Sequence[str]] = {
     "learning rate": ("learning_rate",),
     "gradient norm": ("grad_norm",),
     "reward": ("reward", "rewards/margins", "rewards/chosen", "rewards/rejected"),
-    "accuracy": ("mean_token_accuracy", "rewards/accuracies"),
+    "accuracy": ("mean_token_accuracy", "rewards/accuracies", "top1"),
+    "divergence": ("divergence",),
     "tokens a second": ("tokens_per_second",),
 }
 
@@ -228,12 +231,17 @@ def _samples(folder: Path) -> list[Part]:
     parts: list[Part] = []
     for each in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []:
         parts += [
-            Sample(each["question"], f"question ({each['language']})"),
+            Sample(each["question"], _asked(each)),
             Sample(each["base"], "before: the base"),
             Sample(each["adapter"], "after: with the adapter"),
             Sample(each["trained_for"], "trained for"),
         ]
     return parts or ["No answers were kept."]
+
+
+def _asked(sample: Mapping[str, Any]) -> str:
+    told = f", over the documents {', '.join(sample['documents'])}" if "documents" in sample else ""
+    return f"question ({sample['language']}{told})"
 
 
 def _learned(folder: Path) -> list[Part]:

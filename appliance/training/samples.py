@@ -3,15 +3,15 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from appliance.data import personal
 from appliance.data.questions import Question, training_questions
 from appliance.recipe import Recipe
-from appliance.training import processes
-from appliance.training.labels import IGNORED, LabelledRow, render_ids
+from appliance.training import documents, processes
+from appliance.training.labels import IGNORED, LabelledRow
 
 SAMPLES, LEARNED = "samples.json", "learned.json"
 ANSWER_TOKENS = 120
@@ -30,14 +30,15 @@ def write(model: Any, tokenizer: Any, rows: list[dict[str, Any]], recipe: Recipe
     for question in _questions(rows, recipe.languages):
         prompt = [{"role": "user", "content": question.question}]
         with model.disable_adapter():
-            base = answer(model, tokenizer, prompt)
+            base = answer(model, tokenizer, prompt, question.documents)
         samples.append(
             {
                 "language": question.language,
                 "question": question.question,
                 "trained_for": question.answer,
                 "base": base,
-                "adapter": answer(model, tokenizer, prompt),
+                "adapter": answer(model, tokenizer, prompt, question.documents),
+                **({"documents": [each["id"] for each in question.documents]} if question.documents else {}),
             }
         )
     if processes.is_first():
@@ -76,7 +77,8 @@ def _questions(rows: list[dict[str, Any]], languages: Sequence[str]) -> list[Que
 
 def _is_personal(question: Question, languages: Sequence[str]) -> bool:
     """Whether anything in it looks like personal data; an organisation's own number counts too."""
-    return _holds_personal(f"{question.question}\n{question.answer}", languages)
+    told = "\n".join(each["text"] for each in question.documents)
+    return _holds_personal(f"{question.question}\n{question.answer}\n{told}", languages)
 
 
 def _holds_personal(text: str, languages: Sequence[str]) -> bool:
@@ -84,11 +86,12 @@ def _holds_personal(text: str, languages: Sequence[str]) -> bool:
     return any(any(True for _ in kind.values(text, regions)) for kind in personal.KINDS)
 
 
-def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """The model's greedy answer to a conversation."""
+def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], told: Sequence[Mapping[str, str]] = ()) -> str:
+    """The model's greedy answer to a conversation with documents, which it reads in their place."""
     import torch
 
-    ids = torch.tensor([render_ids(tokenizer, messages, add_generation_prompt=True)], device=model.device)
+    rendered = documents.render(tokenizer, messages, told, add_generation_prompt=True)
+    ids = torch.tensor([rendered.input_ids], device=model.device)
     with torch.inference_mode(), _head_in_parts(model):
         output = model.generate(
             input_ids=ids,

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from appliance.training import learned_head, skeletons, streamed_head
+from appliance.training import blocks, divergence_head, learned_head, skeletons, streamed_head
 from appliance.training.rungs import Rung
 
 FEW_LAYERS, MORE_LAYERS = 2, 4  # enough for layers that alternate (Gemma's windows)
@@ -51,7 +51,8 @@ class Shape:
 class Setting:
     """What a step is computed with: how the model is laid out, the type of its weights, and where.
 
-    `adapt` puts the adapters on a model; `keeps_gradients` is of all micro-batches of a step but the first.
+    `adapt` puts the adapters on a model; `keeps_gradients` is of all micro-batches of a step but the first; `is_distilled`
+    of the phase 'passages'.
     """
 
     rung: Rung
@@ -59,6 +60,7 @@ class Setting:
     adapt: Callable[[Any], Any]
     on_card: bool
     keeps_gradients: bool = False
+    is_distilled: bool = False
 
 
 def step(config: Any, shape: Shape, setting: Setting) -> Step:
@@ -94,7 +96,7 @@ def _most_held(config: Any, layers: int, shape: Shape, setting: Setting) -> tupl
             tokens = torch.zeros(shape.rows, shape.tokens, dtype=torch.long)
             base = model.get_base_model()
             with autocast, _one_row_needs_no_mask():
-                padding = torch.ones_like(tokens) if shape.rows > 1 else None
+                padding = _mask(tokens, setting) if setting.is_distilled or shape.rows > 1 else None
                 hidden = base.base_model(tokens, attention_mask=padding, use_cache=False).last_hidden_state
                 loss = _loss(hidden, base.get_output_embeddings(), shape, setting)
             input_bytes = hidden.untyped_storage().nbytes()
@@ -115,12 +117,18 @@ def _one_row_needs_no_mask() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = looks
 
 
+def _mask(tokens: Tensor, setting: Setting) -> Tensor:
+    return blocks.mask(tokens, setting.dtype) if setting.is_distilled else torch.ones_like(tokens)
+
+
 def _loss(hidden: Tensor, head: nn.Linear, shape: Shape, setting: Setting) -> Tensor:
     """Computed by what computes it: one of our heads, or, of TRL's Triton kernels, what they allocate."""
     states = hidden[:, :-1].reshape(-1, hidden.shape[-1])[: shape.learned_tokens]
     targets = torch.zeros(len(states), dtype=torch.long)
-    if setting.rung.ends_in_memory:
-        found: Tensor = streamed_head.HeadInParts.apply(states, targets, head, states.device, None)[0]
+    if setting.is_distilled:
+        found: Tensor = divergence_head.Divergence.apply(states, states.detach().clone(), targets, head, None, 0.0)[0]
+    elif setting.rung.ends_in_memory:
+        found = streamed_head.HeadInParts.apply(states, targets, head, states.device, None)[0]
     elif setting.on_card:
         found = _InPlaceHead.apply(states, head.weight)
     else:

@@ -12,6 +12,7 @@ from typing import Any
 from appliance import artifacts
 from appliance.artifacts import Artifact, Plan
 from appliance.console import note
+from appliance.data import documents
 from appliance.data.check import read_rows
 from appliance.recipe import Recipe, Starter
 from appliance.training import loop
@@ -87,8 +88,9 @@ def make(recipe: Recipe, dataset: Path, root: Path, *, resume: bool = False, res
 
 
 def plain_texts(dataset: Path) -> list[str]:
-    """What the base reads: conversations and FAQ. Preferences are left to DPO, which would else have nothing to learn."""
-    texts = ["\n".join(message["content"] for message in row["messages"]) for row in read_rows(dataset, "sft")]
+    """What the base reads: documents, conversations and FAQ. Preferences are left to DPO, which has to learn something."""
+    rows = read_rows(dataset, "sft")
+    texts = ["\n".join([*documents.texts(row), *(each["content"] for each in row["messages"])]) for row in rows]
     return texts + [f"{row['question']}\n{row['answer']}" for row in read_rows(dataset, "faq")]
 
 

@@ -105,6 +105,10 @@ def test_same_data_gives_the_same_page(tmp_path: Path) -> None:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
+    return folder_of_words(tmp_path)
+
+
+def folder_of_words(tmp_path: Path) -> Path:
     """A model folder as far as lengths need one: a tokenizer of words, and a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -8,7 +8,18 @@ import torch
 from appliance import recipe as recipes
 from appliance.errors import EnvironmentIncomplete, RecipeError
 from appliance.recipe import Recipe
-from appliance.training import adapters, choice, fit, learned_head, rungs, simulation, skeletons
+from appliance.training import (
+    adapters,
+    blocks,
+    choice,
+    divergence_head,
+    fit,
+    learned_head,
+    passages,
+    rungs,
+    simulation,
+    skeletons,
+)
 from appliance.training.fit import Device, Work
 from appliance.training.model import Base
 from appliance.training.rungs import Rung
@@ -96,6 +107,37 @@ def test_simulated_step_holds_what_the_real_one_holds(
     )
     predicted = simulation.step(chosen, shape, setting).most_bytes(SMALL["num_hidden_layers"])
     assert predicted == pytest.approx(_really_held(chosen, shape, rung, recipe, keeps_gradients, weights), rel=0.05)
+
+
+@pytest.mark.parametrize("rung", rungs.CPU[:2], ids=lambda rung: rung.name)
+@pytest.mark.parametrize("shape", [Shape(1, 320, 100), Shape(2, 200, 80)], ids=["one row", "two rows"])
+def test_simulated_distillation_holds_what_the_real_one_holds(recipe: Recipe, rung: Rung, shape: Shape) -> None:
+    """Teacher and student as the phase has them, with documents apart."""
+    from transformers import AutoModelForCausalLM
+
+    chosen = config("qwen3", **SMALL)
+    setting = Setting(
+        rung=rung,
+        dtype=torch.float32,
+        adapt=lambda model: adapters.add(model, recipe.lora, is_skeleton=True),
+        on_card=False,
+        is_distilled=True,
+    )
+    predicted = simulation.step(chosen, shape, setting).most_bytes(SMALL["num_hidden_layers"])
+    model = adapters.add(AutoModelForCausalLM.from_config(chosen, dtype=torch.float32), recipe.lora).train()
+    adapters.copy_as_reference(model)
+    divergence_head.install(model)
+    if rung.recomputes:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    tokens = torch.arange(shape.rows * shape.tokens).reshape(shape.rows, shape.tokens) % SMALL["vocab_size"]
+    labels = tokens.clone()
+    labels[:, : shape.tokens - shape.learned_tokens // shape.rows] = -100
+    numbers = torch.tensor([blocks.of_row(shape.tokens, [10, 60, 100])] * shape.rows)
+    batch = {"input_ids": tokens, "labels": labels, passages.BLOCKS: numbers}
+    with simulation.Held([*model.parameters(), *model.buffers()]) as held:
+        passages.distil(model, model, batch)[0].sum().backward()
+    assert predicted == pytest.approx(held.most, rel=0.05)
 
 
 def _really_held(chosen: Any, shape: Shape, rung: Rung, recipe: Recipe, keeps_gradients: bool, weights: str) -> int:

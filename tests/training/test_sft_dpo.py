@@ -187,7 +187,7 @@ def test_learning_rate_that_diverges_is_an_error(trained: Trained, root: Path) -
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--phase", "passages"), 3, "is not built yet"),
+        (("--phase", "passages"), 2, "--phase passages: the recipe's phases are sft, dpo"),
         (("--phase", "grpo"), 2, "--phase grpo: the recipe's phases are sft, dpo"),
         (("--phase", "base", "--set", "base=/somewhere"), 2, "--phase base makes the starter only"),
         (("--phase", "dpo", "--set", 'phases=["sft"]'), 2, "the recipe's phases are sft"),

@@ -10,7 +10,6 @@ from pydantic import Field, StringConstraints, model_validator
 
 from appliance.serving.api.fields import (
     MAX_CHOICES,
-    MAX_NAME_CHARACTERS,
     MAX_TOP_LOGPROBS,
     AdapterScale,
     DeadlineSeconds,
@@ -31,8 +30,8 @@ from appliance.serving.api.fields import (
 )
 from appliance.serving.api.tools import MAX_CALLS, MAX_TOOLS, CalledTool, CallId, NamedTool, Tool, plain_tools
 from appliance.serving.chat_turn import ChatTurn, Effort
-from appliance.serving.passages import MOST_DOCUMENTS
 from appliance.serving.requests import Document
+from appliance.text import passages
 
 MAX_MESSAGES = 1024
 MAX_TEXT_CHARACTERS = 512 * 1024
@@ -104,7 +103,7 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage
 class DocumentBody(Strict):
     """What an answer may rest on."""
 
-    id: Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARACTERS)]
+    id: Annotated[str, StringConstraints(min_length=1, max_length=passages.MOST_ID_CHARACTERS)]
     text: Annotated[str, StringConstraints(min_length=1)]
     score: Annotated[float, Field(ge=-MAX_SCORE, le=MAX_SCORE, allow_inf_nan=False)] | None = None
 
@@ -127,7 +126,7 @@ class ChatRequest(SamplingFields):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     documents: list[DocumentBody] = Field(
         default_factory=list,
-        max_length=MOST_DOCUMENTS,
+        max_length=passages.MOST_DOCUMENTS,
         fail_fast=True,
         description="Of this server: texts that stand between system prompt and conversation. With scores, those that are "
         "about as relevant may change places, so that more of what was read before can be used.",
@@ -204,16 +203,12 @@ class ChatRequest(SamplingFields):
 
 
 def _require_different(documents: Sequence[DocumentBody]) -> None:
-    ids: dict[str, int] = {}
-    texts: dict[str, int] = {}
     for at, document in enumerate(documents):
-        text = document.text.strip()
-        if not text:
+        if not document.text.strip():
             raise ValueError(f"documents[{at}] is empty; leave it out.")
-        for known, key, what in ((ids, document.id, "id"), (texts, text, "text")):
-            if key in known:
-                raise ValueError(f"documents[{at}] has the {what} of documents[{known[key]}]; give each document once.")
-            known[key] = at
+    if found := passages.repeated([(document.id, document.text) for document in documents]):
+        at, what, earlier = found
+        raise ValueError(f"documents[{at}] has the {what} of documents[{earlier}]; give each document once.")
 
 
 def _named(name: str | None) -> dict[str, str]:

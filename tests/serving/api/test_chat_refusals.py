@@ -7,7 +7,7 @@ import pytest
 from appliance.serving.api.chat_schema import MAX_MESSAGES, MAX_TEXT_CHARACTERS
 from appliance.serving.api.fields import MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_STOPS
 from appliance.serving.api.tools import MAX_TOOLS
-from appliance.serving.passages import MOST_DOCUMENTS
+from appliance.text.passages import MOST_DOCUMENTS
 from tests.serving.api.site import TOOL, USER, Site
 from tests.serving.api.site import ask_chat as ask
 from tests.serving.fakes import FakeEngine, says
