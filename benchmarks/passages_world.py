@@ -1,0 +1,205 @@
+"""A small made-up town to ask about: what stands in its documents is drawn anew for every scene, so that only reading helps.
+
+A scene is a handful of documents, each about one place or one person, and questions over them: answered by one document,
+by two (the phone of the place where Anna works), or by comparing two. Some combinations are held back: a name and what is
+asked of it, a person and their place, two places compared. `trained_scene` never has them, every question of
+`held_back_questions` is one.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any, Literal
+
+Kind = Literal["one document", "two documents", "comparison"]
+KINDS: tuple[Kind, ...] = ("one document", "two documents", "comparison")
+PLACES = (
+    "Anchor", "Beacon", "Castle", "Dolphin", "Eagle", "Falcon", "Garden", "Harbour", "Island", "Jasmine", "Kettle", "Lantern",
+    "Meadow", "Nest", "Orchard", "Pillar", "Quarry", "Raven", "Saddle", "Tower", "Umbrella", "Valley", "Willow", "Zebra",
+)  # fmt: skip
+WOMEN = ("Anna", "Clara", "Elif", "Greta", "Ines", "Katja", "Maria", "Olga", "Rosa", "Teresa", "Vera", "Yasmin")
+MEN = ("Boris", "David", "Farid", "Hugo", "Jonas", "Lukas", "Nico", "Pavel", "Samir", "Umar", "Walter", "Zoltan")
+PEOPLE = (*WOMEN, *MEN)
+STREETS = ("Birch", "Canal", "Church", "Copper", "Forest", "King", "Market", "Mill", "North", "River", "School", "Station")
+COLOURS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "red", "white", "yellow")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+DISHES = ("apples", "beans", "bread", "cake", "cheese", "eggs", "honey", "milk", "onions", "pasta", "rice", "soup")
+STREET, HOUR, PHONE, DOOR = "street", "hour", "phone", "door"  # of a place
+PLACE, DAY, DISH = "place", "day", "dish"  # of a person
+STATEMENTS: Mapping[str, Sequence[str]] = {
+    STREET: ("{} stands in {}.", "{} is found in {}."),
+    HOUR: ("{} opens at {}.", "{} is open from {}."),
+    PHONE: ("{} has the phone {}.", "{} is called at {}."),
+    DOOR: ("{} has a door in {}.", "{} shows a door in {}."),
+    PLACE: ("{} works at {}.", "{} helps at {}."),
+    DAY: ("{} comes on {}.", "{} is there on {}."),
+    DISH: ("{} brings {}.", "{} cooks {}."),
+}
+QUESTIONS: Mapping[str, Sequence[str]] = {
+    STREET: ("Where is {}?", "In which street is {}?"),
+    HOUR: ("When does {} open?", "From when is {} open?"),
+    PHONE: ("What is the phone of {}?", "Which phone has {}?"),
+    DOOR: ("What is the door of {}?", "Which door has {}?"),
+    PLACE: ("Where does {} work?", "Which place has {}?"),
+    DAY: ("When does {} come?", "Which day has {}?"),
+    DISH: ("What does {} bring?", "Which dish has {}?"),
+}
+OF_PLACES, OF_PEOPLE = (STREET, HOUR, PHONE, DOOR), (PLACE, DAY, DISH)
+WHERE_WORKS = "the place of {}"
+COMPARED = "{} opens at {}, {} at {}, so {}."
+COMPARISON = "Which opens earlier, {} or {}?"
+HELD_BACK = 0.2  # of all combinations of a sort
+MOST_PLACES = 4
+PRONOUN = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """`subjects` are the documents that hold the answer, in the order in which they are needed."""
+
+    kind: Kind
+    text: str
+    answer: str
+    subjects: tuple[str, ...]
+    attribute: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """`facts` by name and attribute; `documents` are pairs of name and text in the order in which they stand."""
+
+    facts: Mapping[str, Mapping[str, str]]
+    documents: Sequence[tuple[str, str]]
+
+    @property
+    def places(self) -> Sequence[str]:
+        return [name for name, _ in self.documents if name in PLACES]
+
+    @property
+    def people(self) -> Sequence[str]:
+        return [name for name, _ in self.documents if name in PEOPLE]
+
+
+class Town:
+    """Which combinations are held back; all of it follows from `seed`."""
+
+    def __init__(self, seed: int) -> None:
+        chance = random.Random(f"town {seed}")
+        asked = [*product(PLACES, OF_PLACES), *product(PEOPLE, OF_PEOPLE)]
+        self.never_asked = _part(asked, chance)
+        self.never_together = _part([*product(PEOPLE, PLACES)], chance)
+        self.never_compared = _part([*combinations(PLACES, 2)], chance)
+
+    def is_held_back(self, question: Question) -> bool:
+        """Whether training has not asked it."""
+        if question.kind == "comparison":
+            return tuple(sorted(question.subjects)) in self.never_compared
+        person, place = question.subjects[0], question.subjects[-1]
+        return (place, question.attribute) in self.never_asked or (person, place) in self.never_together
+
+    def trained_scene(self, chance: random.Random, places: int, people: int) -> tuple[Scene, Sequence[Question]]:
+        """Documents, and every question over them that may be trained, in random order."""
+        found = scene(chance, chance.sample(PLACES, places), chance.sample(PEOPLE, people), self.never_together)
+        asked = [each for each in questions(found, chance) if not self.is_held_back(each)]
+        chance.shuffle(asked)
+        return found, asked
+
+    def held_back_questions(self, chance: random.Random, kind: Kind, places: int, people: int) -> Iterator[tuple[Scene, Question]]:
+        """Scenes with one question each, of combinations that no trained scene has; without end."""
+        while True:
+            found = scene(chance, chance.sample(PLACES, places), chance.sample(PEOPLE, people))
+            held = [each for each in questions(found, chance) if each.kind == kind and self._is_tested(each)]
+            if held:
+                yield found, chance.choice(held)
+
+    def _is_tested(self, question: Question) -> bool:
+        """Of two documents the person must be new at the place: that is what makes the combination."""
+        if question.kind == "two documents":
+            return question.subjects in self.never_together
+        return self.is_held_back(question)
+
+
+def scene(
+    chance: random.Random,
+    places: Sequence[str],
+    people: Sequence[str],
+    never_together: frozenset[tuple[str, ...]] = frozenset(),
+) -> Scene:
+    """Draws every fact, no two places or people alike in any of them but where they work; documents in random order."""
+    drawn: dict[str, Sequence[str]] = {
+        STREET: [f"{name} Street {chance.randint(1, 9)}" for name in chance.sample(STREETS, len(places))],
+        HOUR: [str(hour) for hour in chance.sample(range(1, 10), len(places))],
+        PHONE: [str(number) for number in chance.sample(range(100, 1000), len(places))],
+        DOOR: chance.sample(COLOURS, len(places)),
+        DAY: chance.sample(DAYS, len(people)),
+        DISH: chance.sample(DISHES, len(people)),
+    }
+    facts = {name: {attribute: drawn[attribute][at] for attribute in OF_PLACES} for at, name in enumerate(places)}
+    for at, name in enumerate(people):
+        allowed = [place for place in places if (name, place) not in never_together]
+        # A person for whom no place is left works elsewhere; nothing is asked about that place.
+        works_at = chance.choice(allowed or [each for each in PLACES if (name, each) not in never_together])
+        facts[name] = {PLACE: works_at, DAY: drawn[DAY][at], DISH: drawn[DISH][at]}
+    documents = [(name, _told(name, facts[name], chance)) for name in chance.sample([*facts], len(facts))]
+    return Scene(facts, documents)
+
+
+def questions(found: Scene, chance: random.Random) -> list[Question]:
+    """All that can be asked about a scene, each in a wording by chance."""
+    facts = found.facts
+    asked = [
+        Question("one document", chance.choice(QUESTIONS[attribute]).format(name), said(name, attribute, answer), (name,), attribute)
+        for name, known in facts.items()
+        for attribute, answer in known.items()
+    ]
+    for person in found.people:
+        place = facts[person][PLACE]
+        for attribute, answer in facts.get(place, {}).items():
+            text = chance.choice(QUESTIONS[attribute]).format(WHERE_WORKS.format(person))
+            asked.append(Question("two documents", text, said(place, attribute, answer), (person, place), attribute))
+    for pair in combinations(found.places, 2):
+        one, other = chance.sample(pair, 2)
+        hours = [facts[name][HOUR] for name in (one, other)]
+        earlier = one if int(hours[0]) < int(hours[1]) else other
+        answer = COMPARED.format(one, hours[0], other, hours[1], earlier)
+        asked.append(Question("comparison", COMPARISON.format(one, other), answer, (one, other), HOUR))
+    return asked
+
+
+def said(name: str, attribute: str, value: str) -> str:
+    return STATEMENTS[attribute][0].format(name, value)
+
+
+def row(found: Scene, question: Question) -> dict[str, Any]:
+    """As a row of training data."""
+    return {
+        "messages": [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}],
+        "documents": [{"id": name, "text": text} for name, text in found.documents],
+    }
+
+
+def sentences() -> list[str]:
+    """Every word that any scene can have, for a tokenizer: each often enough to become one token."""
+    chance = random.Random(0)
+    found = []
+    for _ in range(1000):
+        each = scene(chance, chance.sample(PLACES, MOST_PLACES), chance.sample(PEOPLE, 3))
+        found += [text for _, text in each.documents]
+        found += [text for question in questions(each, chance) for text in (question.text, question.answer)]
+    return found
+
+
+def _told(name: str, known: Mapping[str, str], chance: random.Random) -> str:
+    """A document: the name comes once, then a word that stands for it."""
+    pronoun = "It" if name in PLACES else "She" if name in WOMEN else "He"
+    attributes = chance.sample([*known], len(known))
+    said = [
+        chance.choice(STATEMENTS[attribute]).format(pronoun if at and chance.random() < PRONOUN else name, known[attribute])
+        for at, attribute in enumerate(attributes)
+    ]
+    return " ".join(said)
+
+
+def _part(every: Sequence[tuple[str, ...]], chance: random.Random) -> frozenset[tuple[str, ...]]:
+    return frozenset(chance.sample(every, round(HELD_BACK * len(every))))
