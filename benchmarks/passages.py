@@ -24,9 +24,10 @@ import click
 
 from appliance import config
 from appliance.console import Command, emit, json_option, note
+from appliance.training import loop, starter
 from benchmarks import about, passages_reader, passages_served, passages_world
 from benchmarks.grpo import run, write_lines
-from benchmarks.passages_reader import Reader, Reading
+from benchmarks.passages_exam import Asked, Examined, Reading
 from benchmarks.passages_world import KINDS, Kind, Question, Scene, Town
 
 PLACES, PEOPLE = 4, 2  # of a scene that is asked about: six documents
@@ -76,7 +77,6 @@ ARMS = (
 )
 EXACT, UNTRAINED, TRAINED, KEPT, _ = (arm.title for arm in ARMS)
 DIFFERENCES = ((UNTRAINED, EXACT), (TRAINED, EXACT), (TRAINED, UNTRAINED), (KEPT, EXACT))
-Asked = Sequence[tuple[Scene, Question]]
 
 
 @click.command(cls=Command)
@@ -84,7 +84,9 @@ Asked = Sequence[tuple[Scene, Question]]
 @click.option("--seeds", type=click.IntRange(min=2), default=3, show_default=True)
 @click.option("--questions", type=click.IntRange(min=10), default=300, show_default=True, help="Of each kind, for a seed.")
 @click.option("--rows", type=click.IntRange(min=16), default=1600, show_default=True, help="That the phases are trained on.")
-@click.option("--served", type=click.IntRange(min=0), default=100, show_default=True, help="Questions asked of a server, too.")
+@click.option(
+    "--served", type=click.IntRange(min=0), default=100, show_default=True, help="Questions asked of a server, too."
+)
 @click.option("--steps", type=click.IntRange(min=1), default=passages_reader.Schooling().steps, show_default=True)
 @json_option
 def passages(folder: Path, seeds: int, questions: int, rows: int, served: int, steps: int, as_json: bool) -> None:
@@ -92,6 +94,7 @@ def passages(folder: Path, seeds: int, questions: int, rows: int, served: int, s
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["APPLIANCE_ARTIFACTS"] = str(folder.resolve() / "artifacts")
     config.apply_quiet_environment()
+    loop.prepare()
     began = time.monotonic()
     found = [_one_seed(folder / f"seed-{seed}", seed, questions, rows, served, steps) for seed in range(1, seeds + 1)]
     head = {"command": about.command(), "date": about.now(), **about.machine(), **about.versions(), "load": about.load()}
@@ -110,23 +113,23 @@ def _one_seed(folder: Path, seed: int, questions: int, rows: int, served: int, s
     began = time.monotonic()
     town = Town(seed)
     model, tokenizer = passages_reader.school(town, seed, passages_reader.Schooling(steps=steps))
-    passages_reader.save(model, tokenizer, folder / "base")
+    starter.save(model, tokenizer, folder / "base")
     base_seconds = time.monotonic() - began
     recipe = write(folder, town, seed, rows)
     merged = {phase: _merged(recipe, folder / "base", phase) for phase in PHASES}
     phase_seconds = time.monotonic() - began - base_seconds
     asked = {kind: draw(town, seed, kind, questions) for kind in KINDS}
-    models = {phase: Reader.load(path) for phase, path in merged.items()}
+    models = {phase: Examined(path) for phase, path in merged.items()}
     scores = {
         arm.title: {kind: statistics.fmean(models[arm.phase].right(asked[kind], arm.reading)) for kind in KINDS}
         for arm in ARMS
     }
     for title, score in scores.items():
         note(f"seed {seed}: {title}: " + ", ".join(f"{kind} {value:.1%}" for kind, value in score.items()))
-    chosen = [each for each in itertools.chain(*zip(*asked.values(), strict=True))][:served]
+    chosen = list(itertools.chain(*zip(*asked.values(), strict=True)))[:served]
     return {
         "seed": seed,
-        "parameters": model.num_parameters(),
+        "parameters": models["sft"].parameters,
         "questions": {kind: len(each) for kind, each in asked.items()},
         "chance": {kind: statistics.fmean(guessed(*each) for each in asked[kind]) for kind in KINDS},
         "scores": scores,
@@ -138,7 +141,7 @@ def _one_seed(folder: Path, seed: int, questions: int, rows: int, served: int, s
 def write(folder: Path, town: Town, seed: int, rows: int) -> Path:
     """The recipe of both phases, with rows of combinations that are not held back."""
     chance = random.Random(f"rows {seed}")
-    written = []
+    written: list[Any] = []
     while len(written) < rows:
         scene, asked = town.trained_scene(chance, PLACES, PEOPLE)
         # All kinds alike, though most of what can be asked needs one document.
@@ -167,7 +170,7 @@ def _merged(recipe: Path, base: Path, phase: str) -> Path:
     return Path(run("convert", "merge", adapter, "--base", base, "--name", f"{recipe.parent.name}-{phase}")["artifact"])
 
 
-def _served(folder: Path, merged: Path, phase: str, reader: Reader, asked: Asked) -> list[dict[str, Any]]:
+def _served(folder: Path, merged: Path, phase: str, model: Examined, asked: Asked) -> list[dict[str, Any]]:
     """What a server of the same weights answers, beside what the model in training did."""
     if not asked:
         return []
@@ -176,7 +179,7 @@ def _served(folder: Path, merged: Path, phase: str, reader: Reader, asked: Asked
     readings: Mapping[str, Reading] = {"exact": "full", "stitched": "blocks"}
     for documents, reading in readings.items():
         told = asyncio.run(passages_served.answers(file, folder, documents, asked))
-        expected = reader.answers(asked, reading)
+        expected = model.answers(asked, reading)
         differ = sum(one != other for one, other in zip(told, expected, strict=True))
         right = statistics.fmean(text == question.answer for text, (_, question) in zip(told, asked, strict=True))
         found.append({"phase": phase, "documents": documents, "questions": len(asked), "right": right, "differ": differ})
@@ -219,8 +222,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += ["", "| served | seed | right | answers that differ from those in training |", "|---|---|---|---|"]
     for seed in seeds:
         for each in seed["served"]:
-            what = f"after `{each['phase']}`, `documents = \"{each['documents']}\"`"
-            lines.append(f"| {what} | {seed['seed']} | {100 * each['right']:.1f} % | {each['differ']} of {each['questions']} |")
+            what = f'after `{each["phase"]}`, `documents = "{each["documents"]}"`'
+            lines.append(
+                f"| {what} | {seed['seed']} | {100 * each['right']:.1f} % | {each['differ']} of {each['questions']} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -34,7 +34,7 @@ async def answers(file: Path, folder: Path, documents: str, asked: Sequence[tupl
             run.check([answer])
             texts.append(answer.text)
         metrics = (await ask(run.get("/metrics"), patience_seconds=PATIENCE_SECONDS)).text
-    read = next((line for line in metrics.splitlines() if line.startswith(HOW % documents)), "none")
-    if float(read.split()[-1]) != len(asked):
-        raise ServerError(f"Of {len(asked)} questions, documents were read as {documents!r} for: {read}.")
+    counts = [float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(HOW % documents)]
+    if counts != [len(asked)]:
+        raise ServerError(f"Documents were read as {documents!r} for {counts or 'none'} of {len(asked)} questions.")
     return texts
