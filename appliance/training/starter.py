@@ -79,7 +79,7 @@ def make(recipe: Recipe, dataset: Path, root: Path, *, resume: bool = False, res
         )
         outcome = loop.train(_trainer(model, tokenizer, rows, recipe, draft.path), draft.path, "starter", checkpoint)
         renew_turn_tokens(model, tokenizer)
-        _save(model, tokenizer, draft.path)
+        save(model, tokenizer, draft.path)
         card = CARD.format(name=recipe.name, parameters=model.num_parameters(), tokens=tokens)
         (draft.path / "README.md").write_text(card)
         draft.results.update(outcome, parameters=model.num_parameters(), tokens=tokens, vocabulary=len(tokenizer))
@@ -205,7 +205,8 @@ def _trainer(model: Any, tokenizer: Any, rows: list[list[int]], recipe: Recipe, 
     )
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes both as other phases read a base, with the template that marks what is learned."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / TRAINING_TEMPLATE).write_text(MARKED_TEMPLATE)

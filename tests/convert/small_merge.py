@@ -18,7 +18,7 @@ def write_base(folder: Path) -> Path:
 
     tokenizer = starter.make_tokenizer(["een paar woorden voor de woordenlijst"], 512)
     torch.manual_seed(1)
-    starter._save(starter.make_model(SHAPE, tokenizer), tokenizer, folder)
+    starter.save(starter.make_model(SHAPE, tokenizer), tokenizer, folder)
     return folder
 
 

@@ -81,7 +81,7 @@ def noisy_base(folder: Path) -> Path:
     more = {"num_hidden_layers": 4, "initializer_range": 0.12, "eos_token_id": tokenizer.eos_token_id}
     config = Qwen3Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **sizes, **more)
     torch.manual_seed(1)
-    starter._save(Qwen3ForCausalLM(config), tokenizer, folder)
+    starter.save(Qwen3ForCausalLM(config), tokenizer, folder)
     return folder
 
 

@@ -1,0 +1,82 @@
+"""Asks a model of `benchmarks.passages` in torch: with full attention, each document by itself, or without documents."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from appliance.training import blocks, documents
+from appliance.training import model as models
+from appliance.training.documents import Tokens
+from benchmarks.passages_world import Question, Scene, row
+
+Reading = Literal["full", "blocks", "none"]
+Asked = Sequence[tuple[Scene, Question]]
+ROWS, ANSWER_TOKENS = 25, 24
+
+
+class Examined:
+    """A merged model, and its tokenizer."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = models.load_tokenizer(folder)
+        self._model = models.load_model(folder, in_memory=True).eval()
+
+    @property
+    def parameters(self) -> int:
+        return int(self._model.num_parameters())
+
+    def right(self, asked: Asked, reading: Reading) -> list[bool]:
+        """Whether the greedy answer is the expected one, word for word, and ends there.
+
+        It is where each token of the expected answer is the likeliest after those before it: one pass over it tells.
+        """
+        found: list[bool] = []
+        for start in range(0, len(asked), ROWS):
+            part = asked[start : start + ROWS]
+            answers = [
+                [*self._tokenizer(question.answer)["input_ids"], self._tokenizer.eos_token_id] for _, question in part
+            ]
+            prompts = [self._prompt(each, reading) for each in part]
+            likeliest = self._likeliest(prompts, answers)
+            for prompt, answer, each in zip(prompts, answers, likeliest, strict=True):
+                said = each[len(prompt.input_ids) - 1 :][: len(answer)]
+                found.append(said == answer)
+        return found
+
+    def answers(self, asked: Asked, reading: Reading) -> list[str]:
+        """The greedy answers themselves: those that are right are known, the others are spelt out token by token."""
+        return [
+            each[1].answer if is_right else self._spelt(self._prompt(each, reading))
+            for each, is_right in zip(asked, self.right(asked, reading), strict=True)
+        ]
+
+    def _spelt(self, prompt: Tokens) -> str:
+        said: list[int] = []
+        while len(said) < ANSWER_TOKENS:
+            token = self._likeliest([prompt], [said])[0][len(prompt.input_ids) + len(said) - 1]
+            if token == self._tokenizer.eos_token_id:
+                break
+            said.append(token)
+        text: str = self._tokenizer.decode(said)
+        return text
+
+    def _prompt(self, asked: tuple[Scene, Question], reading: Reading) -> Tokens:
+        """What serving makes of the same request; without bounds where all see all."""
+        told = row(*asked)
+        shown = [] if reading == "none" else told["documents"]
+        made = documents.render(self._tokenizer, told["messages"][:1], shown, add_generation_prompt=True)
+        return made if reading == "blocks" else Tokens(made.input_ids)
+
+    def _likeliest(self, prompts: Sequence[Tokens], answers: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Of each row the likeliest next token after each of its tokens; padding comes last, where none of them sees it."""
+        import torch
+
+        rows = [[*prompt.input_ids, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[*each, *[self._tokenizer.pad_token_id] * (longest - len(each))] for each in rows])
+        numbers = torch.tensor([blocks.of_row(longest, prompt.bounds) for prompt in prompts])
+        added = blocks.mask(numbers, blocks.weight_type(self._model))
+        with torch.no_grad():
+            output: Any = self._model(input_ids=ids, attention_mask=added, use_cache=False)
+        found: list[list[int]] = output.logits.argmax(-1).tolist()
+        return found
