@@ -16,8 +16,9 @@ Kind = Literal["one document", "two documents", "comparison", "one, in a word", 
 KINDS: tuple[Kind, ...] = ("one document", "two documents", "comparison", "one, in a word", "two, in a word")
 IN_A_WORD: Mapping[str, Kind] = {"one document": "one, in a word", "two documents": "two, in a word"}
 PLACES = (
-    "Anchor", "Beacon", "Castle", "Dolphin", "Eagle", "Falcon", "Garden", "Harbour", "Island", "Jasmine", "Kettle", "Lantern",
-    "Meadow", "Nest", "Orchard", "Pillar", "Quarry", "Raven", "Saddle", "Tower", "Umbrella", "Valley", "Willow", "Zebra",
+    "Anchor", "Beacon", "Castle", "Dolphin", "Eagle", "Falcon", "Garden", "Harbour", "Island", "Jasmine", "Kettle",
+    "Lantern", "Meadow", "Nest", "Orchard", "Pillar", "Quarry", "Raven", "Saddle", "Tower", "Umbrella", "Valley", "Willow",
+    "Zebra",
 )  # fmt: skip
 PEOPLE = (
     "Anna", "Boris", "Clara", "David", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Katja", "Lukas",

@@ -109,7 +109,7 @@ class KeptDocuments:
         try:
             return document_erasure.noted(self._store.folder, self._model_sha256), True
         except OSError as error:
-            self._say("documents_not_noted", error)
+            self._say("note", error)
             return {}, False
 
     def _erase(self, asked: Documents, names: Named, removed: Mapping[str, Run]) -> bool:
@@ -124,9 +124,9 @@ class KeptDocuments:
                     files = document_erasure.erase(self._store.folder, names, {self._model_sha256: removed.values()})
                 except OSError as error:
                     is_done = False
-                    self._say("documents_not_erased", error)
+                    self._say("erase", error)
                 else:
-                    self._said.discard("documents_not_erased")
+                    self._said.discard("erase")
             self._unerased = {} if is_done else dict(removed)
             self._untold += len(removed) if is_done else 0
             if find is not None:
@@ -153,9 +153,9 @@ class KeptDocuments:
             try:
                 document_erasure.note(self._store.folder, self._model_sha256, self._runs)
             except OSError as error:
-                self._say("documents_not_noted", error)
+                self._say("note", error)
                 return False
-        self._said.discard("documents_not_noted")
+        self._said.discard("note")
         self._noted = set(self._runs)
         return True
 
@@ -199,11 +199,12 @@ class KeptDocuments:
     def _is_ahead(self, asked: Documents) -> bool:
         return asked.is_read_ahead and self._orders.is_stitching
 
-    def _say(self, event: str, error: OSError) -> None:
+    def _say(self, task: str, error: OSError) -> None:
         """Once, until it has succeeded."""
-        if event not in self._said:
-            self._said.add(event)
-            logger.error("event=%s reason=%r retry_seconds=%g", event, error.strerror or str(error), self._retry_seconds)
+        if task not in self._said:
+            self._said.add(task)
+            reason = error.strerror or str(error)
+            logger.error("event=documents_unfinished task=%s reason=%r retry_seconds=%g", task, reason, self._retry_seconds)
 
     @property
     def _opening(self) -> int:

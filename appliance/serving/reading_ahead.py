@@ -187,10 +187,10 @@ class ReadingAhead:
         count = len(documents) + len(unplaced)
         self._refused += count - len(found)
         if taken < needed:
-            wanted = f"serve.snapshot_mib to {-(-needed // MIB)}"
+            wanted = f"raise serve.snapshot_mib to {-(-needed // MIB)}"
             if self._store is None:
-                wanted = f"serve.cache_tokens by {needed - limit}, or let them be written to disk"
-            logger.warning("event=documents_find_no_place fitting=%d of=%d remedy='raise %s'", len(found), count, wanted)
+                wanted = f"raise serve.cache_tokens by {needed - limit}, or let them be written to disk"
+            logger.warning("event=documents_find_no_place fitting=%d of=%d remedy=%r", len(found), count, wanted)
         return found
 
     def _place_of(self, tokens: int) -> int:

@@ -281,7 +281,7 @@ class TestReading:
                 until(lambda: len(times) > 2)
                 assert served.decoder.computed == SIZE
                 assert served.counts()[:2] == (1, 0)
-                assert caplog.text.count("event=documents_not_noted") == 1, "said once"
+                assert caplog.text.count("event=documents_unfinished task=note") == 1, "said once"
             served.knows(3)
 
     def test_a_document_that_no_prompt_holds_is_refused_once(
@@ -446,7 +446,7 @@ class TestErasing:
                 counts = served.bench.scheduler.load().documents
                 assert counts is not None
                 assert (counts.erased, counts.unerased) == (0, 1)
-                assert caplog.text.count("event=documents_not_erased") == 1, "said once"
+                assert caplog.text.count("event=documents_unfinished task=erase") == 1, "said once"
                 assert "event=documents_erased" not in caplog.text
             served.knows(2, erased=1)
             assert served.places(BEDS) == []
