@@ -1,10 +1,10 @@
-"""What reading documents by themselves costs in answers: `python -m benchmarks.passages FOLDER [--seeds 3]`.
+"""What reading documents by themselves costs in answers: `python -m benchmarks.passages FOLDER [--base MODEL] [--seeds 3]`.
 
 A small model is trained here, from scratch and with full attention, to answer questions over the documents of a made-up town
-(`passages_world`), fine-tuned by the phase `sft`, and then by the phase `passages`. Each is asked the same questions, whose
-combinations no training had: with full attention, with documents that each see themselves alone, and without any. Some are
-asked once more of the files that are served, with `serve.documents` exact and stitched. It ends with 4 where those disagree
-with the model in training about more answers than rounding can explain.
+(`passages_world`), or one of yours is taken. It is fine-tuned by the phase `sft`, and then by the phase `passages`. Each is
+asked the same questions, whose combinations no training had: with full attention, with documents that each see themselves
+alone, and without any. Some are asked once more of the files that are served, with `serve.documents` exact and stitched. It
+ends with 4 where those disagree with the model in training about more answers than rounding can explain.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from appliance import config
+from appliance import bases, config
 from appliance.console import Command, emit, json_option, note
 from appliance.training import loop, starter
 from benchmarks import about, passages_reader, passages_served, passages_world
@@ -81,6 +81,7 @@ DIFFERENCES = ((UNTRAINED, EXACT), (TRAINED, EXACT), (TRAINED, UNTRAINED), (KEPT
 
 @click.command(cls=Command)
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--base", help="A model folder, or an id that was pulled. [default: one is trained here for each seed]")
 @click.option("--seeds", type=click.IntRange(min=2), default=3, show_default=True)
 @click.option("--questions", type=click.IntRange(min=10), default=300, show_default=True, help="Of each kind, for a seed.")
 @click.option("--rows", type=click.IntRange(min=16), default=1600, show_default=True, help="That the phases are trained on.")
@@ -89,14 +90,22 @@ DIFFERENCES = ((UNTRAINED, EXACT), (TRAINED, EXACT), (TRAINED, UNTRAINED), (KEPT
 )
 @click.option("--steps", type=click.IntRange(min=1), default=passages_reader.Schooling().steps, show_default=True)
 @json_option
-def passages(folder: Path, seeds: int, questions: int, rows: int, served: int, steps: int, as_json: bool) -> None:
+def passages(
+    folder: Path, base: str | None, seeds: int, questions: int, rows: int, served: int, steps: int, as_json: bool
+) -> None:
     """Train and ask in FOLDER under several seeds; writes passages.json and passages.md there."""
+    given = bases.locate(base, config.artifacts_root()).resolve() if base else None
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["APPLIANCE_ARTIFACTS"] = str(folder.resolve() / "artifacts")
     config.apply_quiet_environment()
     loop.prepare()
     began = time.monotonic()
-    found = [_one_seed(folder / f"seed-{seed}", seed, questions, rows, served, steps) for seed in range(1, seeds + 1)]
+    found = []
+    for seed in range(1, seeds + 1):
+        place, town = folder / f"seed-{seed}", Town(seed)
+        place.mkdir(exist_ok=True)
+        taught = given or _school(place / "base", town, seed, steps)
+        found.append(_one_seed(place, taught, town, seed, questions, rows, served))
     head = {"command": about.command(), "date": about.now(), **about.machine(), **about.versions(), "load": about.load()}
     result = {"head": head, "seconds": time.monotonic() - began, "seeds": found, "summary": summary(found)}
     (folder / "passages.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -107,17 +116,20 @@ def passages(folder: Path, seeds: int, questions: int, rows: int, served: int, s
         sys.exit(4)
 
 
-def _one_seed(folder: Path, seed: int, questions: int, rows: int, served: int, steps: int) -> dict[str, Any]:
-    """Trains the base and both phases, and asks. What is on disk already is not trained again, but the base."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _school(folder: Path, town: Town, seed: int, steps: int) -> Path:
+    """A base of this seed; it is made anew even where it is on disk."""
     began = time.monotonic()
-    town = Town(seed)
-    model, tokenizer = passages_reader.school(town, seed, passages_reader.Schooling(steps=steps))
-    starter.save(model, tokenizer, folder / "base")
-    base_seconds = time.monotonic() - began
-    recipe = write(folder, town, seed, rows)
-    merged = {phase: _merged(recipe, folder / "base", phase) for phase in PHASES}
-    phase_seconds = time.monotonic() - began - base_seconds
+    starter.save(*passages_reader.school(town, seed, passages_reader.Schooling(steps=steps)), folder)
+    note(f"seed {seed}: a base that reads was trained in {time.monotonic() - began:.0f} s")
+    return folder
+
+
+def _one_seed(folder: Path, base: Path, town: Town, seed: int, questions: int, rows: int, served: int) -> dict[str, Any]:
+    """Trains both phases, and asks. What is on disk already is not trained again."""
+    began = time.monotonic()
+    recipe = write(folder, base, town, seed, rows)
+    merged = {phase: _merged(recipe, base, phase) for phase in PHASES}
+    phase_seconds = time.monotonic() - began
     asked = {kind: draw(town, seed, kind, questions) for kind in KINDS}
     models = {phase: Examined(path) for phase, path in merged.items()}
     scores = {
@@ -134,11 +146,11 @@ def _one_seed(folder: Path, seed: int, questions: int, rows: int, served: int, s
         "chance": {kind: statistics.fmean(guessed(*each) for each in asked[kind]) for kind in KINDS},
         "scores": scores,
         "served": [each for phase in PHASES for each in _served(folder, merged[phase], phase, models[phase], chosen)],
-        "seconds": {"base": base_seconds, "phases": phase_seconds, "all": time.monotonic() - began},
+        "seconds": {"phases": phase_seconds, "all": time.monotonic() - began},
     }
 
 
-def write(folder: Path, town: Town, seed: int, rows: int) -> Path:
+def write(folder: Path, base: Path, town: Town, seed: int, rows: int) -> Path:
     """The recipe of both phases, with rows of combinations that are not held back."""
     chance = random.Random(f"rows {seed}")
     written: list[Any] = []
@@ -149,7 +161,7 @@ def write(folder: Path, town: Town, seed: int, rows: int) -> Path:
         written += [passages_world.row(scene, question) for question in of_kind[:1]]
     write_lines(folder / "sft.jsonl", written)
     path = folder / "recipe.toml"
-    path.write_text(RECIPE.format(base=json.dumps(str((folder / "base").resolve())), seed=seed), encoding="utf-8")
+    path.write_text(RECIPE.format(base=json.dumps(str(base.resolve())), seed=seed), encoding="utf-8")
     return path
 
 

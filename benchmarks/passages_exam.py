@@ -12,6 +12,7 @@ from benchmarks.passages_world import Question, Scene, row
 Reading = Literal["full", "blocks", "none"]
 Asked = Sequence[tuple[Scene, Question]]
 ROWS, ANSWER_TOKENS = 25, 24
+THOUGHT = "</think>"  # ends what is no part of an answer
 
 
 class Examined:
@@ -19,7 +20,7 @@ class Examined:
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = models.load_tokenizer(folder)
-        self._model = models.load_model(folder, in_memory=True).eval()
+        self._model = models.load_model(folder).eval()
 
     @property
     def parameters(self) -> int:
@@ -33,10 +34,8 @@ class Examined:
         found: list[bool] = []
         for start in range(0, len(asked), ROWS):
             part = asked[start : start + ROWS]
-            answers = [
-                [*self._tokenizer(question.answer)["input_ids"], self._tokenizer.eos_token_id] for _, question in part
-            ]
             prompts = [self._prompt(each, reading) for each in part]
+            answers = [self.expected(each, reading) for each in part]
             likeliest = self._likeliest(prompts, answers)
             for prompt, answer, each in zip(prompts, answers, likeliest, strict=True):
                 said = each[len(prompt.input_ids) - 1 :][: len(answer)]
@@ -50,6 +49,14 @@ class Examined:
             for each, is_right in zip(asked, self.right(asked, reading), strict=True)
         ]
 
+    def expected(self, asked: tuple[Scene, Question], reading: Reading) -> list[int]:
+        """The answer as it was trained: with what a template begins it with, Qwen3's empty thoughts, and what ends it."""
+        told = row(*asked)
+        shown = [] if reading == "none" else told["documents"]
+        whole = documents.render(self._tokenizer, told["messages"], shown, add_generation_prompt=False).input_ids
+        start = len(self._prompt(asked, reading).input_ids)
+        return whole[start : whole.index(self._tokenizer.eos_token_id, start) + 1]
+
     def _spelt(self, prompt: Tokens) -> str:
         said: list[int] = []
         while len(said) < ANSWER_TOKENS:
@@ -57,8 +64,8 @@ class Examined:
             if token == self._tokenizer.eos_token_id:
                 break
             said.append(token)
-        text: str = self._tokenizer.decode(said)
-        return text
+        text: str = self._tokenizer.decode(said, skip_special_tokens=True)
+        return text.rpartition(THOUGHT)[2].strip()
 
     def _prompt(self, asked: tuple[Scene, Question], reading: Reading) -> Tokens:
         """What serving makes of the same request; without bounds where all see all."""
@@ -73,8 +80,10 @@ class Examined:
 
         rows = [[*prompt.input_ids, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
         longest = max(map(len, rows))
-        ids = torch.tensor([[*each, *[self._tokenizer.pad_token_id] * (longest - len(each))] for each in rows])
-        numbers = torch.tensor([blocks.of_row(longest, prompt.bounds) for prompt in prompts])
+        place = self._model.device
+        padded = [[*each, *[self._tokenizer.pad_token_id] * (longest - len(each))] for each in rows]
+        ids = torch.tensor(padded, device=place)
+        numbers = torch.tensor([blocks.of_row(longest, prompt.bounds) for prompt in prompts], device=place)
         added = blocks.mask(numbers, blocks.weight_type(self._model))
         with torch.no_grad():
             output: Any = self._model(input_ids=ids, attention_mask=added, use_cache=False)

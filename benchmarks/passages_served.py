@@ -6,10 +6,11 @@ from pathlib import Path
 from appliance import device
 from appliance.errors import ServerError
 from benchmarks.client import ask
+from benchmarks.passages_exam import ANSWER_TOKENS
 from benchmarks.passages_world import Question, Scene, row
 from benchmarks.servers import SERVERS, Launch, running
 
-CONTEXT_TOKENS, CACHE_TOKENS, ANSWER_TOKENS = 1024, 4096, 12
+CONTEXT_TOKENS, CACHE_TOKENS = 1024, 4096
 PATIENCE_SECONDS = 60.0
 HOW = 'appliance_document_requests_total{reading="%s"}'
 
@@ -32,7 +33,7 @@ async def answers(file: Path, folder: Path, documents: str, asked: Sequence[tupl
             request = run.chat(body["messages"][:1], ANSWER_TOKENS, documents=body["documents"], ignore_eos=None)
             answer = await ask(request, patience_seconds=PATIENCE_SECONDS)
             run.check([answer])
-            texts.append(answer.text)
+            texts.append(answer.text.strip())
         metrics = (await ask(run.get("/metrics"), patience_seconds=PATIENCE_SECONDS)).text
     counts = [float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(HOW % documents)]
     if counts != [len(asked)]:

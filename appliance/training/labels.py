@@ -196,8 +196,7 @@ def _mask_by_difference(tokenizer: Any, row: dict[str, Any], input_ids: Sequence
         with_answer = _rendered(tokenizer, row, position + 1, add_generation_prompt=False).input_ids
         if with_answer[:start] != prompt:
             raise VerificationFailed(
-                "The chat template does not begin an answer as it asks for one, so the assistant's tokens"
-                " cannot be told apart; give the base a training_template.jinja with {% generation %} markers."
+                f"The chat template does not begin an answer as it asks for one, so the assistant's tokens {_untold(row)}"
             )
         if tokenizer.eos_token_id not in with_answer[start:]:
             raise VerificationFailed(
@@ -209,10 +208,17 @@ def _mask_by_difference(tokenizer: Any, row: dict[str, Any], input_ids: Sequence
         if with_answer[:end] != list(input_ids[:end]):
             raise VerificationFailed(
                 "The chat template renders earlier turns differently once an answer follows, so the assistant's tokens"
-                " cannot be told apart; give the base a training_template.jinja with {% generation %} markers."
+                f" {_untold(row)}"
             )
         mask[start:end] = [True] * (end - start)
     return mask
+
+
+def _untold(row: dict[str, Any]) -> str:
+    """With documents a row is no single string, in which markers would tell."""
+    if row.get(DOCUMENTS):
+        return f"of line {row['line']}, which has documents, cannot be told apart; take a base with another chat template."
+    return "cannot be told apart; give the base a training_template.jinja with {% generation %} markers."
 
 
 def _lead(tokenizer: Any) -> str:

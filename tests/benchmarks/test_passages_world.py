@@ -11,6 +11,7 @@ import pytest
 
 from appliance.training import documents, starter
 from benchmarks import passages, passages_reader, passages_world
+from benchmarks.passages_exam import Examined, Reading
 from benchmarks.passages_world import HOUR, HOURS, KINDS, OF_PLACES, PEOPLE, PLACE, PLACES, Kind, Question, Scene, Town
 
 NAME = r"([A-Z][a-z]+)"
@@ -90,7 +91,7 @@ def test_towns_hold_different_combinations_back_and_the_same_town_the_same() -> 
 
 def test_rows_of_the_phases_have_no_held_back_combination(tmp_path: Path) -> None:
     town = Town(3)
-    recipe = passages.write(tmp_path, town, 3, 90)
+    recipe = passages.write(tmp_path, tmp_path / "base", town, 3, 90)
     rows = [json.loads(line) for line in (recipe.parent / "sft.jsonl").read_text().splitlines()]
     assert len(rows) == 90
     for row in rows:
@@ -125,6 +126,21 @@ def test_questions_of_a_lesson_see_the_documents_and_not_each_other() -> None:
     assert not sees[-1, start:second].any()
     assert sees[-1, second:].all()
     assert lesson.positions[second] == lesson.positions[start] == start
+
+
+def test_exam_expects_what_a_template_writes_before_an_answer(tmp_path: Path) -> None:
+    tokenizer = starter.make_tokenizer(passages_reader.texts(), passages_reader.SHAPE.vocabulary_tokens)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' }}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    starter.save(passages_reader.begin(tokenizer), tokenizer, tmp_path)
+    examined = Examined(tmp_path)
+    ((scene, question),) = trained(Town(1), 1)[:1]
+    readings: tuple[Reading, ...] = ("full", "blocks", "none")
+    for reading in readings:
+        expected = tokenizer.decode(examined.expected((scene, question), reading))
+        assert expected == f"<think>\n\n</think>\n\n{question.answer}<|im_end|>"
 
 
 def test_mean_has_an_interval_over_seeds() -> None:
