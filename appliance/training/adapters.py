@@ -57,13 +57,22 @@ def continued(base: Base, adapter: Path, rung: Rung) -> Any:
 
 def copy_as_reference(model: Any) -> None:
     """Gives the model a frozen copy of its adapter, as TRL's trainers do that have a reference."""
+    model.add_adapter(REFERENCE, model.peft_config["default"])
+    _copy(model, "default", REFERENCE)
+
+
+def take_back(model: Any) -> None:
+    """Makes the adapter what its frozen copy is."""
+    _copy(model, REFERENCE, "default")
+
+
+def _copy(model: Any, source: str, target: str) -> None:
     import torch
 
-    model.add_adapter(REFERENCE, model.peft_config["default"])
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if ".default." in name:
-                model.get_parameter(name.replace(".default.", f".{REFERENCE}.")).copy_(value)
+            if f".{source}." in name:
+                model.get_parameter(name.replace(f".{source}.", f".{target}.")).copy_(value)
 
 
 def linear_layers(model: Any) -> list[str]:

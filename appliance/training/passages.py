@@ -32,7 +32,7 @@ from appliance.training.labels import IGNORED, LabelledRow
 from appliance.training.model import Base
 from appliance.training.rungs import Rung
 
-REVISION = 1  # raised when the same data and settings would give another adapter
+REVISION = 2  # raised when the same data and settings would give another adapter
 MEASURED_ROWS = 128  # of a file, evenly: for each of three figures teacher and student read it
 BLOCKS = "blocks"  # the column of a training set with the number of each token's block
 
@@ -72,8 +72,11 @@ def train(recipe: Recipe, dataset: Path, base: Base, adapter: Path, root: Path, 
         blocks.require_apart(trained)
         layout.remember(draft.path / loop.CHECKPOINTS, rung)
         outcome = loop.train(trained, draft.path, "passages", checkpoint, batches=batches.record(trained))
-        models.save_adapter(model, draft.path)
         outcome |= _measured(model, read)
+        outcome["is_taken_back"] = not recipe.passages.sft_weight and not has_gained(outcome, recipe.passages.exact_share)
+        if outcome["is_taken_back"]:
+            adapters.take_back(model)
+        models.save_adapter(model, draft.path)
         processes.note(f"passages: {in_words(outcome)}")
         rows = [row for row in read_rows(dataset, "sft") if row.get(DOCUMENTS)]
         samples.write(model, read.tokenizer, rows, recipe, draft.path)
@@ -161,7 +164,16 @@ def in_words(results: Mapping[str, Any]) -> str:
     said = [_in_words(results, "", f"over {results['measured_rows']} of its rows")]
     if "heldout_measured_rows" in results:
         said.append(_in_words(results, "heldout_", f"over {results['heldout_measured_rows']} held-out rows"))
+    if results["is_taken_back"]:
+        said.append("That is no gain: the adapter stays as it came.")
     return " ".join(said)
+
+
+def has_gained(results: Mapping[str, Any], exact_share: float) -> bool:
+    """Whether what was trained for fell, by held-out rows where there are any; ordinary reading was 0 from the teacher."""
+    prefix = "heldout_" if "heldout_measured_rows" in results else ""
+    after = results[f"{prefix}kl_after"] + exact_share * results[f"{prefix}kl_exact"]
+    return bool(after < results[f"{prefix}kl_before"])
 
 
 def said_of_rows(labelled: Sequence[LabelledRow]) -> str:

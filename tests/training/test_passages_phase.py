@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from appliance import artifacts
 from appliance import recipe as recipes
@@ -139,6 +140,7 @@ def test_documents_read_apart_say_more_of_what_ordinary_reading_says(apart: Apar
     assert results["kl_after"] < results["kl_before"] / 5
     assert results["top1_after"] >= results["top1_before"]
     assert results["kl_exact"] < results["kl_before"] / 5
+    assert results["is_taken_back"] is False
     ids = [artifacts.identity(each) for each in (apart.dataset, apart.base.path, apart.sft)]
     assert manifest["parents"] == ids
     assert manifest["config"]["passages"]["epochs"] == 12
@@ -147,6 +149,33 @@ def test_documents_read_apart_say_more_of_what_ordinary_reading_says(apart: Apar
     assert points[0]["divergence"] > points[-1]["divergence"]
     assert {line for point in points for line in point["rows"]} == set(range(7, 15))  # those that have documents
     assert points[-1]["num_tokens"] > 12 * results["tokens"]
+
+
+def test_what_gains_nothing_is_taken_back(apart: Apart, root: Path, again: list[str | Path]) -> None:
+    done = run(root, *again, "--set", "passages.learning_rate=1.0", "--set", "passages.epochs=1", "--json")
+    assert done.returncode == 0, done.stderr
+    made = Path(json.loads(done.stdout)["artifact"])
+    results = artifacts.load(made).results
+    assert results["is_taken_back"] is True
+    assert results["heldout_kl_after"] > results["heldout_kl_before"]
+    assert "the adapter stays as it came" in done.stderr
+    weights, before = (load_file(folder / "adapter_model.safetensors") for folder in (made, apart.sft))
+    assert weights.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("share", "heldout", "has_gained"),
+    [
+        (0.5, {}, True),
+        (1.0, {}, False),
+        (0.5, {"kl_before": 0.1, "kl_after": 0.2, "kl_exact": 0.0, "measured_rows": 4}, False),
+    ],
+)
+def test_gain_is_of_both_ways_of_reading(share: float, heldout: dict[str, float], has_gained: bool) -> None:
+    results = {"kl_before": 0.10, "kl_after": 0.05, "kl_exact": 0.06, "measured_rows": 8}
+    results |= {f"heldout_{name}": value for name, value in heldout.items()}
+    assert passages.has_gained(results, share) == has_gained
 
 
 def test_it_leaves_what_a_person_needs(apart: Apart) -> None:
