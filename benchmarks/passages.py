@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from appliance import bases, config
+from appliance import artifacts, bases, config
 from appliance.console import Command, emit, json_option, note
 from appliance.training import loop, starter
 from benchmarks import about, passages_reader, passages_served, passages_world
@@ -34,6 +34,7 @@ PLACES, PEOPLE = 4, 2  # of a scene that is asked about: six documents
 DISAGREE = 0.02  # of the served answers, at most
 CONFIDENCE = 0.95
 PHASES = ("sft", "passages")
+LEARNED = ("kl_before", "kl_after", "kl_exact", "is_taken_back")  # results of the phase
 RECIPE = """
 name = "town"
 base = {base}
@@ -51,8 +52,6 @@ accumulate = 1
 max_tokens = 512
 
 [passages]
-epochs = 2
-learning_rate = 1e-3
 batch_rows = 16
 accumulate = 1
 max_tokens = 512
@@ -128,7 +127,10 @@ def _one_seed(folder: Path, base: Path, town: Town, seed: int, questions: int, r
     """Trains both phases, and asks. What is on disk already is not trained again."""
     began = time.monotonic()
     recipe = write(folder, base, town, seed, rows)
-    merged = {phase: _merged(recipe, base, phase) for phase in PHASES}
+    adapters = {
+        phase: artifacts.load(Path(run("train", recipe, "--phase", phase, "--resume")["artifact"])) for phase in PHASES
+    }
+    merged = {phase: _merged(adapter.path, base, f"{folder.name}-{phase}") for phase, adapter in adapters.items()}
     phase_seconds = time.monotonic() - began
     asked = {kind: draw(town, seed, kind, questions) for kind in KINDS}
     models = {phase: Examined(path) for phase, path in merged.items()}
@@ -145,6 +147,7 @@ def _one_seed(folder: Path, base: Path, town: Town, seed: int, questions: int, r
         "questions": {kind: len(each) for kind, each in asked.items()},
         "chance": {kind: statistics.fmean(guessed(*each) for each in asked[kind]) for kind in KINDS},
         "scores": scores,
+        "passages": {name: adapters["passages"].results[name] for name in LEARNED},
         "served": [each for phase in PHASES for each in _served(folder, merged[phase], phase, models[phase], chosen)],
         "seconds": {"phases": phase_seconds, "all": time.monotonic() - began},
     }
@@ -177,9 +180,8 @@ def guessed(scene: Scene, question: Question) -> float:
     return 1 / 2 if question.kind == "comparison" else 1 / len(told)
 
 
-def _merged(recipe: Path, base: Path, phase: str) -> Path:
-    adapter = run("train", recipe, "--phase", phase, "--resume")["artifact"]
-    return Path(run("convert", "merge", adapter, "--base", base, "--name", f"{recipe.parent.name}-{phase}")["artifact"])
+def _merged(adapter: Path, base: Path, name: str) -> Path:
+    return Path(run("convert", "merge", adapter, "--base", base, "--name", name)["artifact"])
 
 
 def _served(folder: Path, merged: Path, phase: str, model: Examined, asked: Asked) -> list[dict[str, Any]]:
@@ -231,6 +233,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines.append(f"| {title} | {' | '.join(_cell(result['summary'][kind][title]) for kind in KINDS)} |")
     chances = [statistics.fmean(seed["chance"][kind] for seed in seeds) for kind in KINDS]
     lines.append(f"| a guess among what the documents name | {' | '.join(f'{100 * each:.1f}' for each in chances)} |")
+    lines += ["", "| the phase `passages`, nats a token | seed | before | after | ordinary reading, after | taken back |"]
+    lines.append("|---" * 6 + "|")
+    for seed in seeds:
+        kl = " | ".join(f"{seed['passages'][name]:.5f}" for name in LEARNED[:3])
+        lines.append(f"| | {seed['seed']} | {kl} | {'yes' if seed['passages']['is_taken_back'] else 'no'} |")
     lines += ["", "| served | seed | right | answers that differ from those in training |", "|---|---|---|---|"]
     for seed in seeds:
         for each in seed["served"]:
