@@ -6,13 +6,15 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import appliance
 from appliance import device
 
 ROOT = Path(__file__).resolve().parents[1]
+SERVING = ("llama-cpp-python", "uvicorn", "fastapi", "numpy")
+TRAINING = ("torch", "transformers", "peft", "trl", "accelerate")
 
 
 def machine() -> Mapping[str, str]:
@@ -24,8 +26,7 @@ def machine() -> Mapping[str, str]:
     }
 
 
-def versions() -> Mapping[str, str]:
-    packages = ("llama-cpp-python", "uvicorn", "fastapi", "numpy")
+def versions(packages: Sequence[str] = SERVING) -> Mapping[str, str]:
     found = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     return {"commit": commit(), "versions": ", ".join([f"appliance {appliance.__version__}", *found])}
 

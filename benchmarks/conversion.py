@@ -67,7 +67,12 @@ def conversion(shape: str, folder: Path | None, only: str | None, as_json: bool)
         checkpoints.write_adapter(here / "adapter", checkpoints.QWEN3[shape])
         chains = {"ours": ours, "upstream": upstream}
         steps = [step for name, chain in chains.items() if only in (None, name) for step in chain(here)]
-    result = {**about.machine(), **about.versions(), "shape": shape, "steps": [asdict(step) for step in steps]}
+    result = {
+        **about.machine(),
+        **about.versions((*about.TRAINING, *about.SERVING)),
+        "shape": shape,
+        "steps": [asdict(step) for step in steps],
+    }
     emit(result, as_json, "\n".join(table(steps)))
 
 

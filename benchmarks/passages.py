@@ -105,7 +105,13 @@ def passages(
         place.mkdir(exist_ok=True)
         taught = given or _school(place / "base", town, seed, steps)
         found.append(_one_seed(place, taught, town, seed, questions, rows, served))
-    head = {"command": about.command(), "date": about.now(), **about.machine(), **about.versions(), "load": about.load()}
+    head = {
+        "command": about.command(),
+        "date": about.now(),
+        **about.machine(),
+        **about.versions((*about.TRAINING, *about.SERVING)),
+        "load": about.load(),
+    }
     result = {"head": head, "seconds": time.monotonic() - began, "seeds": found, "summary": summary(found)}
     (folder / "passages.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     text = markdown(result)

@@ -82,7 +82,7 @@ def projection(as_json: bool) -> None:
         for card in CARDS
         for compute, move in [each.seconds(card)]
     ]
-    emit({**about.versions(), "steps": rows}, as_json, "\n".join(table(steps)))
+    emit({**about.versions(about.TRAINING), "steps": rows}, as_json, "\n".join(table(steps)))
 
 
 def step(work: Work) -> Step:

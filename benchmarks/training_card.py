@@ -116,7 +116,7 @@ def training_card(folder: Path, rounds: int, as_json: bool) -> None:
     result = {
         "card": str(found[0]),
         **about.machine(),
-        **about.versions(),
+        **about.versions(about.TRAINING),
         "runs": [dataclasses.asdict(run) for run in runs],
     }
     emit(result, as_json, "\n".join(table(runs)))

@@ -79,7 +79,7 @@ def training_memory(folder: Path, chosen: tuple[str, ...], plain: bool, as_json:
     for case in cases:
         rows.append(measure(case, folder, plain=plain))
         note(f"training memory: {case}: {rows[-1].ratio:.3f} ({human_seconds(rows[-1].seconds)})")
-    result = {**about.machine(), **about.versions(), "rows": [dataclasses.asdict(row) for row in rows]}
+    result = {**about.machine(), **about.versions(about.TRAINING), "rows": [dataclasses.asdict(row) for row in rows]}
     emit(result, as_json, "\n".join(table(rows)))
     if any(abs(row.ratio - 1) > TARGET for row in rows):
         sys.exit(4)

@@ -83,7 +83,7 @@ def training_speed(folder: Path, name: str, rounds: int, as_json: bool) -> None:
             note(f"training speed: {turn}/{rounds} {side}: {found[-1].seconds:.1f} s, {human_bytes(found[-1].held_bytes)}")
     tokens = sum(training_rows.tokens(base, row) for row in training_rows.conversations(COUNT, TOKENS))
     figures = {side: [dataclasses.asdict(run) for run in found] for side, found in runs.items()}
-    result = {**about.machine(), **about.versions(), "load": about.load(), "tokens": tokens, "runs": figures}
+    result = {**about.machine(), **about.versions(about.TRAINING), "load": about.load(), "tokens": tokens, "runs": figures}
     emit(result, as_json, "\n".join(table(runs, tokens)))
 
 
