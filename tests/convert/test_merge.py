@@ -167,9 +167,9 @@ def test_another_base_is_refused(base: Path, root: Path, tmp_path: Path) -> None
     make_adapter(base, tmp_path / "adapter")
     tokenizer = starter.make_tokenizer(["woorden"], 512)
     wider = Starter(layers=2, hidden=128, feed_forward=96, heads=2, head_width=32)
-    starter._save(starter.make_model(wider, tokenizer), tokenizer, tmp_path / "wider")
+    starter.save(starter.make_model(wider, tokenizer), tokenizer, tmp_path / "wider")
     flatter = Starter(layers=1, hidden=64, feed_forward=96, heads=2, head_width=32)
-    starter._save(starter.make_model(flatter, tokenizer), tokenizer, tmp_path / "flatter")
+    starter.save(starter.make_model(flatter, tokenizer), tokenizer, tmp_path / "flatter")
     down, gate = (f"model.layers.{layer}.mlp.{name}_proj.weight" for layer, name in ((0, "down"), (1, "gate")))
     expected = {
         "wider": (f"{down} has another shape: (128, 96) in the base, (64, 96) in the adapter", "; and 9 more"),
