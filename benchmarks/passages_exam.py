@@ -29,7 +29,8 @@ class Examined:
     def right(self, asked: Asked, reading: Reading) -> list[bool]:
         """Whether the greedy answer is the expected one, word for word, and ends there.
 
-        It is where each token of the expected answer is the likeliest after those before it: one pass over it tells.
+        It is where each token of the expected answer is the likeliest after those before it: one pass over it tells. Where a
+        template begins answers with thoughts, a model may leave them out, so that others are spelt out.
         """
         found: list[bool] = []
         for start in range(0, len(asked), ROWS):
@@ -37,9 +38,11 @@ class Examined:
             prompts = [self._prompt(each, reading) for each in part]
             answers = [self.expected(each, reading) for each in part]
             likeliest = self._likeliest(prompts, answers)
-            for prompt, answer, each in zip(prompts, answers, likeliest, strict=True):
-                said = each[len(prompt.input_ids) - 1 :][: len(answer)]
-                found.append(said == answer)
+            for (_, question), prompt, answer, each in zip(part, prompts, answers, likeliest, strict=True):
+                is_right = each[len(prompt.input_ids) - 1 :][: len(answer)] == answer
+                if not is_right and THOUGHT in self._tokenizer.decode(answer):
+                    is_right = self._spelt(prompt) == question.answer
+                found.append(is_right)
         return found
 
     def answers(self, asked: Asked, reading: Reading) -> list[str]:

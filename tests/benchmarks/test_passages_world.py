@@ -128,7 +128,7 @@ def test_questions_of_a_lesson_see_the_documents_and_not_each_other() -> None:
     assert lesson.positions[second] == lesson.positions[start] == start
 
 
-def test_exam_expects_what_a_template_writes_before_an_answer(tmp_path: Path) -> None:
+def test_exam_begins_an_answer_as_the_template_does(tmp_path: Path) -> None:
     tokenizer = starter.make_tokenizer(passages_reader.texts(), passages_reader.SHAPE.vocabulary_tokens)
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' }}"
