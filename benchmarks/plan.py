@@ -76,7 +76,7 @@ CHATS: Mapping[str, ChatRows] = {
 OWN: Mapping[str, OwnRows] = {
     "cold-start": OwnRows(servers=LIKE_WITH_LIKE, run=starts.cold_start, rounds=2),
     "prefix": OwnRows(servers=LIKE_WITH_LIKE, run=workloads.prefix),
-    "documents": OwnRows(servers=LIKE_WITH_LIKE, run=documents, rounds=2),
+    "documents": OwnRows(servers=LIKE_WITH_LIKE, run=documents, rounds=1),
     "q4_0": OwnRows(servers=(OURS, LLAMA_CPP_SERVER), run=_decode_4, rounds=1),
     "memory": OwnRows(servers=(OURS, LLAMA_SERVER, LLAMA_CPP_SERVER), run=workloads.memory, rounds=1),
     "overload": OwnRows(servers=LIKE_WITH_LIKE, run=overload, rounds=1),

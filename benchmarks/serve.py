@@ -192,7 +192,7 @@ async def _measure(job: Job, head: Mapping[str, Any], output: Path) -> Mapping[s
     result: Mapping[str, Any] = {}
     for done, turn in enumerate(job.turns):
         gone = time.monotonic() - began
-        left = f"; {human_seconds(gone / done * (len(job.turns) - done))} left" if done else ""
+        left = f"; {human_seconds(gone)} gone, {human_seconds(gone / done * (len(job.turns) - done))} left" if done else ""
         note(f"{done + 1}/{len(job.turns)} round {turn.round}, {turn.server}: {', '.join(turn.rows)}{left}")
         taken = await plan.take(turn, job.trial(turn))
         for figure in taken:

@@ -42,17 +42,18 @@ class Composer:
         group = [answer for answer in answers if answer.job.adapter == adapter]
         decoding = [answer for answer in group if answer.is_decoding]
         reading = [answer for answer in group if not answer.is_decoding]
-        is_busy = any(answer.is_decoding for answer in answers)
-        parts, rows = [], 0
-        room = self._pace.chunk_tokens(len(decoding), is_busy=is_busy)
+        parts = []
         drafts = self._drafts(decoding, is_reading=bool(reading))
+        if not reading and all(len(answer.job.tokens) - answer.job.computed <= 1 + MAX_DRAFT_TOKENS for answer in decoding):
+            room = 0  # nobody wants any, as in most steps
+        else:
+            room = self._pace.chunk_tokens(len(decoding), is_busy=any(answer.is_decoding for answer in answers))
         for answer in decoding:
             job = answer.job
             # A grammar may have decided more tokens than there are rows for each answer; the rest uses the prompts' room.
             count = min(len(job.tokens) - job.computed, 1 + MAX_DRAFT_TOKENS + room)
             room -= max(0, count - 1 - MAX_DRAFT_TOKENS)
             parts.append((answer, _feed(answer, count, drafts.get(answer, ()))))
-            rows += count
         # In turns, so that a short question does not wait for a long document, and the document only twice as long as alone.
         self._is_first_served ^= len(reading) > 1
         for answer, count in _shares(reading, room, is_first_served=self._is_first_served):
@@ -61,6 +62,8 @@ class Composer:
 
     def _next_turn(self, present: Iterable[Adapter | None]) -> Adapter | None:
         present = list(present)
+        if len(present) == 1 and self._turns == present:
+            return present[0]
         self._turns = [adapter for adapter in self._turns if adapter in present]
         new = [adapter for adapter in present if adapter not in self._turns]
         adapter = new[0] if new else self._turns.pop(0)

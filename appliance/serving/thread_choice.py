@@ -44,13 +44,15 @@ class ThreadChoice:
         """How long a step took."""
         if len(self._counts) == 1:
             return
-        key = (_bucket(rows), threads)
-        measured = self._measured.setdefault(key, collections.deque(maxlen=MEASURED_STEPS))
+        bucket = _bucket(rows)
+        key = (bucket, threads)
+        if (measured := self._measured.get(key)) is None:
+            measured = self._measured[key] = collections.deque(maxlen=MEASURED_STEPS)
         measured.append(seconds / rows)
         if len(measured) >= TRIAL_STEPS:
             self._costs[key] = statistics.median(measured)
-            if all((key[0], count) in self._costs for count in self._counts):
-                self._last = {count: self._costs[key[0], count] for count in self._counts}
+            if all((bucket, count) in self._costs for count in self._counts):
+                self._last = {count: self._costs[bucket, count] for count in self._counts}
         self._steps += 1
         if self._trial is not None and self._trial[0] == threads:
             left = self._trial[1] - 1
