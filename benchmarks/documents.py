@@ -17,11 +17,13 @@ from benchmarks.servers import Running, running
 from benchmarks.workloads import IDLE_SECONDS, Trial, answer_of, first_token_seconds, warm_up
 
 SYSTEM_TOKENS, DOCUMENT_TOKENS, QUESTION_TOKENS = 30, 100, 24
-KNOWN, ASKED, QUESTIONS = 14, 10, 2
+KNOWN, ASKED = 14, 10
+QUESTIONS = 2  # in the two ways that are compared; one in the others
 TAG_TOKENS = 16  # of a document's frame, about
 SLOTS, CONTEXT_TOKENS, CACHE_TOKENS = 1, 2048, 4096
 REUSE_TOKENS = 32  # the least that llama-server moves with --cache-reuse
 WRITING_SECONDS = 60.0
+STITCHED, AS_IT_COMES = COMPARED = ("stitched", "as it comes")
 Documents = Sequence[tuple[str, str]]
 
 
@@ -29,10 +31,10 @@ async def documents(trial: Trial) -> Sequence[Figure]:
     """Never seen; in a new combination; and, of those that were read by themselves, after a restart."""
     trial = trial.with_launch(slots=SLOTS, context_tokens=CONTEXT_TOKENS, cache_tokens=CACHE_TOKENS)
     is_ours = bool(trial.server.engine_word)
-    figures = list(await _measured(trial, "exact" if is_ours else "as it comes", cold=True))
+    figures = list(await _measured(trial, "exact" if is_ours else AS_IT_COMES, cold=True))
     if is_ours:
-        stitched = trial.with_launch(documents="stitched")
-        figures += await _measured(stitched, "stitched", cold=False)
+        stitched = trial.with_launch(documents=STITCHED)
+        figures += await _measured(stitched, STITCHED, cold=False)
         figures.append(await _restarted(stitched))
     else:
         figures += await _measured(trial.with_launch(reuse_tokens=REUSE_TOKENS), "with --cache-reuse", cold=False)
@@ -47,15 +49,15 @@ async def _measured(trial: Trial, how: str, *, cold: bool) -> Sequence[Figure]:
         known = _known(trial)
         first = await _ask(trial, run, known[:ASKED], "first")
         await _ask(trial, run, known[-ASKED:], "second")
-        if trial.launch.documents == "stitched":  # each was seen twice then, and comes to disk
+        if trial.launch.documents == STITCHED:  # each was seen twice then, and comes to disk
             await _ask(trial, run, [*known[: KNOWN - ASKED], *known[ASKED:]], "third")
         seconds, told = [], []
-        for number in range(QUESTIONS):
+        for number in range(QUESTIONS if how in COMPARED else 1):
             await asyncio.sleep(IDLE_SECONDS)
             answer = await _ask(trial, run, chance.sample(known, ASKED), f"{how} {number}")
             seconds.append(first_token_seconds(answer))
             told.append(answer.prompt_tokens)
-        if trial.launch.documents == "stitched":
+        if trial.launch.documents == STITCHED:
             await _written(trial, before)
     row = {"exact": "documents-exact", "with --cache-reuse": "documents-reuse"}.get(how, "documents-new")
     figures = [trial.figure(row, *seconds, how=how, prompt_tokens=told)]

@@ -18,7 +18,7 @@ from benchmarks.servers import Running, running
 from benchmarks.workloads import SLOTS, Trial, warm_up
 
 FACTOR = 4.0
-SECONDS = 30.0
+SECONDS = 20.0
 # A client waits so many times longer than an answer takes with every slot busy, within bounds.
 PATIENCE, PATIENCE_SECONDS = 5.0, (20.0, 120.0)
 PROMPT_TOKENS, ANSWER_TOKENS = 60, 32

@@ -29,9 +29,6 @@ class ChatRows:
     run: Callable[[Trial, Running], Awaitable[Sequence[Figure]]]
     rounds: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def has(self, server: str, number: int) -> bool:
-        return server in self.servers and number <= self.rounds.get(server, number)
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OwnRows:
@@ -84,17 +81,21 @@ OWN: Mapping[str, OwnRows] = {
 ROWS: Sequence[str] = (*CHATS, *OWN)
 
 
-def turns(rounds: int, rows: Sequence[str], servers: Sequence[str]) -> Iterator[Turn]:
-    """Phase by phase, each with every server in turn; who begins moves on from round to round."""
+def turns(rounds: int, rows: Sequence[str], servers: Sequence[str], *, are_all: bool = False) -> Iterator[Turn]:
+    """Phase by phase, each with every server in turn; who begins moves on from round to round.
+
+    `are_all` asks for so many rounds of each row, also where fewer tell enough.
+    """
     chats = [row for row in CHATS if row in rows]
     for number in range(1, rounds + 1):
         first = (number - 1) % len(servers)
         order = [*servers[first:], *servers[:first]]
         for server in order:
-            if suiting := tuple(row for row in chats if CHATS[row].has(server, number)):
+            known = tuple(row for row in chats if server in CHATS[row].servers)
+            if suiting := tuple(row for row in known if are_all or number <= CHATS[row].rounds.get(server, number)):
                 yield Turn(server=server, round=number, rows=suiting)
         for row, own in OWN.items():
-            if row not in rows or (own.rounds is not None and number > own.rounds):
+            if row not in rows or not (are_all or own.rounds is None or number <= own.rounds):
                 continue
             yield from (Turn(server=server, round=number, rows=(row,)) for server in order if server in own.servers)
 

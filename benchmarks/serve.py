@@ -24,15 +24,13 @@ import click
 from appliance import artifacts, device
 from appliance.console import JSON_SCHEMA, Command, emit, human_bytes, human_seconds, json_option, note
 from appliance.errors import EnvironmentIncomplete
-from appliance.serving import gguf_file
-from appliance.serving.memory_prediction import kv_cell_bytes
-from benchmarks import about, plan, prompts, report, servers
+from benchmarks import about, plan, prompts, report, servers, workloads
 from benchmarks.figures import Figure
 from benchmarks.plan import Turn
 from benchmarks.prompts import Prompts
 from benchmarks.servers import SERVERS, Launch
 from benchmarks.shapes import FILE_TYPES, SHAPES, shaped_model
-from benchmarks.workloads import CACHE_TOKENS, CONTEXT_TOKENS, SLOTS, Trial
+from benchmarks.workloads import Trial
 
 ROUNDS = 5
 QUICK_SHAPE, QUICK_ROWS = "tiny", ("decode", "cold", "beside", "start")
@@ -73,7 +71,9 @@ def _names(_: click.Context, parameter: click.Parameter, value: str | None) -> t
 
 
 @click.command(cls=Command)
-@click.option("--rounds", type=click.IntRange(1), help=f"Interleaved rounds [default: {ROUNDS}, with --quick 1].")
+@click.option(
+    "--rounds", type=click.IntRange(1), help=f"Interleaved rounds [default: {ROUNDS}, in some rows fewer; with --quick 1]."
+)
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="Of the random model [default: 0.6B, with --quick tiny].")
 @click.option("--quantization", type=click.Choice(list(FILE_TYPES)), default="Q4_K_M", show_default=True)
 @click.option("--model", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="This file, and no random one.")
@@ -101,6 +101,7 @@ def serve(
 ) -> None:
     """Measure this server beside others, on one model file."""
     shape = shape or (QUICK_SHAPE if quick else "0.6B")
+    are_all = bool(rows and rounds)  # who names both gets them
     rows = rows or (QUICK_ROWS if quick else tuple(plan.ROWS))
     if model is not None and SECOND_ROW in rows:
         note(f"{SECOND_ROW}: left out; it needs the model in {SECOND_QUANTIZATION} too, and --model names one file")
@@ -108,7 +109,7 @@ def serve(
     path = model or shaped_model(shape, quantization)
     known = prompts.read(path)
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
-        launch = _launch(path, Path(folder), threads or device.usable_cores(), known)
+        launch = workloads.launch(path, Path(folder), threads or device.usable_cores(), known)
         launch = dataclasses.replace(launch, binaries=peer_binaries, peer_spins=peer_spins)
         second = {SECOND_ROW: shaped_model(shape, SECOND_QUANTIZATION)} if SECOND_ROW in rows else {}
         present = _present(names or tuple(SERVERS), launch)
@@ -116,7 +117,7 @@ def serve(
             launch=launch,
             launches={row: dataclasses.replace(launch, model=file) for row, file in second.items()},
             prompts=known,
-            turns=list(plan.turns(rounds or (1 if quick else ROUNDS), rows, present)),
+            turns=list(plan.turns(rounds or (1 if quick else ROUNDS), rows, present, are_all=are_all)),
             is_quick=quick,
         )
         _warn_of_load(launch)
@@ -124,21 +125,6 @@ def serve(
         output.mkdir(parents=True, exist_ok=True)
         result = asyncio.run(_until_interrupted(_measure(job, head, output)))
     emit(result, as_json, report.markdown(result))
-
-
-def _launch(model: Path, folder: Path, threads: int, known: Prompts) -> Launch:
-    header = gguf_file.check(model)
-    cell_bytes = sum(kv_cell_bytes(header, layer, "f16") for layer in range(header.block_count))
-    return Launch(
-        model=model.absolute(),
-        folder=folder,
-        threads=threads,
-        slots=SLOTS,
-        context_tokens=CONTEXT_TOKENS,
-        cache_tokens=CACHE_TOKENS,
-        cell_bytes=cell_bytes,
-        end_tokens=known.end_tokens,
-    )
 
 
 def _warn_of_load(launch: Launch) -> None:

@@ -8,11 +8,14 @@ import asyncio
 import dataclasses
 import resource
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from appliance.errors import ServerError
+from appliance.serving import gguf_file
+from appliance.serving.memory_prediction import kv_cell_bytes
 from benchmarks import processes
 from benchmarks.client import Answer, ask, exchange, read
 from benchmarks.figures import Figure, decode_rate, generated_tokens
@@ -67,6 +70,22 @@ class Trial:
 
     def with_launch(self, **changes: Any) -> "Trial":
         return dataclasses.replace(self, launch=dataclasses.replace(self.launch, **changes))
+
+
+def launch(model: Path, folder: Path, threads: int, known: Prompts) -> Launch:
+    """How servers are started where a row says nothing else."""
+    header = gguf_file.check(model)
+    cell_bytes = sum(kv_cell_bytes(header, layer, "f16") for layer in range(header.block_count))
+    return Launch(
+        model=model.absolute(),
+        folder=folder,
+        threads=threads,
+        slots=SLOTS,
+        context_tokens=CONTEXT_TOKENS,
+        cache_tokens=CACHE_TOKENS,
+        cell_bytes=cell_bytes,
+        end_tokens=known.end_tokens,
+    )
 
 
 async def warm_up(trial: Trial, run: Running) -> None:
@@ -124,16 +143,17 @@ async def beside(trial: Trial, run: Running) -> Sequence[Figure]:
     """Time to first token of a short request that comes while a long prompt is being read."""
     long = run.chat(trial.prompts.user(f"long {trial.round}", LONG_TOKENS), 4)
     reading = asyncio.create_task(ask(long, patience_seconds=PATIENCE_SECONDS))
+    details: dict[str, Any] = {}
     try:
         await asyncio.sleep(HEAD_START_SECONDS)
         short = await answer_of(run, trial.prompts.user(f"beside {trial.round}", SHORT_TOKENS), 4)
-        long_answer = await reading
+        if trial.round == 1:  # how long the long one takes beside it; later rounds have better use for the time
+            long_answer = await reading
+            run.check([long_answer])
+            details["the long prompt's own seconds"] = first_token_seconds(long_answer)
+            details["came while it was read"] = short.sent_at < long_answer.text_times[0]
     finally:
         reading.cancel()
-    run.check([long_answer])
-    long_seconds = first_token_seconds(long_answer)
-    was_reading = short.sent_at < long_answer.text_times[0]
-    details = {"the long prompt's own seconds": long_seconds, "came while it was read": was_reading}
     return [trial.figure("ttft-beside-long", first_token_seconds(short), **details)]
 
 

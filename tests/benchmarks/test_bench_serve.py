@@ -67,6 +67,11 @@ class TestTurns:
         assert [turn.round for turn in found if turn.server == "example-server"] == [1]
         assert [turn.round for turn in found if turn.rows == ("prefix",) and turn.server == "ours"] == [1, 2, 3, 4, 5]
 
+    def test_who_asks_for_rounds_of_a_row_gets_them(self) -> None:
+        found = list(turns(3, ["memory", "decode"], NAMES, are_all=True))
+        assert [turn.round for turn in found if turn.rows == ("memory",) and turn.server == "ours"] == [1, 2, 3]
+        assert [turn.round for turn in found if turn.server == "example-server"] == [1, 2, 3]
+
     def test_python_peers_take_part_where_it_says_something(self) -> None:
         found = {row for turn in turns(1, ROWS, NAMES) if turn.server == "llama_cpp.server" for row in turn.rows}
         assert found == {"decode", "q4_0", "memory"}
