@@ -11,7 +11,7 @@ import statistics
 
 MEASURED_STEPS = 5  # the median of so many counts: one step that was disturbed changes no choice
 TRIAL_STEPS = 2
-TRIAL_COST = 0.005  # share of the time that may be lost by trying numbers of threads that are slower
+TRIAL_COST = 0.0025  # share of the time that may be lost by trying numbers of threads that are slower
 LONGEST_PAUSE_STEPS = 1000
 EXACT_ROWS = 8  # more rows than this are measured together with others of about as many
 
@@ -22,7 +22,7 @@ class ThreadChoice:
     def __init__(self, most: int) -> None:
         self._counts = sorted({most, max(1, most - 1), max(1, most // 2)}, reverse=True)
         self._measured: dict[tuple[int, int], collections.deque[float]] = {}  # by rows and threads
-        self._costs: dict[tuple[int, int], float] = {}  # seconds for a token, where enough is known
+        self._costs: dict[int, dict[int, float]] = {}  # seconds for a token by rows, by threads where enough is known
         self._steps = 0  # since the last trial
         self._turn = itertools.cycle(self._counts)
         self._trial: tuple[int, int] | None = None  # threads, and how many steps are left
@@ -36,8 +36,9 @@ class ThreadChoice:
         if self._trial is None and self._is_due(rows, best):
             other = next(count for count in self._turn if count != best)
             self._trial = (other, TRIAL_STEPS)
-            for known in (self._measured, self._costs):  # what it cost long ago says nothing
-                known.pop((_bucket(rows), other), None)
+            bucket = _bucket(rows)  # what it cost long ago says nothing
+            self._measured.pop((bucket, other), None)
+            self._costs.get(bucket, {}).pop(other, None)
         return best if self._trial is None else self._trial[0]
 
     def observe(self, rows: int, threads: int, seconds: float) -> None:
@@ -45,14 +46,14 @@ class ThreadChoice:
         if len(self._counts) == 1:
             return
         bucket = _bucket(rows)
-        key = (bucket, threads)
-        if (measured := self._measured.get(key)) is None:
-            measured = self._measured[key] = collections.deque(maxlen=MEASURED_STEPS)
+        if (measured := self._measured.get((bucket, threads))) is None:
+            measured = self._measured[bucket, threads] = collections.deque(maxlen=MEASURED_STEPS)
         measured.append(seconds / rows)
         if len(measured) >= TRIAL_STEPS:
-            self._costs[key] = statistics.median(measured)
-            if all((bucket, count) in self._costs for count in self._counts):
-                self._last = {count: self._costs[bucket, count] for count in self._counts}
+            costs = self._costs.setdefault(bucket, {})
+            costs[threads] = statistics.median(measured)
+            if len(costs) == len(self._counts):
+                self._last = costs.copy()
         self._steps += 1
         if self._trial is not None and self._trial[0] == threads:
             left = self._trial[1] - 1
@@ -61,8 +62,7 @@ class ThreadChoice:
 
     def best(self, rows: int) -> int:
         """The fastest as far as it is known; for a step that is not measured."""
-        bucket = _bucket(rows)
-        known = {count: cost for count in self._counts if (cost := self._costs.get((bucket, count))) is not None}
+        known = self._costs.get(_bucket(rows))
         return min(known, key=known.__getitem__) if known else self._counts[0]
 
     def _is_due(self, rows: int, best: int) -> bool:
@@ -70,11 +70,10 @@ class ThreadChoice:
 
         What is not known for so many rows is taken to be as it was for others.
         """
-        bucket = _bucket(rows)
-        if self._steps < MEASURED_STEPS or (bucket, best) not in self._costs:
+        known = self._costs.get(_bucket(rows), {})
+        if self._steps < MEASURED_STEPS or best not in known:
             return False
-        is_known = all((bucket, count) in self._costs for count in self._counts)
-        costs = {count: self._costs[bucket, count] for count in self._counts} if is_known else self._last
+        costs = known if len(known) == len(self._counts) else self._last
         if not costs or min(costs.values()) < costs[best]:
             return True
         lost_steps = TRIAL_STEPS * (max(costs.values()) / costs[best] - 1)

@@ -313,9 +313,9 @@ class Context:
 
     def _logits(self, row: int) -> Logits:
         """llama.cpp's own row; it may be changed. A view is no more than its address, so one made before serves again."""
-        pointer = c.llama_get_logits_ith(self._context, row)
-        address = ctypes.addressof(pointer.contents)
+        address = library.logits_address(self._context, row)
         if (found := self._rows.get(address)) is None:
+            pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
             found = self._rows[address] = np.ctypeslib.as_array(pointer, shape=(self._model.token_count,))
         return found
 

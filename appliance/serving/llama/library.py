@@ -47,6 +47,10 @@ def decode(context: Any, batch: Any) -> bool:
     return code == 0
 
 
+# The binding's own function makes a pointer and what it points to of each address, to be asked for the address again.
+logits_address = ctypes.cast(c.llama_get_logits_ith, ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32))
+
+
 class AbortFlag:
     """A flag, and a C function that reads it: `strlen` is 0 while the first byte is NUL.
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import math
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -99,7 +100,7 @@ class SlotSampler:
             self._accept(decided)
             return Sampled(decided)
         likeliest_of_all = int(logits.argmax())  # or the first that is no number, if there is one
-        if not np.isfinite(logits[likeliest_of_all]):
+        if not math.isfinite(logits.item(likeliest_of_all)):
             raise EngineFailed("The model computed values that are no numbers; its file may be damaged: verify its sha256.")
         probabilities = None if self._top is None else LogProbabilities(logits, self._top)
         if self._bias is not None:
