@@ -127,7 +127,6 @@ async def _measure(trials: Sequence[Trial], rows: Sequence[str], count: int) -> 
     taken: dict[str, list[tuple[float, float]]] = {}
     async with running(ours.server, ours.launch) as our_run, running(peer.server, peer.launch) as peer_run:
         for name in rows:
-            note(ROWS[name].title)
             for number in range(-1, count):  # the first pair is not counted: it touches memory that no later one has to
                 pair: dict[str, float] = {}
                 turns = [(ours, our_run), (peer, peer_run)]
@@ -135,6 +134,9 @@ async def _measure(trials: Sequence[Trial], rows: Sequence[str], count: int) -> 
                     pair[trial.server.name] = await ROWS[name].ask(dataclasses.replace(trial, round=number), run)
                 if number >= 0:
                     taken.setdefault(name, []).append((pair[OURS], pair[PEER]))
+            note(
+                f"{ROWS[name].title}: {_spread(_summary(taken[name], ROWS[name]))}"
+            )  # an interrupted run has told this much
     return taken
 
 
@@ -156,11 +158,14 @@ def _table(result: Mapping[str, Any]) -> str:
     lines = [f"- {key}: {value}" for key, value in result["head"].items()]
     lines += ["", f"| | {OURS} | {PEER} | ratio (quartiles, pairs) | better is |", "|---|---:|---:|---|---|"]
     for row in result["rows"].values():
-        low, high = row["quartiles"]
-        spread = f"{row['ratio']:.3f} ({low:.2f}–{high:.2f}, {row['pairs']})"
         wanted = "more" if row["more is better"] else "less"
-        lines.append(f"| {row['title']} | {row[OURS]:.3g} | {row[PEER]:.3g} | {spread} | {wanted} |")
+        lines.append(f"| {row['title']} | {row[OURS]:.3g} | {row[PEER]:.3g} | {_spread(row)} | {wanted} |")
     return "\n".join(lines)
+
+
+def _spread(row: Mapping[str, Any]) -> str:
+    low, high = row["quartiles"]
+    return f"{row['ratio']:.3f} ({low:.2f}–{high:.2f}, {row['pairs']})"
 
 
 if __name__ == "__main__":
