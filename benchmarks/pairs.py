@@ -27,6 +27,7 @@ from benchmarks.workloads import SHORT_TOKENS, SYSTEM_TOKENS, Trial
 
 OURS, PEER = "ours", "llama-server"
 PAIRS = 20
+NOT_CHOSEN = ("APPLIANCE_ARTIFACTS", "APPLIANCE_SERVE_SPECULATION")  # where to write, and what would measure noise
 Ask = Callable[[Trial, Running], Awaitable[float]]
 
 
@@ -43,7 +44,7 @@ def _decode(streams: int) -> Row:
     async def ask(trial: Trial, run: Running) -> float:
         return (await workloads.decode(trial, run, streams))[0].values[0]
 
-    return Row(title=f"decode, {streams} streams, tokens/s", ask=ask, is_rate=True)
+    return Row(title=f"decode, {streams} at once, tokens/s", ask=ask, is_rate=True)
 
 
 async def _cold(trial: Trial, run: Running) -> float:
@@ -111,13 +112,19 @@ def pairs(
 
 
 def as_it_comes(server: Server) -> Server:
-    """Only the file and where to listen; what is kept of our own is at its usual place, where tuning finds it again."""
+    """Only the file, beside which tuning left its settings, and where to listen; what is kept goes with this run.
+
+    Guessing stays off, as in `servers`: guesses that come true are noise here.
+    """
 
     def command(launch: servers.Launch, port: int) -> Sequence[str]:
         words = server.command(launch, port)
         return [*words[: words.index("--model")], "--model", str(launch.model), "--host", HOST, "--port", str(port)]
 
-    return dataclasses.replace(server, command=command, environment=lambda _: {})
+    def environment(launch: servers.Launch) -> Mapping[str, str]:
+        return {key: value for key, value in server.environment(launch).items() if key in NOT_CHOSEN}
+
+    return dataclasses.replace(server, command=command, environment=environment)
 
 
 async def _measure(trials: Sequence[Trial], rows: Sequence[str], count: int) -> Mapping[str, Sequence[tuple[float, float]]]:
@@ -134,9 +141,8 @@ async def _measure(trials: Sequence[Trial], rows: Sequence[str], count: int) -> 
                     pair[trial.server.name] = await ROWS[name].ask(dataclasses.replace(trial, round=number), run)
                 if number >= 0:
                     taken.setdefault(name, []).append((pair[OURS], pair[PEER]))
-            note(
-                f"{ROWS[name].title}: {_spread(_summary(taken[name], ROWS[name]))}"
-            )  # an interrupted run has told this much
+            told = _summary(taken[name], ROWS[name])  # at once: an interrupted run has told this much
+            note(f"{told['title']}: {_spread(told)}")
     return taken
 
 

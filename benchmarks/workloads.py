@@ -147,7 +147,8 @@ async def beside(trial: Trial, run: Running) -> Sequence[Figure]:
     try:
         await asyncio.sleep(HEAD_START_SECONDS)
         short = await answer_of(run, trial.prompts.user(f"beside {trial.round}", SHORT_TOKENS), 4)
-        if trial.round == 1:  # how long the long one takes beside it; later rounds have better use for the time
+        # How long the long one takes beside it; later rounds have better use for the time, where it is still being read.
+        if trial.round == 1 or reading.done():
             long_answer = await reading
             run.check([long_answer])
             details["the long prompt's own seconds"] = first_token_seconds(long_answer)

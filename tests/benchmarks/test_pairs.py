@@ -60,4 +60,8 @@ def test_as_they_come_leaves_every_setting_to_the_servers(tmp_path: Path) -> Non
     started = launch(tmp_path)
     words = pairs.as_it_comes(SERVERS[pairs.OURS]).command(started, 8080)
     assert words[1:] == ["-m", "appliance", "serve", "--model", str(started.model), "--host", "127.0.0.1", "--port", "8080"]
-    assert pairs.as_it_comes(SERVERS[pairs.OURS]).environment(started) == {}
+    assert pairs.as_it_comes(SERVERS[pairs.OURS]).environment(started) == {
+        "APPLIANCE_ARTIFACTS": str(tmp_path / "artifacts"),  # never the folder of whoever measures
+        "APPLIANCE_SERVE_SPECULATION": "off",
+    }
+    assert pairs.as_it_comes(SERVERS[pairs.PEER]).environment(started) == {}
